@@ -1,0 +1,168 @@
+"""The checker: is this plan runnable, and is what it computes what it promises?
+
+Two halves, in one walk over all ranks of the mesh.  **Order**: every action can start at some time, also
+where a send waits for its receive; nothing is left unsent or unreceived.  **Provenance**: the plan is run on
+multisets of (data shard, microbatch) instead of numbers, so a missing, doubled or misplaced reduction, a stale
+gradient and a partial sum read as a whole are seen before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from bpkit.plan.actions import PARTNERS, Action
+from bpkit.plan.hazards import hazards
+from bpkit.plan.mesh import Coordinate
+from bpkit.plan.plan import Plan, PlanError
+from bpkit.plan.provenance import Holdings, Provenance
+
+
+Pair = tuple[Coordinate, Coordinate]
+
+
+@dataclass
+class _Rank:
+    """How far one rank has come."""
+
+    holds: Holdings
+    waits: tuple[tuple[int, ...], ...]
+    started: set[int] = field(default_factory=set)
+    done: set[int] = field(default_factory=set)
+    messages: dict[tuple[Pair, bool], int] = field(default_factory=dict)  # last message number by pair and direction
+
+    @property
+    def at(self) -> Coordinate:
+        return self.holds.at
+
+    @property
+    def row(self) -> tuple[Action, ...]:
+        return self.holds.row
+
+
+def check(plan: Plan) -> None:
+    """Refuse a plan that would deadlock, lose a message, or compute something else than it declares.
+
+    In an accepted plan each part of each stage is updated once a step, from a gradient that holds the
+    contribution of every (data shard, microbatch) exactly once, whatever the order in which independent
+    actions run; every forward and backward sees the weights of before the update; and every rank that holds
+    a stage ends with the same weights.
+
+    Raises
+    ------
+    PlanError
+        Naming the row, the action and the reason.
+    """
+    _Walk(plan).run()
+
+
+class _Walk:
+    """One walk over a plan in an order that its waits allow."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.world = Provenance(plan)
+        self.ranks = {at: _Rank(self.world.holdings(at), hazards(plan.row(at))) for at in plan.mesh.coordinates()}
+        self.arrivals: dict[tuple[object, ...], list[tuple[_Rank, int]]] = {}
+        self.posted: dict[tuple[Pair, int, bool], tuple[_Rank, int]] = {}
+        self.messages: dict[tuple[Pair, int], object] = {}
+
+    def run(self) -> None:
+        """Walk to the end, or to the first fault."""
+        moved = True
+        while moved:
+            moved = False
+            for rank in self.ranks.values():
+                for index in self._startable(rank):
+                    moved = True
+                    rank.started.add(index)
+                    self._start(rank, index)
+        for rank in self.ranks.values():
+            if len(rank.done) < len(rank.row):
+                self._blocked(rank)
+        for rank in self.ranks.values():
+            self.world.finish(rank.holds)
+
+    def _startable(self, rank: _Rank) -> Iterator[int]:
+        for index in range(len(rank.row)):
+            if index not in rank.started and all(i in rank.done for i in rank.waits[index]):
+                yield index
+
+    def _blocked(self, rank: _Rank) -> None:
+        index = min(i for i in range(len(rank.row)) if i not in rank.done)
+        action = rank.row[index]
+        why = f"deadlock: rank {self.plan.mesh.rank(rank.at)} never gets past it"
+        if index in rank.started:
+            why += "; " + (f"no partner of {action.kind} ever comes" if action.verb.axis else "its inputs never come")
+        raise PlanError(self.plan, rank.holds.index, index, why)
+
+    def _start(self, rank: _Rank, index: int) -> None:
+        action = rank.row[index]
+        if action.kind in ("REDUCE_GRAD", "SCATTER_GRAD", "UNSHARD", "AVERAGE", "SUM_F", "SUM_B", "NORM"):
+            self._collective(rank, index)
+        elif action.kind.startswith("SEND") or "RECV" in action.kind or action.kind == "ADD_G":
+            self._match(rank, index)
+        else:
+            self.world.compute(rank.holds, index)
+            rank.done.add(index)
+
+    def _collective(self, rank: _Rank, index: int) -> None:
+        """The k-th collective of a kind and buffer on each member of a group is one collective."""
+        action = rank.row[index]
+        axis = action.verb.axis or ""
+        if action.kind == "NORM":
+            group: list[_Rank] = list(self.ranks.values())
+            key: tuple[object, ...] = ("NORM",)
+        else:
+            position = rank.at._replace(**{axis: 0})
+            group = [self.ranks[position._replace(**{axis: i})] for i in range(getattr(self.plan.mesh, axis))]
+            key = (action.kind, action.stage, action.mb, position)
+        count = sum(1 for i in rank.started if rank.row[i].kind == action.kind and rank.row[i].stage == action.stage
+                    and rank.row[i].mb == action.mb)  # fmt: skip
+        arrivals = self.arrivals.setdefault((*key, count), [])
+        arrivals.append((rank, index))
+        if len(arrivals) == len(group):
+            arrivals.sort(key=lambda pair: pair[0].at)
+            self.world.collective([(member.holds, at) for member, at in arrivals], action)
+            for member, at in arrivals:
+                member.done.add(at)
+
+    def _match(self, rank: _Rank, index: int) -> None:
+        """Pair the n-th send from one rank to another with the n-th receive: messages keep their order.
+
+        Both end when both have started, as on a transport whose sends wait for their receives.
+        """
+        action = rank.row[index]
+        sends = action.kind in PARTNERS
+        pair = self._pair(rank, index, action, sends)
+        nth = rank.messages[pair, sends] = rank.messages.get((pair, sends), -1) + 1
+        if sends:
+            self.messages[pair, nth] = self.world.take(rank.holds, index, action)
+        if (pair, nth, not sends) not in self.posted:
+            self.posted[pair, nth, sends] = (rank, index)
+            return
+        partner, at = self.posted.pop((pair, nth, not sends))
+        (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
+        if not _fit(sender.row[i], receiver.row[j]):
+            self.world.fail(receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is {sender.row[i]}")
+        self.world.deliver(receiver.holds, j, self.messages.pop((pair, nth)))
+        sender.done.add(i)
+        receiver.done.add(j)
+
+    def _pair(self, rank: _Rank, index: int, action: Action, sends: bool) -> Pair:
+        """Sender and receiver of a message."""
+        if action.peer is not None:
+            peer = rank.at._replace(data=action.peer)
+        else:
+            other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
+            if not 0 <= other < self.plan.stages:
+                self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
+            peer = rank.at._replace(pipeline=self.plan.place[other])
+        return (rank.at, peer) if sends else (peer, rank.at)
+
+
+def _fit(send: Action, receive: Action) -> bool:
+    """Whether a receive takes what a send gives."""
+    kinds, step = PARTNERS[send.kind]
+    return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
+            and (send.part and send.part.fractions()) == (receive.part and receive.part.fractions()))  # fmt: skip

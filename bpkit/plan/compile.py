@@ -1,0 +1,183 @@
+"""``compile``: derive once, for run and simulate alike, what a plan leaves implicit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from bpkit.nn import Network
+from bpkit.plan.actions import PARTNERS, Action
+from bpkit.plan.check import check
+from bpkit.plan.hazards import hazards
+from bpkit.plan.mesh import Coordinate
+from bpkit.plan.passes import clip as add_norm
+from bpkit.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An action with what is derived for it.
+
+    Parameters
+    ----------
+    action : Action
+    waits : tuple of int
+        Indices in the row of communication actions that must have ended before this one runs.  Earlier
+        compute needs no entry: a row runs its compute in order.
+    payload : int
+        Bytes of the buffer (part) that the action communicates, for one sample of the batch where the
+        buffer is an edge; 0 for compute.
+    counted : bool
+        Whether the payload is sent as it stands, so that bytes are counted at the send; a native
+        collective is not counted.
+    """
+
+    action: Action
+    waits: tuple[int, ...]
+    payload: int
+    counted: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled plan: rows of instructions for one network.
+
+    Parameters
+    ----------
+    plan : Plan
+    cuts : tuple of int
+        Layers at which stages 1, 2, ... start.
+    sizes : tuple of int
+        Elements of each stage's flat buffers, padding included.
+    rows : tuple of tuples of Instruction
+    slots : tuple of dicts
+        For each row, the buffers each receive channel (kind, stage) needs, so that a receive can be posted
+        where the row posts it.
+    peak : tuple of int
+        For each row, the largest number of saved forwards (stage, microbatch) held at a time.
+    """
+
+    plan: Plan
+    cuts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    rows: tuple[tuple[Instruction, ...], ...]
+    slots: tuple[dict[tuple[str, int], int], ...]
+    peak: tuple[int, ...]
+
+    def row(self, at: Coordinate) -> tuple[Instruction, ...]:
+        """The instructions of the rank at a coordinate."""
+        return self.rows[self.plan.row_index(at)]
+
+    def payload(self, at: Coordinate) -> int:
+        """Bytes of gradients that a rank gives to reductions and sends of parts in one step."""
+        return sum(step.payload for step in self.row(at) if step.action.kind in _GRADIENT_KINDS)
+
+
+_GRADIENT_KINDS = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G"})
+
+
+def compile(plan: Plan, network: Network, clip: bool = False) -> Program:  # noqa: A001 (the field's word)
+    """Check a plan and resolve it for a network.
+
+    Parameters
+    ----------
+    plan : Plan
+    network : Network
+        Gives the layers; stages are balanced by their cost where the plan holds no cuts.
+    clip : bool
+        Whether gradients are clipped by their global norm: a NORM is put before the first UPDATE.
+
+    Raises
+    ------
+    PlanError
+        If the plan would deadlock or compute something else than it declares.
+    ValueError
+        If the network has fewer layers than the plan has stages.
+    """
+    if plan.stages > len(network.layers):
+        raise ValueError(f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} layers: "
+                         "use fewer stages or buckets")  # fmt: skip
+    plan = _with_norm(plan) if clip else plan
+    check_once(plan)
+    parts = network.split(plan.cuts if plan.cuts is not None else plan.stages)
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part.layers))
+    sizes = tuple(part.flat_size for part in parts)
+    edges = (*(_elements(part.input_shape) for part in parts), _elements(network.output_shape))
+    itemsize = network.dtype.itemsize
+    rows = tuple(_instructions(row, sizes, edges, itemsize) for row in plan.rows)
+    return Program(plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)), tuple(map(peak_activations, plan.rows)))
+
+
+@lru_cache(maxsize=256)
+def check_once(plan: Plan) -> None:
+    """``check``, remembered: plans are frozen, and the same one is trained many times."""
+    check(plan)
+
+
+def _with_norm(plan: Plan) -> Plan:
+    """The plan with a NORM in each row, between the last gradient and the first update."""
+    bare = plan.with_rows([[a for a in row if a.kind != "UPDATE"] for row in plan.rows])
+    updates = [[a for a in row if a.kind == "UPDATE"] for row in plan.rows]
+    rows = [list(row) + tail for row, tail in zip(add_norm(bare).rows, updates, strict=True)]
+    return replace(plan.with_rows(rows), name=f"{plan.name} with clipping")
+
+
+def _elements(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _instructions(row: tuple[Action, ...], sizes: Sequence[int], edges: Sequence[int], itemsize: int) -> tuple[Instruction, ...]:
+    result = []
+    for action, waits in zip(row, hazards(row), strict=True):
+        communication = tuple(i for i in waits if row[i].verb.stream != "compute")
+        elements = _payload(action, sizes, edges)
+        result.append(Instruction(action, communication, elements * itemsize, action.kind in PARTNERS))
+    return tuple(result)
+
+
+def _payload(action: Action, sizes: Sequence[int], edges: Sequence[int]) -> int:
+    """Elements that an action gives to the wire: from the bounds of its part, or one sample of its edge."""
+    kind = action.kind
+    if kind in ("SEND_F", "SUM_F"):
+        return edges[action.stage + 1]
+    if kind in ("SEND_B", "SUM_B"):
+        return edges[action.stage]
+    if kind in _GRADIENT_KINDS | {"UNSHARD", "AVERAGE"}:
+        low, high = (0, sizes[action.stage]) if action.part is None else action.part.bounds(sizes[action.stage])
+        return high - low
+    return 0
+
+
+def slots(row: Sequence[Action]) -> dict[tuple[str, int], int]:
+    """Buffers that each receive channel of a row needs: received and not yet freed, at most.
+
+    A receive starts after the compute before it, and compute frees buffers in order, so counting in the order
+    of the row is exact.
+    """
+    held: Counter[tuple[str, int]] = Counter()
+    most: dict[tuple[str, int], int] = {}
+    for action in row:
+        if action.kind in ("RECV_F", "RECV_B"):
+            channel = (action.kind, action.stage)
+            held[channel] += 1
+            most[channel] = max(most.get(channel, 0), held[channel])
+        elif action.kind in ("B", "W"):  # the last reader of the input and of the gradient of the output
+            for channel in (("RECV_F", action.stage), ("RECV_B", action.stage)):
+                held[channel] -= channel in most
+    return most
+
+
+def peak_activations(row: Sequence[Action]) -> int:
+    """The largest number of (stage, microbatch) whose forward is saved at a time in a row."""
+    held = most = 0
+    for action in row:
+        held += (action.kind == "F") - (action.kind in ("B", "W"))
+        most = max(most, held)
+    return most

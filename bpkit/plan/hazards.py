@@ -1,0 +1,71 @@
+"""What each action of a row waits for, derived from the table of verbs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bpkit.plan.actions import Action, Buffer, buffer
+
+
+def _overlap(a: Action, b: Action) -> bool:
+    """Whether the parts of two actions share elements (None is the whole)."""
+    if a.part is None or b.part is None:
+        return True
+    (a_lo, a_hi), (b_lo, b_hi) = a.part.fractions(), b.part.fractions()
+    return a_lo < b_hi and b_lo < a_hi
+
+
+def _buffers(action: Action, stages: set[int]) -> tuple[set[Buffer], set[Buffer]]:
+    """Buffers that an action only reads, and those that it changes (writes or frees)."""
+    verb = action.verb
+    changed = {buffer(action, touch) for touch in verb.writes + verb.frees}
+    reads = {buffer(action, touch) for touch in verb.reads}
+    if action.kind == "NORM":  # one scalar over all stages of the rank
+        reads = {Buffer("G", stage, None) for stage in stages}
+    return reads - changed, changed
+
+
+def hazards(row: Sequence[Action]) -> tuple[tuple[int, ...], ...]:
+    """Indices of the earlier actions of the row that each action waits for.
+
+    An action starts after the last earlier compute action of its row, after the last earlier action of its
+    own stream, and after whatever last touched its buffers (read after write, write after write, write after
+    read).  Compute actions run in order, so the first rule covers all earlier compute.
+
+    Returns
+    -------
+    tuple of tuples of int
+        For each action, sorted indices; those implied by other waits are not removed, except all but the
+        last compute action.
+    """
+    result: list[tuple[int, ...]] = []
+    stages = {action.stage for action in row}
+    last_compute = -1
+    last_in_stream: dict[str, int] = {}
+    readers: dict[Buffer, list[int]] = {}
+    changers: dict[Buffer, list[int]] = {}
+    for index, action in enumerate(row):
+        reads, changes = _buffers(action, stages)
+        waits = {last_compute, last_in_stream.get(action.verb.stream, -1)}
+        for buf in reads | changes:
+            waits.update(i for i in changers.get(buf, ()) if _overlap(row[i], action))
+        for buf in changes:
+            waits.update(i for i in readers.get(buf, ()) if _overlap(row[i], action))
+        compute = {i for i in waits if i >= 0 and row[i].verb.stream == "compute"}
+        result.append(tuple(sorted({i for i in waits if i >= 0} - compute | ({max(compute)} if compute else set()))))
+        for buf in reads:
+            readers.setdefault(buf, []).append(index)
+        for buf in changes:
+            _record_change(row, index, changers.setdefault(buf, []), readers.setdefault(buf, []))
+        last_in_stream[action.verb.stream] = index
+        if action.verb.stream == "compute":
+            last_compute = index
+    return tuple(result)
+
+
+def _record_change(row: Sequence[Action], index: int, changers: list[int], readers: list[int]) -> None:
+    """Note a change of a buffer; one of the whole buffer makes all that came before irrelevant."""
+    if row[index].part is None:
+        changers.clear()
+        readers.clear()
+    changers.append(index)

@@ -1,0 +1,192 @@
+"""Passes: from the order and place of F, B, I and W to a plan that can be run.
+
+A strategy says only the order in which forwards and backwards run, and where.  Each pass here adds
+one thing that follows from that order.  ``complete`` applies them all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from bpkit.plan.actions import Action
+from bpkit.plan.plan import Plan
+
+Rows = list[list[Action]]
+
+
+def complete(plan: Plan, norm: bool = False) -> Plan:
+    """All that a compute-only plan lacks: losses, sends and receives, reductions, zeroing and updates."""
+    for step in (losses, tensor_sums, communicate, zero, reduce_gradients):
+        plan = step(plan)
+    return update(clip(plan) if norm else plan)
+
+
+def _each_row(plan: Plan, change: Callable[[list[Action]], Iterable[Action]]) -> Plan:
+    return plan.with_rows([list(change(list(row))) for row in plan.rows])
+
+
+def _last_gradients(row: list[Action]) -> dict[int, int]:
+    """Index of the action that completes each stage's gradient in a row."""
+    return {action.stage: index for index, action in enumerate(row) if action.kind in ("B", "W")}
+
+
+def refine(plan: Plan, k: int) -> Plan:
+    """Cut each stage of a compute-only plan into `k`: forwards run ascending, backwards descending.
+
+    A pipeline rank so gets buckets to overlap with its backward, and a sharded rank units to unshard.
+
+    Raises
+    ------
+    ValueError
+        If `k` is below 1, or the plan already holds more than F, B, I and W.
+    """
+    if k < 1:
+        raise ValueError(f"refine cuts each stage in at least 1, not {k}")
+
+    def cut(row: list[Action]) -> Iterable[Action]:
+        for action in row:
+            if action.kind not in ("F", "B", "I", "W"):
+                raise ValueError(f"refine comes before the other passes; the plan already holds {action}")
+            inner = range(k) if action.kind == "F" else range(k - 1, -1, -1)
+            for i in inner:
+                yield Action(action.stage * k + i, action.kind, action.mb)
+
+    rows = tuple(tuple(cut(list(row))) for row in plan.rows)
+    place = tuple(where for where in plan.place for _ in range(k))
+    return Plan(plan.name, rows, plan.stages * k, plan.mesh, plan.microbatches, plan.merge, place)
+
+
+def losses(plan: Plan) -> Plan:
+    """A LOSS before the first backward action of each microbatch on the last stage."""
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        done: set[int | None] = set()
+        for action in row:
+            if action.stage == plan.stages - 1 and action.kind in ("B", "I") and action.mb not in done:
+                done.add(action.mb)
+                yield Action(action.stage, "LOSS", action.mb)
+            yield action
+
+    return _each_row(plan, insert)
+
+
+def tensor_sums(plan: Plan) -> Plan:
+    """A SUM_F after each forward whose output is partial, a SUM_B after each such input half."""
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        for action in row:
+            yield action
+            if action.kind == "F" and action.stage in plan.partial_outputs:
+                yield Action(action.stage, "SUM_F", action.mb)
+            if action.kind in ("I", "B") and action.stage in plan.partial_inputs:
+                yield Action(action.stage, "SUM_B", action.mb)
+
+    return _each_row(plan, insert)
+
+
+def communicate(plan: Plan) -> Plan:
+    """Sends and receives where neighbouring stages stand on different pipeline ranks.
+
+    The rows are walked in clock ticks.  When a send is scheduled, its receive is appended to the partner's row
+    in the same tick, so that every row is a projection of one order and cannot deadlock, even where a send
+    waits for its receive.  (``torch.distributed.pipelining`` places receives by the same rule.)
+
+    Raises
+    ------
+    ValueError
+        If the compute actions wait for each other in a circle; the first blocked action of each row is named.
+    """
+    if plan.mesh.pipeline == 1:
+        return plan
+    queues = [deque(row) for row in plan.rows]
+    rows: Rows = [[] for _ in queues]
+    arrived: set[tuple[str, int, int | None]] = set()
+    while any(queues):
+        moved = [(rank, queue.popleft()) for rank, queue in enumerate(queues) if queue and _ready(plan, queue[0], arrived)]
+        if not moved:
+            heads = ", ".join(f"row {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue)
+            raise ValueError(f"{plan.name}: the compute actions wait for each other ({heads})")
+        for rank, action in moved:
+            rows[rank].append(action)
+        for rank, action in moved:
+            _hand_over(plan, rank, action, rows, arrived)
+    return plan.with_rows(rows)
+
+
+def _ready(plan: Plan, action: Action, arrived: set[tuple[str, int, int | None]]) -> bool:
+    """Whether the inputs of an action have been produced or received."""
+    if action.kind in ("F", "RECOMPUTE"):
+        return action.stage == 0 or ("A", action.stage, action.mb) in arrived
+    if action.kind in ("B", "I"):
+        return action.stage == plan.stages - 1 or ("D", action.stage + 1, action.mb) in arrived
+    return True
+
+
+def _hand_over(plan: Plan, rank: int, action: Action, rows: Rows, arrived: set[tuple[str, int, int | None]]) -> None:
+    """Mark what an action produced, and send it where the next stage is elsewhere."""
+    sums_follow = {"F": plan.partial_outputs, "B": plan.partial_inputs, "I": plan.partial_inputs}
+    kind = action.kind
+    if kind in sums_follow and action.stage in sums_follow[kind]:
+        return  # what is handed over is the sum
+    if kind in ("F", "SUM_F"):
+        arrived.add(("A", action.stage + 1, action.mb))
+        _send(plan, rank, action, "F", action.stage + 1, rows)
+    elif kind in ("B", "I", "SUM_B"):
+        arrived.add(("D", action.stage, action.mb))
+        _send(plan, rank, action, "B", action.stage - 1, rows)
+
+
+def _send(plan: Plan, rank: int, action: Action, way: str, to: int, rows: Rows) -> None:
+    if 0 <= to < plan.stages and plan.place[to] != rank:
+        rows[rank].append(Action(action.stage, f"SEND_{way}", action.mb))
+        rows[plan.place[to]].append(Action(to, f"RECV_{way}", action.mb))
+
+
+def zero(plan: Plan) -> Plan:
+    """A ZERO for each stage of a row, before its first action that adds to the gradient."""
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        stages = sorted({action.stage for action in row if action.kind == "F"})
+        yield from (Action(stage, "ZERO") for stage in stages)
+        yield from row
+
+    return _each_row(plan, insert)
+
+
+def reduce_gradients(plan: Plan) -> Plan:
+    """A REDUCE_GRAD after the action that completes a stage's gradient, and after its SEND_B.
+
+    The send comes first because another rank's backward waits for it; the reduction is waited for last.
+    """
+    if plan.mesh.data == 1:
+        return plan
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        after: dict[int, Action] = {}
+        for stage, index in _last_gradients(row).items():
+            while index + 1 < len(row) and row[index + 1].kind in ("SUM_B", "SEND_B") and row[index + 1].stage == stage:
+                index += 1
+            after[index] = Action(stage, "REDUCE_GRAD")
+        for index, action in enumerate(row):
+            yield action
+            if index in after:
+                yield after[index]
+
+    return _each_row(plan, insert)
+
+
+def clip(plan: Plan) -> Plan:
+    """A NORM after all gradients of a row are complete, for clipping by the global norm."""
+    return _each_row(plan, lambda row: [*row, Action(min(a.stage for a in row), "NORM")])
+
+
+def update(plan: Plan) -> Plan:
+    """An UPDATE of each stage at the end of the row, in the order in which gradients are completed."""
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        yield from row
+        done = _last_gradients(row)
+        yield from (Action(stage, "UPDATE") for stage in sorted(done, key=done.__getitem__))
+
+    return _each_row(plan, insert)

@@ -1,0 +1,220 @@
+"""The plan: for every rank a list of actions.  It is written once; it is run, simulated and drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Final
+
+from bpkit.plan.actions import Action
+from bpkit.plan.mesh import Coordinate, Mesh
+
+#: What a merge of gradients does: weight of a shard in LOSS, factor in UPDATE, and its class.
+#: ``terms`` is the number of loss terms, n the number of data ranks (an empty shard counts as one).
+MERGES: Final[dict[str, str]] = {
+    "mean": "sum of the shards' gradient sums, divided once by the global number of terms (exact)",
+    "mean-of-means": "mean over each shard, summed, divided by the number of ranks (the document's average)",
+    "sum": "mean over each shard, summed, not divided (the document's sum)",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plan for one training step.
+
+    Parameters
+    ----------
+    name : str
+        How it was made, for example ``data_parallel(4, buckets=3)``.
+    rows : tuple of tuples of Action
+        One row a pipeline coordinate, shared by its data and tensor replicas; one row a (pipeline, data)
+        coordinate, data fastest, where the plan is `expanded`.
+    stages : int
+        Number of stages, the atoms of the plan.
+    mesh : Mesh
+        Sizes of the axes.
+    microbatches : int
+        Microbatches into which each rank's shard is cut.
+    merge : str
+        A key of :data:`MERGES`.
+    place : tuple of int, optional
+        Pipeline coordinate of each stage; taken from the rows where it is not given.
+    cuts : tuple of int, optional
+        Layers at which a stage starts (without 0); None lets ``compile`` balance the stages.
+    partial_outputs, partial_inputs : tuple of int
+        Stages whose output (gradient of input) is only this tensor rank's share until a SUM_F (SUM_B).
+    expanded : bool
+        Whether data replicas have rows of their own.
+
+    Raises
+    ------
+    ValueError
+        If the numbers do not fit each other.
+    """
+
+    name: str
+    rows: tuple[tuple[Action, ...], ...]
+    stages: int
+    mesh: Mesh = Mesh()
+    microbatches: int = 1
+    merge: str = "mean"
+    place: tuple[int, ...] = ()
+    cuts: tuple[int, ...] | None = None
+    partial_outputs: tuple[int, ...] = ()
+    partial_inputs: tuple[int, ...] = ()
+    expanded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.microbatches < 1:
+            raise ValueError(f"{self.name}: a plan needs at least one stage and one microbatch, not "
+                             f"{self.stages} and {self.microbatches}")  # fmt: skip
+        if self.merge not in MERGES:
+            raise ValueError(f"{self.name}: unknown merge {self.merge!r}: choose one of {', '.join(MERGES)}")
+        needed = self.mesh.pipeline * (self.mesh.data if self.expanded else 1)
+        if len(self.rows) != needed:
+            each = "(pipeline, data) coordinate" if self.expanded else "pipeline coordinate"
+            raise ValueError(f"{self.name}: {len(self.rows)} rows, but a mesh of {self.mesh} needs {needed}: one a {each}")
+        if self.cuts is not None and len(self.cuts) != self.stages - 1:
+            raise ValueError(f"{self.name}: {self.stages} stages need {self.stages - 1} cuts, not {len(self.cuts)}")
+        if not self.place:
+            object.__setattr__(self, "place", self._places())
+        for index, row in enumerate(self.rows):
+            for action in row:
+                self._fits(action, index)
+
+    def _places(self) -> tuple[int, ...]:
+        """Where each stage's forwards stand."""
+        per_row = self.mesh.data if self.expanded else 1
+        found: dict[int, int] = {}
+        for index, row in enumerate(self.rows):
+            for action in row:
+                if action.kind == "F" and found.setdefault(action.stage, index // per_row) != index // per_row:
+                    raise ValueError(f"{self.name}: stage {action.stage} is run forward in rows of two pipeline ranks")
+        missing = [stage for stage in range(self.stages) if stage not in found]
+        if missing:
+            raise ValueError(f"{self.name}: no row runs stage {missing[0]} forward")
+        return tuple(found[stage] for stage in range(self.stages))
+
+    def _fits(self, action: Action, row: int) -> None:
+        where = f"{self.name}: {action} in row {row}"
+        if action.stage >= self.stages:
+            raise ValueError(f"{where}: the plan has stages 0 to {self.stages - 1}")
+        if action.mb is not None and action.mb >= self.microbatches:
+            raise ValueError(f"{where}: the plan has microbatches 0 to {self.microbatches - 1}")
+        if action.peer is not None and not (self.expanded and action.peer < self.mesh.data):
+            raise ValueError(f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) "
+                             "of an expanded plan")  # fmt: skip
+
+    @property
+    def exact(self) -> bool:
+        """Whether the plan must equal serial training (class *exact*); other plans are *defined*."""
+        return self.merge == "mean"
+
+    @property
+    def workers(self) -> int:
+        """Number of ranks that run the plan."""
+        return self.mesh.size
+
+    def row(self, at: Coordinate) -> tuple[Action, ...]:
+        """The actions of the rank at a coordinate."""
+        return self.rows[self.row_index(at)]
+
+    def row_index(self, at: Coordinate) -> int:
+        """Which row the rank at a coordinate runs."""
+        return at.pipeline * self.mesh.data + at.data if self.expanded else at.pipeline
+
+    def owned(self, pipeline: int) -> tuple[int, ...]:
+        """Stages that live on a pipeline coordinate, in order."""
+        return tuple(stage for stage, place in enumerate(self.place) if place == pipeline)
+
+    def with_rows(self, rows: list[list[Action]]) -> Plan:
+        """The same plan with other rows."""
+        return replace(self, rows=tuple(tuple(row) for row in rows))
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for the text of the plan that is the same in every process."""
+        return hashlib.sha256(str(self).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        lines = [f"plan {self.name}", f"mesh {self.mesh}"]
+        for key in ("stages", "microbatches", "merge"):
+            lines.append(f"{key} {getattr(self, key)}")
+        for key in ("place", "cuts", "partial_outputs", "partial_inputs"):
+            value = getattr(self, key)
+            if value:
+                lines.append(f"{key} {' '.join(map(str, value))}")
+        if self.expanded:
+            lines.append("expanded yes")
+        lines += ["row " + " ".join(map(str, row)) for row in self.rows]
+        return "\n".join(lines)
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """Read the text form of a plan.
+
+        Raises
+        ------
+        ValueError
+            If a line is not of the form that ``str(plan)`` prints; the line is named.
+        """
+        known = {field.name for field in fields(cls)}
+        values: dict[str, object] = {}
+        rows: list[tuple[Action, ...]] = []
+        for number, line in enumerate(text.strip().splitlines(), 1):
+            key, _, rest = line.strip().partition(" ")
+            try:
+                if key == "row":
+                    rows.append(tuple(map(Action.parse, rest.split())))
+                elif key == "plan":
+                    values["name"] = rest
+                elif key == "mesh":
+                    values["mesh"] = Mesh(**{k: int(v) for k, v in (word.split("=") for word in rest.split())})
+                elif key in ("stages", "microbatches"):
+                    values[key] = int(rest)
+                elif key == "merge":
+                    values[key] = rest
+                elif key == "expanded":
+                    values[key] = rest == "yes"
+                elif key in known:
+                    values[key] = tuple(map(int, rest.split()))
+                else:
+                    raise ValueError(f"unknown key {key!r}")
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number} of the plan, {line.strip()!r}: {error}") from None
+        return cls(rows=tuple(rows), **values)  # type: ignore[arg-type]
+
+
+def grid(plan: Plan, marked: tuple[int, int] | None = None, around: int = 8) -> str:
+    """The rank-by-step table of a plan, with one cell marked.
+
+    Parameters
+    ----------
+    marked : (row, column), optional
+        The cell to mark with ``>>`` and ``<<``; only `around` columns on each side of it are shown.
+    """
+    width = max(map(len, plan.rows), default=0)
+    low = 0 if marked is None else max(0, marked[1] - around)
+    high = width if marked is None else min(width, marked[1] + around + 1)
+
+    def cell(row: int, column: int) -> str:
+        text = str(plan.rows[row][column]) if column < len(plan.rows[row]) else ""
+        return f">>{text or 'end of row'}<<" if marked == (row, column) else text
+
+    columns = [[str(c)] + [cell(r, c) for r in range(len(plan.rows))] for c in range(low, high + (marked is not None))]
+    names = ["step"] + [f"row {r}" for r in range(len(plan.rows))]
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for index, name in enumerate(names):
+        cells = "  ".join(column[index].ljust(w) for column, w in zip(columns, widths, strict=True))
+        lines.append(f"{name.ljust(8)}{'... ' if low else ''}{cells}{' ...' if high < width else ''}".rstrip())
+    return "\n".join(lines)
+
+
+class PlanError(ValueError):
+    """A plan that must not be run; the message shows the grid of ranks and steps with the faulty cell marked."""
+
+    def __init__(self, plan: Plan, row: int, column: int, why: str) -> None:
+        action = plan.rows[row][column] if column < len(plan.rows[row]) else "the end of the row"
+        super().__init__(f"{plan.name}: row {row}, {action}: {why}\n{grid(plan, (row, column))}")

@@ -1,0 +1,74 @@
+"""Strategies: short pure functions that return plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bpkit.plan.actions import Action
+from bpkit.plan.mesh import Mesh
+from bpkit.plan.passes import complete
+from bpkit.plan.plan import Plan
+
+
+def serial(buckets: int = 1, microbatches: int = 1) -> Plan:
+    """One worker: forward, loss, backward, update.
+
+    ::
+
+        0ZERO 0F0 0LOSS0 0B0 0UPDATE
+
+    Parameters
+    ----------
+    buckets : int
+        Stages into which the network is cut; one pair of flat buffers each.
+    microbatches : int
+        Microbatches whose gradients are accumulated.
+    """
+    plan = data_parallel(1, buckets, microbatches=microbatches)
+    return replace(plan, name=_call("serial", (), buckets, microbatches))
+
+
+def data_parallel(workers: int, buckets: int = 1, merge: str = "mean", microbatches: int = 1) -> Plan:
+    """Every worker holds the whole network and a shard of each batch; the gradients become one.
+
+    With two workers and ``buckets=2`` the one row that all workers share is ::
+
+        0ZERO 1ZERO 0F0 1F0 1LOSS0 1B0 1REDUCE_GRAD 0B0 0REDUCE_GRAD 1UPDATE 0UPDATE
+
+    Parameters
+    ----------
+    workers : int
+        Number of data-parallel ranks.
+    buckets : int
+        Stages into which the network is cut.  A bucket is one stage's gradient: its reduction starts while
+        the backward of earlier layers still runs.
+    merge : {"mean", "mean-of-means", "sum"}
+        ``mean`` is exact: gradient sums, added, divided once by the number of loss terms of the global batch.
+        ``mean-of-means`` is the mean over each shard, averaged over workers; ``sum`` the same undivided.  Both
+        are of class *defined*: they equal the gradient of the mean loss only for equal shards, and (``sum``)
+        only up to the factor `workers`.
+    microbatches : int
+        Microbatches a worker; gradients are accumulated and reduced once.
+
+    Raises
+    ------
+    ValueError
+        If a number is below 1 or the merge is unknown.
+    """
+    for name, value in (("workers", workers), ("buckets", buckets), ("microbatches", microbatches)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"data_parallel: {name} must be a whole number of at least 1, not {value!r}")
+    row: list[Action] = []
+    for mb in range(microbatches):
+        row += [Action(stage, "F", mb) for stage in range(buckets)]
+        row += [Action(stage, "B", mb) for stage in reversed(range(buckets))]
+    name = _call("data_parallel", (workers,), buckets, microbatches, merge)
+    return complete(Plan(name, (tuple(row),), buckets, Mesh(data=workers), microbatches, merge))
+
+
+def _call(name: str, args: tuple[int, ...], buckets: int, microbatches: int, merge: str = "mean") -> str:
+    """The call that makes a plan, without the arguments that are at their defaults."""
+    words = [str(arg) for arg in args]
+    words += [f"buckets={buckets}"] * (buckets != 1) + [f"merge={merge!r}"] * (merge != "mean")
+    words += [f"microbatches={microbatches}"] * (microbatches != 1)
+    return f"{name}({', '.join(words)})"

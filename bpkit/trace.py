@@ -1,0 +1,170 @@
+"""The trace: what each rank did when, measured or simulated, in columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.plan.actions import Action
+
+Column = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Columns of equal length, one entry an executed action.
+
+    Times are nanoseconds on one clock for all ranks (the host's monotonic clock for a measured trace), from
+    the start of the first action.
+
+    Parameters
+    ----------
+    cells : tuple of str
+        The distinct actions, as text.
+    rank, step, cell : ndarray
+        Rank, training step, and index into `cells`.
+    start, end : ndarray
+        When the row reached the action, and when it ended.  A communication that runs beside the row's
+        compute ends when its end was first seen, at an action boundary.
+    wait : ndarray
+        How long the row itself was blocked: before a compute action, for the communication it reads (the
+        *exposed* communication); in a communication, until the row went on.
+    cpu : ndarray
+        CPU time of the row's thread inside a compute action; -1 where it was not taken.
+    bytes : ndarray
+        Bytes counted at the send; 0 where nothing was sent, -1 where a native collective does not count.
+    simulated : bool
+        Whether the times come from a model and not from a clock.
+    """
+
+    cells: tuple[str, ...]
+    rank: Column
+    step: Column
+    cell: Column
+    start: Column
+    end: Column
+    wait: Column
+    cpu: Column
+    bytes: Column
+    simulated: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return int(self.rank.max()) + 1 if len(self) else 0
+
+    @property
+    def steps(self) -> NDArray[np.int64]:
+        """The training steps, in order."""
+        return np.unique(self.step)
+
+    def where(self, mask: NDArray[np.bool_]) -> Trace:
+        """The entries that `mask` selects."""
+        columns = (self.rank, self.step, self.cell, self.start, self.end, self.wait, self.cpu, self.bytes)
+        return Trace(self.cells, *(column[mask] for column in columns), simulated=self.simulated)
+
+    def at_step(self, step: int) -> Trace:
+        """The entries of one training step."""
+        return self.where(self.step == step)
+
+    def kinds(self) -> NDArray[np.str_]:
+        """The kind of action of each entry (``F``, ``REDUCE_GRAD``, ...)."""
+        names = np.array([Action.parse(cell).kind for cell in self.cells] or [""])
+        return names[self.cell]
+
+    def compute(self) -> NDArray[np.bool_]:
+        """Which entries are compute actions."""
+        is_compute = np.array([Action.parse(cell).verb.stream == "compute" for cell in self.cells] or [False])
+        return is_compute[self.cell]
+
+    def step_times(self) -> NDArray[np.float64]:
+        """Duration of each step in seconds: the period from its first start to the next step's (rank mean).
+
+        The last step lasts to its own last end, since no step follows it.
+        """
+        starts = np.array([[self.start[(self.rank == r) & (self.step == s)].min() for s in self.steps]
+                           for r in range(self.ranks)], dtype=float)  # fmt: skip
+        ends = np.array([self.end[self.rank == r].max() for r in range(self.ranks)], dtype=float)
+        return np.diff(np.column_stack([starts, ends]), axis=1).mean(axis=0) / 1e9
+
+    def rows(self) -> Iterator[tuple[int, int, str, int, int, int]]:
+        """Entries as (rank, step, cell, start, end, wait)."""
+        for i in range(len(self)):
+            yield (int(self.rank[i]), int(self.step[i]), self.cells[self.cell[i]], int(self.start[i]),
+                   int(self.end[i]), int(self.wait[i]))  # fmt: skip
+
+    def to_chrome(self, path: str | Path) -> Path:
+        """Write the trace in Chrome's trace-event format, which Perfetto opens.
+
+        One process a rank, one thread a stream; ``ts`` and ``dur`` are microseconds.  A wait is an event of its own.
+        """
+        streams = ["compute", "data", "tensor", "in", "out"]
+        events: list[dict[str, object]] = []
+        for rank in range(self.ranks):
+            events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
+            events += [{"ph": "M", "pid": rank, "tid": i, "name": "thread_name", "args": {"name": name}}
+                       for i, name in enumerate(streams)]  # fmt: skip
+        for rank, step, cell, start, end, wait in self.rows():
+            action = Action.parse(cell)
+            stream = action.verb.stream
+            base = {"ph": "X", "pid": rank, "tid": streams.index(stream), "args": {"step": step}}
+            begin = start + (wait if stream == "compute" else 0)
+            events.append({**base, "name": cell, "cat": action.kind, "ts": begin / 1e3, "dur": max(0, end - begin) / 1e3})
+            if wait and stream == "compute":
+                events.append({**base, "name": f"wait for {cell}", "cat": "wait", "ts": start / 1e3, "dur": wait / 1e3})
+        target = Path(path)
+        target.write_text(json.dumps({"displayTimeUnit": "ms", "traceEvents": events}))
+        return target
+
+    @classmethod
+    def collect(cls, logs: Sequence[Log], cells: Sequence[Sequence[str]], simulated: bool = False) -> Trace:
+        """One trace from the logs of all ranks.
+
+        Parameters
+        ----------
+        logs : sequence of Log
+            One a rank.
+        cells : sequence of sequences of str
+            The row of each rank, as text.
+        """
+        names = tuple(dict.fromkeys(name for row in cells for name in row))
+        lookup = {name: i for i, name in enumerate(names)}
+        columns: list[list[Column]] = [[] for _ in range(8)]
+        for rank, (log, row) in enumerate(zip(logs, cells, strict=True)):
+            steps, width = log.start.shape
+            index = np.array([lookup[name] for name in row], dtype=np.int64)
+            flat = (np.full(steps * width, rank), np.repeat(log.steps, width), np.tile(index, steps), log.start.ravel(),
+                    log.end.ravel(), log.wait.ravel(), log.cpu.ravel(), log.bytes.ravel())  # fmt: skip
+            for column, values in zip(columns, flat, strict=True):
+                column.append(np.asarray(values, dtype=np.int64))
+        joined = [np.concatenate(column) if column else np.empty(0, np.int64) for column in columns]
+        if len(joined[3]):
+            origin = joined[3].min()
+            joined[3], joined[4] = joined[3] - origin, joined[4] - origin
+        return cls(names, *joined, simulated=simulated)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What one rank noted: arrays of shape (steps, actions of its row), times in nanoseconds."""
+
+    steps: Column
+    start: Column
+    end: Column
+    wait: Column
+    cpu: Column
+    bytes: Column
+
+    @classmethod
+    def empty(cls, steps: Sequence[int], width: int) -> Log:
+        """Room for the given steps of a row of `width` actions."""
+        blank = [np.zeros((len(steps), width), dtype=np.int64) for _ in range(5)]
+        return cls(np.asarray(steps, dtype=np.int64), *blank)
