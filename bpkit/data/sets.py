@@ -1,0 +1,156 @@
+"""The data sets: `digits` lies in this package, `mnist` is downloaded when it is asked for."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import struct
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bpkit.data.dataset import Dataset
+
+Opener = Callable[[str], BinaryIO]
+
+# The files of LeCun, Cortes and Burges, as mirrored for PyTorch and by Google; SHA-256 of the compressed files.
+_MNIST_MIRRORS = (
+    "https://ossci-datasets.s3.amazonaws.com/mnist/",
+    "https://storage.googleapis.com/cvdf-datasets/mnist/",
+)
+_MNIST_FILES = {
+    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+}
+
+
+def digits(dtype: torch.dtype = torch.float32, test: int = 360, seed: int = 0) -> Dataset:
+    """Return 1,797 handwritten digits of 8 x 8 pixels, from 0 to 1, as vectors of 64.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of the inputs.
+    test : int
+        Number of test samples; the rest is for training.
+    seed : int
+        Of the shuffle before the split.
+
+    Notes
+    -----
+    The test part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (1998), UCI Machine
+    Learning Repository, doi:10.24432/C50P49, CC BY 4.0, in the copy that scikit-learn carries; see SOURCE.txt.
+    """
+    with np.load(Path(__file__).with_name("digits.npz")) as file:
+        pixels, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
+    if not 0 <= test < len(labels):
+        raise ValueError(
+            f"digits has {len(labels)} samples, so the test part has 0 to {len(labels) - 1}, not {test}"
+        )
+    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    inputs, targets = pixels[rows].to(dtype) / 16, labels[rows].long()
+    cut = len(labels) - test
+    return Dataset("digits", inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
+
+
+def mnist(
+    cache: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    opener: Opener | None = None,
+) -> Dataset:
+    """Return MNIST: 60,000 training and 10,000 test digits of 28 x 28 pixels, from 0 to 1, as vectors of 784.
+
+    The four files (11 MB) are downloaded once, checked by SHA-256, and kept in the cache.
+
+    Parameters
+    ----------
+    cache : path, optional
+        Default: ``$BPKIT_CACHE``, else ``$XDG_CACHE_HOME/bpkit``, else ``~/.cache/bpkit``.
+    dtype : torch.dtype
+        Of the inputs.
+    opener : callable, optional
+        Opens an address for reading; ``urllib.request.urlopen`` by default.
+
+    Raises
+    ------
+    ConnectionError
+        If a file is neither in the cache nor to be had from a mirror.
+    ValueError
+        If a downloaded file has another checksum.
+
+    Notes
+    -----
+    Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits" (1998), CC BY-SA 3.0.
+    """
+    folder = Path(cache) if cache is not None else _cache_folder()
+    opener = opener or (lambda url: urllib.request.urlopen(url, timeout=30))
+    arrays = [
+        _read_idx(_fetch(name, digest, folder / "mnist", opener)) for name, digest in _MNIST_FILES.items()
+    ]
+    x, t, test_x, test_t = arrays
+    return Dataset("mnist", _pixels(x, dtype), t.long(), _pixels(test_x, dtype), test_t.long())
+
+
+def _pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
+    return images.flatten(1).to(dtype) / 255
+
+
+def _cache_folder() -> Path:
+    """Return the folder for downloads, without making it."""
+    if own := os.environ.get("BPKIT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpkit"
+
+
+def _fetch(name: str, digest: str, folder: Path, opener: Opener) -> bytes:
+    """Return a file's bytes from the cache or a mirror, checked in either case."""
+    path = folder / name
+    if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == digest:
+        return data
+    data = _download(name, folder, opener)
+    found = hashlib.sha256(data).hexdigest()
+    if found != digest:
+        raise ValueError(
+            f"{name} has SHA-256 {found}, and {digest} was expected: the download is damaged or changed"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_bytes(data)
+    partial.replace(path)  # in one step: another process sees the whole file or none
+    return data
+
+
+def _download(name: str, folder: Path, opener: Opener) -> bytes:
+    """Return a file's bytes from the first mirror that answers."""
+    errors = []
+    for mirror in _MNIST_MIRRORS:
+        try:
+            with opener(mirror + name) as response:
+                return response.read()
+        except OSError as error:  # URLError is one
+            errors.append(f"{mirror}: {error}")
+    raise ConnectionError(
+        f"{name} is not in {folder} and could not be downloaded ({'; '.join(errors)}). "
+        "Connect to the network once, or put the file there; bp.data.digits() needs no network."
+    )
+
+
+def _read_idx(data: bytes) -> Tensor:
+    """Return the uint8 array of a compressed IDX file (the format is given on MNIST's page)."""
+    raw = gzip.decompress(data)
+    zero, kind, dimensions = struct.unpack(">HBB", raw[:4])
+    shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
+    body = raw[4 + 4 * dimensions :]
+    if zero != 0 or kind != 8 or len(body) != math.prod(shape):
+        raise ValueError("not an IDX file of unsigned bytes")
+    return torch.from_numpy(np.frombuffer(body, dtype=np.uint8).reshape(shape).copy())

@@ -1,0 +1,120 @@
+"""Layers made of layers: `Sequential` runs them in order, `Residual` adds its input to their output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bpkit.nn.costs import StageCost
+from bpkit.nn.layer import Chain, Context, Layer, Pass, Shape, Site, output_shapes, produced, sites, spans
+
+
+class Sequential(Layer):
+    """Layers one after another, treated as one layer: a network is never cut inside it.
+
+    Parameters
+    ----------
+    *layers : Layer
+        At least one.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        if not layers:
+            raise ValueError(f"{type(self).__name__} needs at least one layer")
+        self.layers = layers
+        self.leaves = sum(layer.leaves for layer in layers)
+        self.keeps_output = layers[-1].keeps_output
+        self.fresh_gradient = layers[0].fresh_gradient
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.layers == other.layers  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.layers))
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return output_shapes(self.layers, shape)[-1]
+
+    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        return tuple(p for layer, s in self._inner(shape) for p in layer.parameter_shapes(s))
+
+    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
+        return [p for layer, s in self._inner(shape) for p in layer.initial(s, generator)]
+
+    def produced(self, shape: Shape) -> list[int]:
+        return produced(self.layers, shape)
+
+    def cost(self, shape: Shape) -> StageCost:
+        return StageCost.merge([layer.cost(s) for layer, s in self._inner(shape)])
+
+    def at(self, site: Site) -> Pass:
+        return Chain(self.layers, site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        places = sites(self.layers, site)
+        for layer, place, span in zip(
+            self.layers, places, spans([len(p.parameters) for p in places]), strict=True
+        ):
+            x = layer.reference(x, parameters[span], context, place)
+        return x
+
+    def _inner(self, shape: Shape) -> list[tuple[Layer, Shape]]:
+        return list(zip(self.layers, output_shapes(self.layers, shape), strict=False))
+
+
+class Residual(Sequential):
+    """y = x + f(x), f the given layers in order (He et al. 2016, arXiv:1512.03385); dx = dy + f's dx.
+
+    Raises
+    ------
+    ValueError
+        When a network is built whose f changes the shape.
+    """
+
+    def __init__(self, *layers: Layer) -> None:
+        super().__init__(*layers)
+        self.keeps_output = False
+        self.fresh_gradient = True
+
+    def output_shape(self, shape: Shape) -> Shape:
+        out = super().output_shape(shape)
+        if out != shape:
+            raise ValueError(f"{self!r} must keep the shape to add its input, and gives {out} for {shape}")
+        return out
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Count the layers and one addition an element, forward and backward."""
+        inner, size = super().cost(shape), torch.Size(shape).numel()
+        add = StageCost(size, size, 0, size, size, 0)
+        return StageCost.merge([inner, add])
+
+    def at(self, site: Site) -> Pass:
+        return _ResidualPass(self.layers, site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        return x + super().reference(x, parameters, context, site)
+
+
+class _ResidualPass(Pass):
+    """Neither the input nor the gradient from above may be overwritten inside: both are read again."""
+
+    def __init__(self, layers: Sequence[Layer], site: Site) -> None:
+        inside = replace(site, reuse_input=False, reuse_gradient=False)
+        self._inner = Chain(layers, inside)
+        self._y, self._dx = site.empty(), site.empty()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return torch.add(x, self._inner.forward(x, context), out=self._y)
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        dx = self._inner.backward_input(dy, need)
+        return torch.add(dy, dx, out=self._dx) if dx is not None else None
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        self._inner.backward_weight(accumulate)

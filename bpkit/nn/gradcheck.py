@@ -1,0 +1,140 @@
+"""Check hand-written gradients against autograd and against finite differences, in float64.
+
+This is the only place in `bpkit` where autograd runs, as an oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bpkit.nn.containers import Sequential
+from bpkit.nn.layer import Context
+from bpkit.nn.network import Network
+
+
+@dataclass(frozen=True)
+class GradCheck:
+    """Errors of the gradients of "input" and "parameter 0", ...: max|a - b| / max|b| for each tensor.
+
+    Parameters
+    ----------
+    autograd, differences : dict of str to float
+        Errors against autograd, and against central finite differences at sampled elements.
+    """
+
+    autograd: dict[str, float]
+    differences: dict[str, float]
+
+    @property
+    def ok(self) -> bool:
+        """Whether autograd agrees to 1e-12 and finite differences agree to 1e-6."""
+        return all(e <= 1e-12 for e in self.autograd.values()) and all(
+            e <= 1e-6 for e in self.differences.values()
+        )
+
+    def __str__(self) -> str:
+        lines = [f"{'gradient':<14}{'autograd':>10}{'differences':>13}   max|a - b| / max|b|"]
+        lines += [f"{name:<14}{e:>10.1e}{self.differences[name]:>13.1e}" for name, e in self.autograd.items()]
+        return "\n".join(
+            [*lines, "gradients agree" if self.ok else "gradients DIFFER (limits 1e-12 and 1e-6)"]
+        )
+
+
+def gradcheck(
+    network: Network,
+    x: Tensor,
+    targets: Tensor,
+    *,
+    context: Context = Context(),
+    samples: int = 20,
+    step: float = 1e-6,
+) -> GradCheck:
+    """Compare a network's gradients of the loss's sum with autograd and central finite differences.
+
+    Parameters
+    ----------
+    network : Network
+        Of float64; its gradients are overwritten.
+    x, targets : Tensor
+        A batch with at least one sample.
+    context : Context
+        Places the dropout masks, which are the same in all three computations.
+    samples : int
+        Elements of each tensor at which differences are taken, evenly spread.
+    step : float
+        Half-width of a difference, in absolute terms.
+
+    Notes
+    -----
+    A tensor's error is relative to its largest element, or, where its gradient vanishes in theory (below 1e-10 of the
+    network's largest), to a tenth of the network's largest, so that 1e-12 of it is 1e-13 of the largest.
+
+    Raises
+    ------
+    TypeError
+        If the network is not of float64.
+    ValueError
+        If the batch is empty.
+    """
+    if network.dtype is not torch.float64:
+        raise TypeError(f"gradients are checked in torch.float64; this network is of {network.dtype}")
+    if len(x) == 0:
+        raise ValueError("an empty batch has no gradient to check: give at least one sample")
+    parameters = network.parameters()
+    ours = _by_hand(network, x, targets, context)
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *parameters)]
+    theirs = torch.autograd.grad(reference_loss(network, leaves[0], leaves[1:], targets, context), leaves)
+    largest = max(float(g.abs().max()) for g in theirs)
+    names = ["input", *(f"parameter {i}" for i in range(len(parameters)))]
+
+    def value(point: Tensor | None = None) -> float:
+        y = network.forward(x if point is None else point, "gradcheck", context)
+        return float(network.loss.value(y, targets))
+
+    moved = x.clone()
+    autograd, differences = {}, {}
+    for name, tensor, a, b in zip(names, (moved, *parameters), ours, theirs, strict=True):
+        own = float(b.abs().max())
+        scale = own if own > 1e-10 * largest else 0.1 * largest or 1.0
+        autograd[name] = float((a - b).abs().max()) / scale
+        probe: Callable[[], float] = (lambda: value(moved)) if tensor is moved else value
+        differences[name] = _difference_error(tensor, a, probe, samples, step) / scale
+    network.release()
+    return GradCheck(autograd, differences)
+
+
+def reference_loss(
+    network: Network, x: Tensor, parameters: list[Tensor], targets: Tensor, context: Context = Context()
+) -> Tensor:
+    """Compute the loss's sum with torch's own functions, differentiable by autograd."""
+    y = Sequential(*network.layers).reference(x, parameters, context, network.site(len(x)))
+    return network.loss.reference(y, targets)
+
+
+def _by_hand(network: Network, x: Tensor, targets: Tensor, context: Context) -> list[Tensor]:
+    """Return copies of the hand-written gradients: the input's, then the parameters'."""
+    y = network.forward(x, "gradcheck", context)
+    _, dy = network.loss.value_and_gradient(y, targets)
+    dx = network.backward(dy, "gradcheck", need_input=True)
+    assert dx is not None
+    return [g.clone() for g in (dx, *network.gradients())]
+
+
+def _difference_error(
+    tensor: Tensor, gradient: Tensor, value: Callable[[], float], samples: int, step: float
+) -> float:
+    """Return the largest |gradient - central difference| over evenly spread elements of `tensor`."""
+    flat, worst = tensor.view(-1), 0.0
+    for i in torch.linspace(0, flat.numel() - 1, min(samples, flat.numel())).long().unique().tolist():
+        old = float(flat[i])
+        flat[i] = old + step
+        above = value()
+        flat[i] = old - step
+        below = value()
+        flat[i] = old
+        worst = max(worst, abs(float(gradient.view(-1)[i]) - (above - below) / (2 * step)))
+    return worst

@@ -1,0 +1,232 @@
+"""What a layer is: a description (`Layer`), a place to work (`Site`), and a passage (`Pass`).
+
+A *layer* holds hyperparameters only. It says which shapes it needs, and `at` binds it to a site: views
+of its parameters and gradients, the shape of its input, a seed. The result, a *pass*, holds the buffers
+and the kept activations of one microbatch, and does the arithmetic: forward, and backward in halves.
+The input half carries the gradient to the layer below, the weight half gives the parameters' gradients.
+A `Chain` is a pass made of passes; a network's forward and backward are a chain's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from bpkit.nn.costs import StageCost
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a microbatch stands in the training run; dropout draws its masks from it.
+
+    Parameters
+    ----------
+    step : int
+        Number of the training step, from 0.
+    first : int
+        Position of row 0 of the input in the step's global batch; the rows are contiguous.
+    training : bool
+        False switches dropout off.
+    """
+
+    step: int = 0
+    first: int = 0
+    training: bool = True
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a layer works: views of its tensors, its input's shape (rows first), and its coordinates.
+
+    `layer` counts layers without their containers over the whole network, so neither splitting nor nesting
+    changes it. `reuse_input` says that the input may be overwritten: nobody else reads it. `reuse_gradient`
+    says the same of the gradient that comes from above.
+    """
+
+    parameters: tuple[Tensor, ...]
+    gradients: tuple[Tensor, ...]
+    shape: Shape
+    dtype: torch.dtype
+    device: torch.device
+    layer: int = 0
+    seed: int = 0
+    reuse_input: bool = False
+    reuse_gradient: bool = False
+
+    def empty(self, *shape: int) -> Tensor:
+        """Return an uninitialised tensor of `shape` (default: the input's) on the site's device."""
+        return torch.empty(shape or self.shape, dtype=self.dtype, device=self.device)
+
+
+class Pass:
+    """The passage of one microbatch through one layer: its buffers and its arithmetic."""
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """Return the output; keep what backward needs. The output lives until the next forward."""
+        raise NotImplementedError
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        """Return the gradient of the input; keep what `backward_weight` needs.
+
+        With ``need=False`` the input's gradient may be left out, and None is returned.
+        """
+        raise NotImplementedError
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        """Write (or add, with `accumulate`) the gradients of the parameters."""
+
+
+class Layer:
+    """Base of all layers. Subclasses are frozen dataclasses of hyperparameters.
+
+    A layer with parameters overrides `parameter_shapes` and `initial`; every layer overrides `at`, `cost` and
+    `reference`. `keeps_output`: its backward reads its output, or its output is its input, so the next layer
+    must not overwrite it. `fresh_gradient`: the input gradient lies in memory that nobody else reads.
+    """
+
+    keeps_output: bool = False
+    fresh_gradient: bool = True
+    leaves: int = 1
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Return the shape of one output sample for input samples of `shape`; ValueError if it can't be."""
+        return shape
+
+    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        """Return the shapes of the parameters, in the order weight, bias."""
+        return ()
+
+    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
+        """Draw initial parameters in float64 on the CPU."""
+        return []
+
+    def produced(self, shape: Shape) -> list[int]:
+        """Return the indices of the parameters in the order in which backward produces their gradients."""
+        return list(range(len(self.parameter_shapes(shape))))
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Return FLOPs, edges and parameters for one sample of `shape`."""
+        raise NotImplementedError
+
+    def at(self, site: Site) -> Pass:
+        """Bind the layer to a site."""
+        raise NotImplementedError
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        """Compute the output with torch's own functions: `gradcheck` differentiates it with autograd."""
+        raise NotImplementedError
+
+
+class Elementwise(Layer):
+    """A layer without parameters that treats each element alone."""
+
+    flops: ClassVar[int] = 1  # a forward element, and a backward one, each counted as one operation
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Count `flops` for each element, forward and backward; there is no weight half."""
+        size = math.prod(shape)
+        return StageCost(self.flops * size, self.flops * size, 0, size, size, 0)
+
+
+def output_shapes(layers: Sequence[Layer], shape: Shape) -> list[Shape]:
+    """Return the shape in front of each layer and, last, the output's.
+
+    Raises
+    ------
+    ValueError
+        Where two layers do not fit: it names both and both shapes.
+    """
+    shapes = [shape]
+    for i, layer in enumerate(layers):
+        try:
+            shapes.append(tuple(layer.output_shape(shapes[-1])))
+        except ValueError as error:
+            source = f"layer {i - 1} ({layers[i - 1]!r}) gives" if i else "the network's input has"
+            raise ValueError(f"{source} samples of shape {shapes[-1]}, but layer {i}: {error}") from None
+    return shapes
+
+
+def spans(counts: Sequence[int]) -> Iterator[slice]:
+    """Yield consecutive slices of the given lengths."""
+    start = 0
+    for count in counts:
+        yield slice(start, start + count)
+        start += count
+
+
+def produced(layers: Sequence[Layer], shape: Shape) -> list[int]:
+    """Return the chain's parameter indices in the order of their gradients: last layer first."""
+    orders = [layer.produced(s) for layer, s in zip(layers, output_shapes(layers, shape), strict=False)]
+    places = list(spans([len(order) for order in orders]))
+    return [place.start + i for order, place in zip(orders[::-1], places[::-1], strict=True) for i in order]
+
+
+def sites(layers: Sequence[Layer], site: Site) -> list[Site]:
+    """Return one site for each layer of a chain that works at `site`."""
+    shapes = output_shapes(layers, site.shape[1:])
+    counts = [len(layer.parameter_shapes(s)) for layer, s in zip(layers, shapes, strict=False)]
+    result, leaf = [], site.layer
+    for i, (layer, span) in enumerate(zip(layers, spans(counts), strict=True)):
+        result.append(
+            replace(
+                site,
+                parameters=site.parameters[span],
+                gradients=site.gradients[span],
+                shape=(site.shape[0], *shapes[i]),
+                layer=leaf,
+                reuse_input=not layers[i - 1].keeps_output if i else site.reuse_input,
+                reuse_gradient=layers[i + 1].fresh_gradient if i + 1 < len(layers) else site.reuse_gradient,
+            )
+        )
+        leaf += layer.leaves
+    return result
+
+
+class Chain(Pass):
+    """Passes one after another. Its backward skips what no parameter needs when `need` is False."""
+
+    def __init__(self, layers: Sequence[Layer], site: Site) -> None:
+        places = sites(layers, site)
+        passes = [layer.at(place) for layer, place in zip(layers, places, strict=True)]
+        trained = [i for i, place in enumerate(places) if place.parameters]
+        first = trained[0] if trained else len(layers)
+        self._forwards = [p.forward for p in passes]
+        # Backward's order: (input half, weight half or None, is the input gradient of use to a layer below).
+        self._needed: list[tuple[Callable, Callable | None, bool]] = [
+            (passes[i].backward_input, passes[i].backward_weight if i in trained else None, i > first)
+            for i in range(len(passes) - 1, first - 1, -1)
+        ]
+        self._all = [
+            (passes[i].backward_input, passes[i].backward_weight if i in trained else None, True)
+            for i in range(len(passes) - 1, -1, -1)
+        ]
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        for forward in self._forwards:
+            x = forward(x, context)
+        return x
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        for half, _, wanted in self._all if need else self._needed:
+            dy = half(dy, wanted)
+        return dy if need else None
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        for _, half, _ in self._needed:
+            if half is not None:
+                half(accumulate)
+
+    def backward(self, dy: Tensor, accumulate: bool = False, need: bool = False) -> Tensor | None:
+        """Do both halves of each layer before going to the layer below (the same bits as the halves)."""
+        for input_half, weight_half, wanted in self._all if need else self._needed:
+            dy = input_half(dy, wanted)
+            if weight_half is not None:
+                weight_half(accumulate)
+        return dy if need else None

@@ -1,0 +1,146 @@
+"""Losses: sums over their terms, with the gradient of the sum written out.
+
+A loss never divides: the mean is taken once, in the optimizer's update, by the number of terms of the whole
+global batch (`terms`), whatever the number of workers and microbatches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bpkit.nn.layer import Shape
+
+
+class Loss:
+    """Base of all losses; subclasses are frozen and hold options only."""
+
+    def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of the loss terms (0-d) and its gradient with respect to `y`."""
+        raise NotImplementedError
+
+    def value(self, y: Tensor, targets: Tensor) -> Tensor:
+        """Return the sum of the loss terms (0-d)."""
+        return self.reference(y, targets)
+
+    def terms(self, targets: Tensor) -> int:
+        """Return the number of loss terms, by which a mean divides."""
+        raise NotImplementedError
+
+    def check(self, targets: Tensor, output_shape: Shape) -> None:
+        """Refuse targets that do not fit outputs of `output_shape` a sample."""
+        raise NotImplementedError
+
+    def reference(self, y: Tensor, targets: Tensor) -> Tensor:
+        """Compute the sum with torch's own functions; `gradcheck` differentiates it with autograd."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """Softmax cross-entropy: the sum over samples of logsumexp(y) - y[target].
+
+    The gradient is softmax(y) - onehot(target): Goodfellow, Bengio, Courville, "Deep Learning" (2016), 6.2.2.3.
+
+    Parameters
+    ----------
+    ignore_index : int
+        Targets of this value are masked: no term, no gradient. Must be negative.
+
+    Notes
+    -----
+    Outputs are (rows, classes) with targets (rows,), or (rows, tokens, classes) with (rows, tokens).
+    """
+
+    ignore_index: int = -100
+
+    def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        classes = y.shape[-1]
+        flat = targets.reshape(-1)
+        log_p = torch.log_softmax(y.reshape(flat.numel(), classes), 1)
+        valid = flat != self.ignore_index
+        index = (flat * valid).unsqueeze(1)  # a masked target points at class 0; its row is cleared below
+        gradient = log_p.exp()
+        gradient.scatter_add_(1, index, gradient.new_full((1, 1), -1.0).expand(flat.numel(), 1))
+        gradient.mul_(valid.unsqueeze(1))
+        value = F.nll_loss(log_p, flat, ignore_index=self.ignore_index, reduction="sum")
+        return value, gradient.view(y.shape)
+
+    def terms(self, targets: Tensor) -> int:
+        return int((targets != self.ignore_index).sum())
+
+    def check(self, targets: Tensor, output_shape: Shape) -> None:
+        """Refuse targets of the wrong dtype or shape, or out of range.
+
+        Raises
+        ------
+        TypeError
+            If the targets are not int64.
+        ValueError
+            If the shape does not fit, or a label is neither a class nor `ignore_index`.
+        """
+        if targets.dtype is not torch.int64:
+            raise TypeError(f"cross-entropy takes class numbers as torch.int64, not {targets.dtype}")
+        if tuple(targets.shape[1:]) != tuple(output_shape[:-1]):
+            raise ValueError(
+                f"outputs of {output_shape} a sample take targets of {output_shape[:-1]} a sample, "
+                f"not {tuple(targets.shape[1:])}"
+            )
+        classes = output_shape[-1]
+        bad = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
+        if bad.any():
+            where = bad.nonzero()[0].tolist()
+            position = where[0] if len(where) == 1 else tuple(where)
+            raise ValueError(
+                f"label {int(targets[tuple(where)])} at position {position} is out of range: "
+                f"the network has {classes} classes, so labels run from 0 to {classes - 1}"
+            )
+
+    def reference(self, y: Tensor, targets: Tensor) -> Tensor:
+        flat = targets.reshape(-1)
+        logits = y.reshape(flat.numel(), y.shape[-1])
+        return F.cross_entropy(logits, flat, ignore_index=self.ignore_index, reduction="sum")
+
+
+@dataclass(frozen=True)
+class MSE(Loss):
+    """Squared error: the sum over elements of (y - target)^2, with gradient 2 (y - target)."""
+
+    def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        difference = y - targets
+        value = difference.square().sum()
+        return value, difference.mul_(2)
+
+    def terms(self, targets: Tensor) -> int:
+        return targets.numel()
+
+    def check(self, targets: Tensor, output_shape: Shape) -> None:
+        """Refuse targets that are not floating or not shaped as the outputs (TypeError, ValueError)."""
+        if not targets.dtype.is_floating_point:
+            raise TypeError(f"squared error takes floating targets, not {targets.dtype}")
+        if tuple(targets.shape[1:]) != tuple(output_shape):
+            raise ValueError(
+                f"outputs of {output_shape} a sample take targets of the same shape, not {tuple(targets.shape[1:])}"
+            )
+
+    def reference(self, y: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(y, targets, reduction="sum")
+
+
+def make_loss(loss: str | Loss) -> Loss:
+    """Return the loss of a name ("cross_entropy" or "mse"), or `loss` itself.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    """
+    if isinstance(loss, Loss):
+        return loss
+    known: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "mse": MSE}
+    if loss not in known:
+        raise ValueError(f'unknown loss {loss!r}: choose "cross_entropy", "mse", or give a bp.nn.Loss')
+    return known[loss]()

@@ -1,0 +1,422 @@
+"""The network: an ordered list of layers over one flat pair of parameters and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate as running_sums
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpkit.nn.costs import StageCost, balanced_cuts
+from bpkit.nn.dropout import Dropout
+from bpkit.nn.layer import Chain, Context, Layer, Shape, Site, output_shapes, produced
+from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.losses import Loss, make_loss
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register; unaligned views change a product's bits
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A chain bound to one slot, and the inputs it is bound for."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    chain: Chain
+
+
+class Network:
+    """A run of layers with its own flat parameters and gradients; a stage of a cut network is one too.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        At least one.
+    input_shape : int or tuple of int
+        Shape of one sample, without the batch dimension.
+    loss : "cross_entropy", "mse" or Loss
+        The loss that training uses.
+    seed : int
+        Of the initial parameters and of the dropout masks. One generator serves the whole network, in layer order,
+        so equal layers start different; it draws in float64, so both dtypes start alike up to rounding.
+    dtype : torch.float32 or torch.float64
+    device : str or torch.device
+
+    Attributes
+    ----------
+    flat_parameters, flat_gradients : Tensor, shape (flat_size,)
+        The tensors lie in the order in which backward produces their gradients (last layer first), each at a multiple
+        of 64 bytes; the padding in between is zero.
+    flat_size : int
+        Elements of a flat buffer, padding included.
+
+    Raises
+    ------
+    ValueError
+        If the layers' shapes do not chain.
+    TypeError
+        For another dtype, or something that is not a layer.
+    """
+
+    flat_parameters: Tensor
+    flat_gradients: Tensor
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        input_shape: int | Sequence[int],
+        *,
+        loss: str | Loss = "cross_entropy",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        shape = (input_shape,) if isinstance(input_shape, int) else tuple(int(n) for n in input_shape)
+        self._define(tuple(layers), shape, make_loss(loss), seed, dtype, torch.device(device), 0)
+        generator = torch.Generator().manual_seed(seed)
+        self.load([p for layer, s in self._placed() for p in layer.initial(s, generator)])
+
+    def _define(
+        self,
+        layers: tuple[Layer, ...],
+        input_shape: Shape,
+        loss: Loss,
+        seed: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        first_leaf: int,
+    ) -> None:
+        """Check, lay out and allocate; parameters are zero afterwards."""
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"a network computes in torch.float32 or torch.float64, not {dtype}")
+        if not layers:
+            raise ValueError("a network needs at least one layer")
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Layer):
+                raise TypeError(f"layer {i} is {layer!r}, not a bp.nn layer")
+        self.layers, self.input_shape, self.loss = layers, input_shape, loss
+        self.seed, self.dtype, self.device, self._first_leaf = seed, dtype, device, first_leaf
+        self._shapes = output_shapes(layers, input_shape)
+        self.output_shape = self._shapes[-1]
+        self._parameter_shapes = [p for layer, s in self._placed() for p in layer.parameter_shapes(s)]
+        self._lay_out()
+        self._runs: dict[Hashable, _Run] = {}
+        self.flat_parameters, self.flat_gradients = self._aligned(), self._aligned()
+        self._make_views()
+
+    def _lay_out(self) -> None:
+        """Place each tensor on the next 64-byte boundary, in the order of production."""
+        line = ALIGNMENT // self.dtype.itemsize
+        offset, self._offsets = 0, [0] * len(self._parameter_shapes)
+        for i in produced(self.layers, self.input_shape):
+            self._offsets[i] = offset
+            offset += -(-math.prod(self._parameter_shapes[i]) // line) * line
+        self.flat_size = offset
+
+    def _aligned(self) -> Tensor:
+        """Return `flat_size` zeros whose first element lies on a 64-byte boundary."""
+        line = ALIGNMENT // self.dtype.itemsize
+        room = torch.zeros(self.flat_size + line, dtype=self.dtype, device=self.device)
+        skip = (-room.data_ptr() % ALIGNMENT) // self.dtype.itemsize
+        return room[skip : skip + self.flat_size]
+
+    def _placed(self) -> Iterator[tuple[Layer, Shape]]:
+        return zip(self.layers, self._shapes, strict=False)
+
+    def _views(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            flat[start : start + math.prod(shape)].view(shape)
+            for start, shape in zip(self._offsets, self._parameter_shapes, strict=True)
+        )
+
+    def _make_views(self) -> None:
+        self._parameters, self._gradients = (
+            self._views(self.flat_parameters),
+            self._views(self.flat_gradients),
+        )
+        self._runs.clear()  # their passes hold the old views
+
+    # Tensors.
+
+    def parameters(self) -> list[Tensor]:
+        """Return views of the parameters in layer order, weight then bias, laid out as in ``torch.nn.Linear``."""
+        return list(self._parameters)
+
+    def gradients(self) -> list[Tensor]:
+        """Return views of the gradients, in the order of `parameters`."""
+        return list(self._gradients)
+
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Copy values into the parameters, given in the order of `parameters`.
+
+        Raises
+        ------
+        ValueError
+            If their number or a shape does not fit.
+        """
+        if len(tensors) != len(self._parameters):
+            raise ValueError(f"the network has {len(self._parameters)} parameter tensors, not {len(tensors)}")
+        for i, (own, given) in enumerate(zip(self._parameters, tensors, strict=True)):
+            if own.shape != given.shape:
+                raise ValueError(f"parameter {i} has shape {tuple(own.shape)}, not {tuple(given.shape)}")
+            own.copy_(given)
+
+    def bind(self, parameters: Tensor | None = None, gradients: Tensor | None = None) -> None:
+        """Move onto the given flat buffers, for instance shared memory, copying the present values into them.
+
+        Kept activations are dropped.
+
+        Raises
+        ------
+        ValueError
+            If a buffer is not 1-D of `flat_size` elements, of the network's dtype, on a 64-byte boundary.
+        """
+        for name, flat in (("parameters", parameters), ("gradients", gradients)):
+            if flat is None:
+                continue
+            if flat.shape != (self.flat_size,) or flat.dtype is not self.dtype:
+                raise ValueError(
+                    f"flat {name} must be 1-D with {self.flat_size} elements of {self.dtype}, "
+                    f"not {tuple(flat.shape)} of {flat.dtype}"
+                )
+            if self.flat_size and (flat.data_ptr() % ALIGNMENT or not flat.is_contiguous()):
+                raise ValueError(f"flat {name} must be contiguous and start on a {ALIGNMENT}-byte boundary")
+            flat.copy_(getattr(self, f"flat_{name}"))
+            setattr(self, f"flat_{name}", flat)
+        self._make_views()
+
+    # Running.
+
+    def forward(self, x: Tensor, slot: Hashable = 0, context: Context = Context()) -> Tensor:
+        """Run a microbatch forward and keep in `slot` what its backward needs.
+
+        Parameters
+        ----------
+        x : Tensor, shape (rows, *input_shape)
+            Kept by reference until the slot's backward is done. It may have no rows.
+        slot : hashable
+            Names the microbatch in flight; a slot's buffers are used again while shapes stay equal.
+        context : Context
+
+        Returns
+        -------
+        Tensor, shape (rows, *output_shape)
+            Valid until the same slot's next forward.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If the input's shape, dtype or device is not the network's.
+        """
+        run = self._runs.get(slot)
+        if run is None or run.shape != x.shape or run.dtype is not x.dtype:
+            run = self._prepare(slot, x)
+        return run.chain.forward(x, context)
+
+    def backward(
+        self, dy: Tensor, slot: Hashable = 0, accumulate: bool = False, need_input: bool = False
+    ) -> Tensor | None:
+        """Run the whole backward (B) of the microbatch in `slot`.
+
+        Parameters
+        ----------
+        dy : Tensor, shape (rows, *output_shape)
+            Gradient of the loss's sum with respect to the output; kept by reference, never overwritten.
+        slot : hashable
+        accumulate : bool
+            Add to the gradients instead of overwriting them (all microbatches of a step but the first).
+        need_input : bool
+            Also return the gradient of the input; None otherwise.
+        """
+        return self._run(slot).chain.backward(dy, accumulate, need_input)
+
+    def backward_input(self, dy: Tensor, slot: Hashable = 0, need_input: bool = True) -> Tensor | None:
+        """Run the input half (I): return the input's gradient and keep what `backward_weight` needs.
+
+        With ``need_input=False`` (the first stage) the input's gradient is left out and None is returned.
+        """
+        return self._run(slot).chain.backward_input(dy, need_input)
+
+    def backward_weight(self, slot: Hashable = 0, accumulate: bool = False) -> None:
+        """Run the weight half (W) of the microbatch in `slot`, after its input half."""
+        self._run(slot).chain.backward_weight(accumulate)
+
+    def _run(self, slot: Hashable) -> _Run:
+        run = self._runs.get(slot)
+        if run is None:
+            raise RuntimeError(f"backward of slot {slot!r} without a forward before it")
+        return run
+
+    def _prepare(self, slot: Hashable, x: Tensor) -> _Run:
+        """Check an input and bind a chain for its shape."""
+        if tuple(x.shape[1:]) != self.input_shape or x.ndim == 0:
+            raise ValueError(
+                f"the network takes inputs of shape (rows, *{self.input_shape}), not {tuple(x.shape)}"
+            )
+        if x.dtype is not self.dtype:
+            raise TypeError(f"the network computes in {self.dtype} and got inputs of {x.dtype}")
+        if x.device.type != self.device.type:
+            raise ValueError(f"the network is on {self.device} and got inputs on {x.device}")
+        run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
+        self._runs[slot] = run
+        return run
+
+    def site(self, rows: int) -> Site:
+        """Return the site of the whole network for a batch of `rows`."""
+        return Site(
+            self._parameters,
+            self._gradients,
+            (rows, *self.input_shape),
+            self.dtype,
+            self.device,
+            self._first_leaf,
+            self.seed,
+        )
+
+    def release(self) -> None:
+        """Drop the buffers of all slots."""
+        self._runs.clear()
+
+    def predict(self, x: Tensor, rows: int = 1024) -> Tensor:
+        """Return outputs with training off, computed `rows` samples at a time.
+
+        Raises
+        ------
+        ValueError
+            If there is no sample.
+        """
+        if x.ndim == 0 or len(x) == 0:
+            raise ValueError("an empty batch has nothing to predict: give at least one sample")
+        off = Context(training=False)
+        result = torch.cat([self.forward(part, "predict", off).clone() for part in x.split(rows)])
+        del self._runs["predict"]
+        return result
+
+    def accuracy(self, x: Tensor, targets: Tensor) -> float:
+        """Return the share of targets that are the largest output (targets below 0 do not count)."""
+        hits = self.predict(x).argmax(-1) == targets
+        return float(hits[targets >= 0].double().mean())
+
+    # Cutting and copying.
+
+    def split(self, stages: int | Sequence[int]) -> tuple[Network, ...]:
+        """Cut the network into stages, each a network with copies of its parameters in its own flat buffers.
+
+        Parameters
+        ----------
+        stages : int or sequence of int
+            The number of stages, balanced by cost; or the indices of the layers at which a new stage starts, strictly
+            increasing: ``[2, 4]`` on 6 layers gives 3 stages.
+
+        Raises
+        ------
+        ValueError
+            If the network cannot be cut so.
+        """
+        n = len(self.layers)
+        if isinstance(stages, int):
+            cuts = balanced_cuts([cost.total for cost in self.costs()], stages)
+        else:
+            cuts = list(stages)
+            if any(b <= a for a, b in zip([0, *cuts], [*cuts, n], strict=True)):
+                raise ValueError(f"cuts of {n} layers increase strictly from 1 to {n - 1}, not {cuts}")
+        return tuple(self._stage(a, b) for a, b in zip([0, *cuts], [*cuts, n], strict=True))
+
+    def _stage(self, start: int, stop: int) -> Network:
+        """Return layers `start` to `stop` as a network of their own."""
+        counts = list(running_sums((len(la.parameter_shapes(s)) for la, s in self._placed()), initial=0))
+        leaf = self._first_leaf + sum(layer.leaves for layer in self.layers[:start])
+        stage = Network.__new__(Network)
+        stage._define(
+            self.layers[start:stop], self._shapes[start], self.loss, self.seed, self.dtype, self.device, leaf
+        )
+        stage.load(self._parameters[counts[start] : counts[stop]])
+        return stage
+
+    def copy(self) -> Network:
+        """Return a network with the same values in buffers of its own, without kept activations."""
+        other = self._stage(0, len(self.layers))
+        other.flat_gradients.copy_(self.flat_gradients)
+        return other
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
+        return {
+            "define": (
+                self.layers,
+                self.input_shape,
+                self.loss,
+                self.seed,
+                self.dtype,
+                self.device,
+                self._first_leaf,
+            ),
+            "parameters": self.flat_parameters.cpu().numpy(),
+            "gradients": self.flat_gradients.cpu().numpy(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._define(*state["define"])
+        self.flat_parameters.copy_(torch.from_numpy(state["parameters"]))
+        self.flat_gradients.copy_(torch.from_numpy(state["gradients"]))
+
+    # Describing.
+
+    def costs(self) -> tuple[StageCost, ...]:
+        """Return the cost of each layer for one sample."""
+        return tuple(layer.cost(shape) for layer, shape in self._placed())
+
+    def describe(self) -> str:
+        """Return a short text, such as ``mlp 64-512-512-10, 301,066 parameters``."""
+        count = sum(math.prod(shape) for shape in self._parameter_shapes)
+        small = (Linear, ReLU, Tanh, Sigmoid, GELU, Dropout)
+        if all(isinstance(layer, small) for layer in self.layers) and len(self.input_shape) == 1:
+            linear = [layer for layer in self.layers if isinstance(layer, Linear)]
+            sizes = [self.input_shape[0], *(layer.outputs for layer in linear)]
+            return f"mlp {'-'.join(map(str, sizes))}, {count:,} parameters"
+        return f"network of {len(self.layers)} layers, {count:,} parameters"
+
+    def __repr__(self) -> str:
+        return f"<Network: {self.describe()}>"
+
+
+def mlp(
+    sizes: Sequence[int],
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    activation: str = "relu",
+    loss: str | Loss = "cross_entropy",
+    dropout: float = 0.0,
+) -> Network:
+    """Return a multilayer perceptron: linear layers with an activation between them.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Widths from the input to the output, at least two.
+    seed, dtype, loss
+        As in `Network`.
+    activation : "relu", "tanh", "sigmoid" or "gelu"
+    dropout : float
+        Probability of dropping an activation, after each activation; 0 adds no layer.
+
+    Raises
+    ------
+    ValueError
+        For fewer than two sizes or an unknown activation.
+    """
+    known: dict[str, type[Layer]] = {"relu": ReLU, "tanh": Tanh, "sigmoid": Sigmoid, "gelu": GELU}
+    if activation not in known:
+        raise ValueError(f"unknown activation {activation!r}: choose from {', '.join(known)}")
+    if len(sizes) < 2:
+        raise ValueError(f"an mlp needs the sizes of its input and its output, not {list(sizes)}")
+    layers: list[Layer] = []
+    for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        if i:
+            layers += [known[activation](), *([Dropout(dropout)] if dropout else [])]
+        layers.append(Linear(inputs, outputs))
+    return Network(layers, sizes[0], loss=loss, seed=seed, dtype=dtype)
