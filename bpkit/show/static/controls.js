@@ -1,0 +1,161 @@
+// What the reader works: the worker slider, the choice of a run, the prediction, and the Measure button.
+// Each control is built once and only brought up to date, so that it never loses the keyboard's focus.
+import { say, sayCount, number } from "./text.js";
+import { html } from "./dom.js";
+import { describeError } from "./describe.js";
+
+// JupyterLab takes arrow keys and letters for its own commands unless the input itself says no.
+const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
+/** The slider steps through the worker counts that the data has, not through every integer. */
+export function workerSlider(onChoose) {
+  const input = html("input", { type: "range", min: "0", step: "1", ...KEEP_KEYS });
+  const output = html("output");
+  const stops = html("span", { class: "bpkit-stops", "aria-hidden": "true" });
+  const track = html("span", { class: "bpkit-track" }, input, stops);
+  const root = html("label", { class: "bpkit-slider" }, html("span", {}, say("workersLabel")), track, output);
+  let counts = [];
+  input.addEventListener("input", () => onChoose(counts[Number(input.value)]));
+  return { root, draw(view) {
+    counts = view.counts;
+    stops.replaceChildren(...counts.map((n) => html("span", {}, number(n))));
+    input.max = String(Math.max(0, counts.length - 1));
+    input.value = String(counts.indexOf(view.chosen));
+    input.disabled = counts.length < 2;
+    input.setAttribute("aria-valuetext", sayCount("workers", view.chosen));
+    output.textContent = number(view.chosen);
+  } };
+}
+
+function groupSelect(onChange) {
+  const select = html("select", KEEP_KEYS);
+  const root = html("label", { class: "bpkit-select" }, html("span", {}, say("measurement")), select);
+  select.addEventListener("change", () => onChange(select.selectedIndex));
+  return { root, draw(view) {
+    root.hidden = view.groups.length < 2;
+    if (select.options.length !== view.groups.length) {
+      select.replaceChildren(...view.groups.map((group) => html("option", {}, group.title)));
+    }
+    select.selectedIndex = view.groups.indexOf(view.group);
+  } };
+}
+
+function scalingSwitch(id, onChange) {
+  const radios = ["strong", "weak"].map((mode) => html("input", { type: "radio", name: `bpkit-scaling-${id}`, value: mode, ...KEEP_KEYS }));
+  const labels = radios.map((radio) => html("label", {}, radio, say(`${radio.value}Hint`)));
+  const root = html("fieldset", { class: "bpkit-switch" }, html("legend", {}, say("scaling")), ...labels);
+  for (const radio of radios) radio.addEventListener("change", () => onChange(radio.value));
+  return { root, draw(view) {
+    root.hidden = view.modes.length < 2;
+    for (const radio of radios) radio.checked = radio.value === view.mode;
+  } };
+}
+
+/** Which run is looked at: recorded machine and experiment, strong or weak. */
+export function choices(id, onChange) {
+  const parts = [groupSelect((choice) => onChange({ choice })), scalingSwitch(id, (scaling) => onChange({ scaling }))];
+  const about = html("p", { class: "bpkit-about" });
+  const root = html("div", { class: "bpkit-choices" }, about, ...parts.map((part) => part.root));
+  return { root, draw(view) {
+    for (const part of parts) part.draw(view);
+    about.textContent = view.series.length ? aboutRun(view) : say("empty");
+  } };
+}
+
+function aboutRun(view) {
+  const { machine, experiment } = view.series[0].measurement;
+  const batch = say(view.mode === "weak" ? "batchWeak" : "batchStrong", { n: number(experiment.batch) });
+  const run = say("experiment", { ...experiment, scaling: say(view.mode), batch });
+  const { name, cpu, cores, date } = machine;
+  return `${run}. ${say("machine", { name, cpu, cores: sayCount("cores", cores), date: (date ?? "").slice(0, 10).replaceAll("-", "\u2011") })}.`;
+}
+
+function predictionInput(workers, onPredict) {
+  const input = html("input", { type: "number", min: "0.05", max: String(2 * workers), step: "0.05", inputmode: "decimal", ...KEEP_KEYS });
+  input.addEventListener("input", () => onPredict(workers, input.value === "" ? null : Number(input.value)));
+  const root = html("label", {}, html("span", {}, sayCount("workers", workers)), input, html("span", { "aria-hidden": "true" }, "×"));
+  return { root, workers, input };
+}
+
+function askPanel(onPredict, onShow) {
+  const inputs = html("div", { class: "bpkit-inputs" });
+  const problem = html("p", { class: "bpkit-problem", role: "alert" });
+  const show = html("button", { type: "button", class: "bpkit-main" }, say("show"));
+  const skip = html("button", { type: "button" }, say("skip"));
+  const root = html("div", {}, html("p", {}, say("predictHint")), inputs, html("p", { class: "bpkit-buttons" }, show, skip), problem);
+  let fields = [];
+  let view = null;
+  show.addEventListener("click", () => {
+    const made = view.predictable.some((n) => n in view.prediction);
+    problem.textContent = made ? "" : say("predictFirst");
+    if (made) onShow(true);
+  });
+  skip.addEventListener("click", () => onShow(false));
+  return { root, draw(next) {
+    view = next;
+    if (fields.map((field) => field.workers).join() !== view.predictable.join()) {
+      fields = view.predictable.map((n) => predictionInput(n, onPredict));
+      inputs.replaceChildren(...fields.map((field) => field.root));
+    }
+    for (const { workers, input } of fields) {
+      const value = view.prediction[workers];
+      // What is being typed ("1.") is left alone; only a drag, or another view, writes into the field.
+      if (document.activeElement !== input || Number(input.value) !== value) input.value = value ?? "";
+      if (value !== undefined) problem.textContent = "";
+    }
+  } };
+}
+
+/** The prediction: asked for first, judged in words after the measurement is shown. */
+export function predictionForm({ onPredict, onShow, onAgain }) {
+  const ask = askPanel(onPredict, onShow);
+  const result = html("p", { class: "bpkit-verdict", tabindex: "-1" });
+  const again = html("button", { type: "button", onclick: onAgain }, say("again"));
+  const judged = html("div", {}, result, html("p", { class: "bpkit-buttons" }, again));
+  const title = html("p", { class: "bpkit-title" });
+  const root = html("section", { class: "bpkit-predict", "aria-label": say("predictDone") }, title, ask.root, judged);
+  let shown = null;
+  return { root, draw(view) {
+    ask.draw(view);
+    title.textContent = say(view.revealed ? "predictDone" : "predictTitle");
+    ask.root.hidden = view.revealed;
+    judged.hidden = !view.revealed;
+    result.textContent = view.revealed ? describeError(view).join(" ") : "";
+    // The button that was pressed has gone: focus follows to the answer, or a keyboard would be lost.
+    if (view.revealed && shown === false && root.contains(document.activeElement)) result.focus();
+    shown = view.revealed;
+  } };
+}
+
+const ANSWER_WITHIN_MS = 8000;
+
+/** Measure, progress and Stop. The kernel does the work; this only sends wishes and shows what it says. */
+export function measurePanel(model, live) {
+  const measure = html("button", { type: "button", class: "bpkit-main" }, say("measure"));
+  const stop = html("button", { type: "button" }, say("stop"));
+  const bar = html("progress", { max: "1", value: "0", "aria-label": say("progressLabel") });
+  const status = html("span", { role: "status" });
+  const problem = html("p", { class: "bpkit-problem", role: "alert" });
+  const root = html("div", { class: "bpkit-measure" }, html("div", { class: "bpkit-buttons" }, measure, stop, bar, status), problem);
+  let waiting = null;
+  measure.addEventListener("click", () => {
+    status.textContent = say("starting");
+    model.send({ kind: "measure", scaling: model.get("scaling") });
+    waiting = setTimeout(() => { status.textContent = say("noAnswer"); }, ANSWER_WITHIN_MS);
+  });
+  stop.addEventListener("click", () => {
+    status.textContent = say("stopping");
+    model.send({ kind: "stop" });
+  });
+  return { root, draw() {
+    const able = live && model.get("measurable");
+    const running = live && model.get("running");
+    if (running) clearTimeout(waiting);
+    measure.hidden = !able || running;
+    measure.textContent = say(model.get("own").length ? "measureAgain" : "measure");
+    stop.hidden = bar.hidden = !running;
+    bar.value = model.get("progress");
+    status.textContent = able ? model.get("status") : say(live ? "noNetwork" : "noKernel");
+    problem.textContent = model.get("error");
+  } };
+}

@@ -1,0 +1,90 @@
+// The text equivalent: what the figure shows, in sentences and as a table.
+import { say, sayCount, sayTimes, sayPercent, saySeconds, sayBytes, number } from "./text.js";
+import { html } from "./dom.js";
+import { PARTS } from "./data.js";
+
+const part = (key, seconds, step) => `${saySeconds(seconds, step)} ${say(key)}`;
+
+function accuracySentence(point, experiment) {
+  const target = experiment.target_accuracy;
+  if (point.time_to_accuracy_s != null) {
+    const time = saySeconds(point.time_to_accuracy_s);
+    if (!target) return say("sayTime", { time });
+    return say("sayReached", { target: sayPercent(target), time, steps: sayCount("steps", point.steps_to_accuracy ?? 0) });
+  }
+  return target ? say("sayNotReached", { target: sayPercent(target) }) : say("sayNotMeasured");
+}
+
+function bytesSentence(point) {
+  if (point.bytes_sent != null) return say("sayBytes", { bytes: sayBytes(point.bytes_sent) });
+  return say("sayNotCounted", { algorithm: point.algorithm ?? "", payload: sayBytes(point.payload_bytes ?? 0) });
+}
+
+/** What one run shows for `workers`, in words. */
+export function describePoint(one, workers) {
+  const point = one.at(workers);
+  const count = sayCount("workers", workers);
+  if (!point) return say("noPoint", { name: one.name, workers: count });
+  const parts = PARTS.filter((name) => point.parts[name] > 0).map((name) => part(name, point.parts[name], point.step_s.median)).join(", ");
+  const sentence = say("say", {
+    workers: count, name: one.name, speedup: sayTimes(point.speedup), ideal: sayTimes(workers),
+    efficiency: sayPercent(point.efficiency), step: saySeconds(point.step_s.median), parts,
+  });
+  return sentence
+    + (point.simulated ? say("saySimulated") : "")
+    + (point.hidden_communication > 0 ? say("sayHidden", { hidden: saySeconds(point.hidden_communication, point.step_s.median) }) : "")
+    + bytesSentence(point)
+    + say("sayThroughput", { throughput: number(Math.round(point.throughput)), accuracy: accuracySentence(point, one.measurement.experiment) });
+}
+
+function describeHidden(view) {
+  const set = view.predictable.filter((n) => n in view.prediction);
+  const list = set.map((n) => `${sayCount("workers", n)} ${sayTimes(view.prediction[n])}`).join(", ");
+  return say("hiddenState") + (set.length ? say("hiddenPrediction", { list }) : say("hiddenNone"));
+}
+
+/** The whole state in words: it stands under the figure and is announced when it changes. */
+export function describe(view) {
+  if (!view.series.length) return [say("empty")];
+  return view.revealed ? view.barred.map((one) => describePoint(one, view.chosen)) : [describeHidden(view)];
+}
+
+function verdict(predicted, measured) {
+  const off = predicted - measured;
+  const values = { difference: sayTimes(Math.abs(off)), percent: sayPercent(Math.abs(off) / measured) };
+  return Math.abs(off) < 0.005 ? say("exact") : say(off > 0 ? "tooHigh" : "tooLow", values);
+}
+
+/** How far off the prediction was, against the reader's own run where there is one. */
+export function describeError(view) {
+  const set = view.predictable.filter((n) => n in view.prediction && view.judge?.at(n));
+  if (!set.length) return [say("predictedNothing")];
+  const off = set.map((n) => Math.abs(view.prediction[n] / view.judge.at(n).speedup - 1));
+  const sentences = set.map((n) => say("predictedOne", {
+    workers: sayCount("workers", n), predicted: sayTimes(view.prediction[n]), measured: sayTimes(view.judge.at(n).speedup),
+    verdict: verdict(view.prediction[n], view.judge.at(n).speedup),
+  }));
+  const mean = set.length > 1 ? [say("predictedMean", { percent: sayPercent(off.reduce((a, b) => a + b) / off.length) })] : [];
+  return [...sentences, ...mean, say("comparedWith", { name: view.judge.name })];
+}
+
+const QUANTITIES = [
+  ["rowSpeedup", (p) => sayTimes(p.speedup)],
+  ["rowEfficiency", (p) => sayPercent(p.efficiency)],
+  ["rowStep", (p) => saySeconds(p.step_s.median)],
+  ["rowSpread", (p) => (p.step_s.q1 == null ? "" : `${saySeconds(p.step_s.q1)} – ${saySeconds(p.step_s.q3)}`)],
+  ...PARTS.map((name) => [name, (p) => saySeconds(p.parts[name] ?? 0, p.step_s.median)]),
+  ["rowHidden", (p) => saySeconds(p.hidden_communication ?? 0, p.step_s.median)],
+  ["rowBytes", (p) => (p.bytes_sent == null ? say("notCounted", { bytes: sayBytes(p.payload_bytes ?? 0) }) : sayBytes(p.bytes_sent))],
+  ["rowThroughput", (p) => number(Math.round(p.throughput))],
+  ["rowAccuracy", (p) => (p.time_to_accuracy_s == null ? "–" : saySeconds(p.time_to_accuracy_s))],
+];
+
+/** One table a run: a row a quantity, a column a worker count, the chosen one marked. */
+export function tableOfRun(one, chosen) {
+  const mark = (point) => (point.workers === chosen ? { class: "chosen" } : {});
+  const head = html("tr", {}, html("td"), ...one.points.map((p) => html("th", { scope: "col", ...mark(p) }, sayCount("workers", p.workers))));
+  const rows = QUANTITIES.map(([key, read]) => html("tr", {}, html("th", { scope: "row" }, say(key)),
+    ...one.points.map((p) => html("td", mark(p), read(p)))));
+  return html("table", {}, html("caption", {}, one.name), html("thead", {}, head), html("tbody", {}, ...rows));
+}

@@ -1,0 +1,58 @@
+// The few lines that draw: elements, a linear scale, round ticks. There is no library underneath.
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+export const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
+export const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
+
+/** Text inside a drawing. */
+export function label(x, y, content, attributes = {}) {
+  return svg("text", { x, y, ...attributes }, content);
+}
+
+/** A map from the interval `from` to the interval `to`. */
+export function linear([from0, from1], [to0, to1]) {
+  const slope = from1 === from0 ? 0 : (to1 - to0) / (from1 - from0);
+  return (x) => to0 + (x - from0) * slope;
+}
+
+/** Round values from 0 to `max`, about `wanted` of them. */
+export function ticks(max, wanted = 4) {
+  if (!(max > 0)) return [0];
+  const raw = max / wanted;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map((k) => k * power).find((k) => k >= raw * 0.999);
+  const values = [];
+  for (let i = 0; i * step <= max * 1.0001; i += 1) values.push(i * step);
+  return values;
+}
+
+/** Give `canvas` its size in pixels and redraw it: one unit is one pixel, so type keeps its size. */
+export function redraw(canvas, width, height, ...children) {
+  canvas.setAttribute("width", width);
+  canvas.setAttribute("height", height);
+  canvas.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  canvas.replaceChildren(...children.flat().filter(Boolean));
+}
+
+/** A panel: a titled figure with an empty drawing in it, which `draw(canvas, width)` fills. */
+export function panel(name, title, alt) {
+  const canvas = svg("svg", { role: "img", "aria-label": alt });
+  const heading = html("figcaption", {}, title);
+  const root = html("figure", { class: `bpkit-panel bpkit-${name}` }, heading, canvas);
+  return { root, canvas, heading, width: () => Math.max(220, Math.floor(root.clientWidth)) };
+}
+
+/** A legend: swatches with words, drawn as HTML so that it wraps. */
+export function legend(entries) {
+  return html("ul", { class: "bpkit-legend" },
+    ...entries.map(([kind, words]) => html("li", {}, html("i", { class: `bpkit-swatch ${kind}`, "aria-hidden": "true" }), words)));
+}
