@@ -87,22 +87,22 @@ def browser() -> Iterator[Browser]:
 
 def watch(page: Page) -> Page:
     """Record and refuse what leaves this machine; record console errors and uncaught exceptions."""
-    page.outside, page.problems = [], []  # type: ignore[attr-defined]
+    page.outside, page.problems = [], []
 
     def decide(route: Route) -> None:
         parts = urlsplit(route.request.url)
         if parts.scheme in ("http", "https", "ws", "wss") and parts.hostname not in LOCAL:
-            page.outside.append(route.request.url)  # type: ignore[attr-defined]
+            page.outside.append(route.request.url)
             route.abort()
         else:
             route.continue_()
 
     page.route("**/*", decide)
     page.on("websocket", lambda socket: urlsplit(socket.url).hostname in LOCAL
-            or page.outside.append(socket.url))  # type: ignore[attr-defined]
+            or page.outside.append(socket.url))
     page.on("console", lambda message: message.type == "error"
-            and page.problems.append(f"{message.text} ({message.location.get('url', '')})"))  # type: ignore[attr-defined]
-    page.on("pageerror", lambda error: page.problems.append(str(error)))  # type: ignore[attr-defined]
+            and page.problems.append(f"{message.text} ({message.location.get('url', '')})"))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
     return page
 
 
@@ -121,8 +121,8 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield make
     for page in pages:
         page.context.close()
-    assert [url for page in pages for url in page.outside] == [], "a page asked another host"  # type: ignore[attr-defined]
-    assert [text for page in pages for text in page.problems] == [], "errors on the console"  # type: ignore[attr-defined]
+    assert [url for page in pages for url in page.outside] == [], "a page asked another host"
+    assert [text for page in pages for text in page.problems] == [], "errors on the console"
 
 
 @pytest.fixture

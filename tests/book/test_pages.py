@@ -16,7 +16,8 @@ PAGES = sorted(
     [str(path.relative_to(ROOT).with_suffix(".html")) for path in (ROOT / "book").glob("*.md")]
     + [str(path.relative_to(ROOT).with_suffix(".html")) for path in (ROOT / "chapters").glob("*.ipynb")]
 ) + ["search.html", "genindex.html"]
-SERIOUS = ("serious", "critical")
+# Off by default in axe, since it is experimental; ours are mended. `preload` would ask for style sheets by wrong addresses.
+AXE = {"preload": False, "rules": {"label-content-name-mismatch": {"enabled": True}}}
 
 
 def visit(page: Page, url: str) -> None:
@@ -61,8 +62,7 @@ def test_page_is_accessible(open_page: Callable[..., Page], book_url: str, name:
     visit(page, f"{book_url}/{name}")
     assert page.evaluate("() => document.documentElement.dataset.theme") == ("dark" if dark else "light")
     found = [f"{fault['id']} ({fault['impact']}): {node['html'][:200]}"
-             for fault in Axe().run(page).response["violations"] if fault["impact"] in SERIOUS
-             for node in fault["nodes"]]
+             for fault in Axe().run(page, options=AXE).response["violations"] for node in fault["nodes"]]
     assert found == []
 
 
