@@ -1,8 +1,9 @@
 """Optimizers, learning-rate schedules and clipping, on flat 1-D buffers.
 
-An optimizer is a frozen description; what it remembers is a tuple of tensors, made by `state` for a buffer or for any
-slice of one and changed by `update`. Gradients are sums; `update` multiplies them by `scale`: one over the number of
-loss terms, times the clipping factor. The formulas are those of ``torch.optim`` and of the papers named below.
+An optimizer is a frozen description; what it remembers is a tuple of tensors, made by `state` for a buffer
+or for any slice of one and changed by `update`. Gradients are sums; `update` multiplies them by `scale`: one
+over the number of loss terms, times the clipping factor. The formulas are those of ``torch.optim`` and of the
+papers named below.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class constant:
 
 @dataclass(frozen=True)
 class warmup:
-    """Rise linearly to `lr` over `steps` steps, then stay: lr (step + 1) / steps (Goyal et al. 2017, 1706.02677)."""
+    """Rise to `lr` over `steps` steps, lr (step + 1) / steps, then stay (Goyal et al. 2017, 1706.02677)."""
 
     lr: float
     steps: int
@@ -81,8 +82,8 @@ class Optimizer:
         Learning rate; a schedule is called with the step, from 0.
     weight_decay : float
     clip : float or None
-        Largest global norm of the scaled gradient. Who calls `update` sees to it, since the norm may span ranks:
-        ``scale *= clip_factor(scale * norm, optimizer.clip)``.
+        Largest global norm of the scaled gradient. Who calls `update` sees to it, since the norm may span
+        ranks: ``scale *= clip_factor(scale * norm, optimizer.clip)``.
     """
 
     lr: float | Schedule
@@ -123,7 +124,8 @@ class Optimizer:
 class SGD(Optimizer):
     """Gradient descent with momentum, as ``torch.optim.SGD`` (Sutskever et al. 2013, without dampening).
 
-    g = scale x gradient + weight_decay p; v = momentum v + g; p -= lr v, or lr (g + momentum v) with `nesterov`.
+    g = scale x gradient + weight_decay p; v = momentum v + g; p -= lr v, or p -= lr (g + momentum v) with
+    `nesterov`.
     """
 
     lr: float | Schedule = 0.1
@@ -162,7 +164,7 @@ class SGD(Optimizer):
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    """Adam (Kingma and Ba 2015, arXiv:1412.6980), as ``torch.optim.Adam``: weight decay is added to the gradient."""
+    """Adam (Kingma and Ba 2015, arXiv:1412.6980), as ``torch.optim.Adam``; weight decay joins g."""
 
     lr: float | Schedule = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
@@ -190,7 +192,7 @@ class Adam(Optimizer):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101): p shrinks by lr weight_decay."""
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, 1711.05101): p -= lr weight_decay p."""
 
     weight_decay: float = 0.01
 

@@ -52,18 +52,18 @@ class Dataset:
         return len(self.inputs)
 
     def __repr__(self) -> str:
-        shape = tuple(self.inputs.shape[1:])
-        return f"<Dataset {self.name}: {len(self):,} training and {len(self.test_inputs):,} test samples of {shape}>"
+        train, test, shape = len(self.inputs), len(self.test_inputs), tuple(self.inputs.shape[1:])
+        return f"<Dataset {self.name}: {train:,} training and {test:,} test samples of {shape}>"
 
     def order(self, epoch: int, seed: int = 0) -> Tensor:
-        """Return the order of the samples in an epoch: a permutation that depends on `seed` and `epoch` alone."""
+        """Return an epoch's order of samples: a permutation that depends on `seed` and `epoch` alone."""
         return _order(len(self), epoch, seed).clone()
 
     def indices(self, step: int, size: int, seed: int = 0) -> Tensor:
         """Return the sample numbers of global batch `step`.
 
-        The stream of samples is the epochs' orders one after another; batch `step` takes the next `size` of it, so a
-        batch may end one epoch and begin the next, and no sample is dropped.
+        The stream of samples is the epochs' orders one after another; batch `step` takes the next `size` of
+        it, so a batch may end one epoch and begin the next, and no sample is dropped.
 
         Raises
         ------
@@ -129,9 +129,9 @@ def shard_sizes(samples: int, n: int, uneven: Sequence[float] | None = None) -> 
     samples : int
     n : int
     uneven : sequence of float, optional
-        Without it the sizes differ by at most one, the first shards taking the remainder. Integers that add up to
-        `samples` are the sizes themselves; other numbers are weights, rounded by the largest remainder (of equal ones,
-        the first).
+        Without it the sizes differ by at most one, the first shards taking the remainder. Integers that add
+        up to `samples` are the sizes themselves; other numbers are weights, rounded by the largest remainder
+        (of equal ones, the first).
 
     Raises
     ------

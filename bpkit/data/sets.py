@@ -20,7 +20,7 @@ from bpkit.data.dataset import Dataset
 
 Opener = Callable[[str], BinaryIO]
 
-# The files of LeCun, Cortes and Burges, as mirrored for PyTorch and by Google; SHA-256 of the compressed files.
+# The files of LeCun, Cortes and Burges, as mirrored for PyTorch and by Google; SHA-256 as compressed.
 _MNIST_MIRRORS = (
     "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "https://storage.googleapis.com/cvdf-datasets/mnist/",
@@ -47,8 +47,8 @@ def digits(dtype: torch.dtype = torch.float32, test: int = 360, seed: int = 0) -
 
     Notes
     -----
-    The test part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (1998), UCI Machine
-    Learning Repository, doi:10.24432/C50P49, CC BY 4.0, in the copy that scikit-learn carries; see SOURCE.txt.
+    The test part of "Optical Recognition of Handwritten Digits" by E. Alpaydin and C. Kaynak (1998), UCI
+    Machine Learning Repository, doi:10.24432/C50P49, CC BY 4.0, in scikit-learn's copy; see SOURCE.txt.
     """
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         pixels, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])

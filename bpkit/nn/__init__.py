@@ -7,7 +7,8 @@ from bpkit.nn.gradcheck import GradCheck, gradcheck
 from bpkit.nn.layer import Context, Layer, Pass, Site
 from bpkit.nn.layers import GELU, LayerNorm, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import MSE, CrossEntropy, Loss
-from bpkit.nn.network import Network, mlp
+from bpkit.nn.models import mlp
+from bpkit.nn.network import Network
 
 __all__ = [
     "GELU",

@@ -1,9 +1,9 @@
 """Dropout whose mask is a function of coordinates, so that no cut of the batch and no device changes it.
 
-The mask is counter-based, as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): no
-state moves along; each element's number is a hash of where it stands. The hash is `lowbias32` by Chris Wellons
-("Prospecting for Hash Functions", nullprogram.com, 2018), computed in int64 with masks, which gives the same
-bits on the CPU and on a GPU.
+The mask is counter-based, as in Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011):
+no state moves along; each element's number is a hash of where it stands. The hash is `lowbias32` by Chris
+Wellons ("Prospecting for Hash Functions", nullprogram.com, 2018), computed in int64 with masks, which gives
+the same bits on the CPU and on a GPU.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def dropout_mask(
 class Dropout(Elementwise):
     """y = mask x in training, y = x otherwise (Srivastava et al. 2014, JMLR 15, with inverted scaling).
 
-    dx = mask dy. The mask is `dropout_mask` at the network's seed, the context's step and first sample, and the
-    layer's index among all layers.
+    dx = mask dy. The mask is `dropout_mask` at the network's seed, the context's step and first sample, and
+    the layer's index among all layers.
     """
 
     p: float = 0.5

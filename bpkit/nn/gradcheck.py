@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bpkit.nn.containers import Sequential
-from bpkit.nn.layer import Context
+from bpkit.nn.layer import START, Context
 from bpkit.nn.network import Network
 
 
@@ -49,7 +49,7 @@ def gradcheck(
     x: Tensor,
     targets: Tensor,
     *,
-    context: Context = Context(),
+    context: Context = START,
     samples: int = 20,
     step: float = 1e-6,
 ) -> GradCheck:
@@ -70,8 +70,8 @@ def gradcheck(
 
     Notes
     -----
-    A tensor's error is relative to its largest element, or, where its gradient vanishes in theory (below 1e-10 of the
-    network's largest), to a tenth of the network's largest, so that 1e-12 of it is 1e-13 of the largest.
+    A tensor's error is relative to its largest element, or, where its gradient vanishes in theory (below
+    1e-10 of the network's largest), to a tenth of the network's largest, so that 1e-12 of it is 1e-13.
 
     Raises
     ------
@@ -108,7 +108,7 @@ def gradcheck(
 
 
 def reference_loss(
-    network: Network, x: Tensor, parameters: list[Tensor], targets: Tensor, context: Context = Context()
+    network: Network, x: Tensor, parameters: list[Tensor], targets: Tensor, context: Context = START
 ) -> Tensor:
     """Compute the loss's sum with torch's own functions, differentiable by autograd."""
     y = Sequential(*network.layers).reference(x, parameters, context, network.site(len(x)))

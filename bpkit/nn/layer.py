@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class Context:
     step: int = 0
     first: int = 0
     training: bool = True
+
+
+START = Context()  # the first step of a training run
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,7 @@ class Chain(Pass):
             x = forward(x, context)
         return x
 
-    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+    def backward_input(self, dy: Any, need: bool = True) -> Tensor | None:
         for half, _, wanted in self._all if need else self._needed:
             dy = half(dy, wanted)
         return dy if need else None
@@ -223,7 +226,7 @@ class Chain(Pass):
             if half is not None:
                 half(accumulate)
 
-    def backward(self, dy: Tensor, accumulate: bool = False, need: bool = False) -> Tensor | None:
+    def backward(self, dy: Any, accumulate: bool = False, need: bool = False) -> Tensor | None:
         """Do both halves of each layer before going to the layer below (the same bits as the halves)."""
         for input_half, weight_half, wanted in self._all if need else self._needed:
             dy = input_half(dy, wanted)

@@ -75,7 +75,8 @@ class _LinearPass(Pass):
         self._flat = len(lead) == 1
         self._weight, self._dweight = site.parameters[0], site.gradients[0]
         self._weight_t = self._weight.t()
-        self._bias, self._dbias = (site.parameters[1], site.gradients[1]) if layer.bias else (None, None)
+        self._bias = site.parameters[1] if layer.bias else None
+        self._dbias = site.gradients[1] if layer.bias else None
         self._y, self._dx = site.empty(*lead, layer.outputs), site.empty()
         self._y2 = self._y.view(self._rows, layer.outputs)
         self._dx2 = self._dx.view(self._rows, layer.inputs)
@@ -110,10 +111,10 @@ class _LinearPass(Pass):
 
 @dataclass(frozen=True)
 class LayerNorm(Layer):
-    """y = w n + b with n = (x - mean) / sqrt(variance + eps) over the last dimension (Ba et al. 2016, 1607.06450).
+    """y = w n + b, n = (x - mean) / sqrt(variance + eps), over the last dimension (Ba et al., 1607.06450).
 
-    Backward: with g = w dy, dx = (g - mean(g) - n mean(g n)) / sqrt(variance + eps); dw = sum of dy n, db = sum
-    of dy, both over rows.
+    Backward: with g = w dy, dx = (g - mean(g) - n mean(g n)) / sqrt(variance + eps); dw = sum of dy n, db =
+    sum of dy, both over rows.
     """
 
     features: int
@@ -142,12 +143,13 @@ class LayerNorm(Layer):
         return _LayerNormPass(self, site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        return F.layer_norm(x, (self.features,), *parameters, self.eps)
+        weight, bias = parameters
+        return F.layer_norm(x, (self.features,), weight, bias, self.eps)
 
 
 class _LayerNormPass(Pass):
     def __init__(self, layer: LayerNorm, site: Site) -> None:
-        self._eps, self._features = layer.eps, layer.features
+        self._eps, self._features, self._rows = layer.eps, layer.features, math.prod(site.shape[:-1])
         self._weight, self._bias = site.parameters
         self._dweight, self._dbias = site.gradients
         self._n, self._y, self._dx = site.empty(), site.empty(), site.empty()
@@ -168,12 +170,8 @@ class _LayerNormPass(Pass):
         return g.sub_(g.mean(-1, keepdim=True)).addcmul_(self._n, along_n, value=-1).mul_(self._scale)
 
     def backward_weight(self, accumulate: bool = False) -> None:
-        dy = (
-            self._dy.reshape(-1, self._features)
-            if self._dy.numel()
-            else self._dy.new_zeros(0, self._features)
-        )
-        n = self._n.view(dy.shape)
+        n = self._n.view(self._rows, self._features)
+        dy = self._dy.reshape(n.shape)
         if accumulate:
             self._dweight.add_((dy * n).sum(0))
             self._dbias.add_(dy.sum(0))

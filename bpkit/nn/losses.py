@@ -43,7 +43,7 @@ class Loss:
 class CrossEntropy(Loss):
     """Softmax cross-entropy: the sum over samples of logsumexp(y) - y[target].
 
-    The gradient is softmax(y) - onehot(target): Goodfellow, Bengio, Courville, "Deep Learning" (2016), 6.2.2.3.
+    The gradient is softmax(y) - onehot(target) (Goodfellow et al. 2016, "Deep Learning", 6.2.2.3).
 
     Parameters
     ----------
@@ -123,7 +123,8 @@ class MSE(Loss):
             raise TypeError(f"squared error takes floating targets, not {targets.dtype}")
         if tuple(targets.shape[1:]) != tuple(output_shape):
             raise ValueError(
-                f"outputs of {output_shape} a sample take targets of the same shape, not {tuple(targets.shape[1:])}"
+                f"outputs of {output_shape} a sample take targets of the same shape, "
+                f"not {tuple(targets.shape[1:])}"
             )
 
     def reference(self, y: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bpkit.nn.costs import StageCost, balanced_cuts
 from bpkit.nn.dropout import Dropout
-from bpkit.nn.layer import Chain, Context, Layer, Shape, Site, output_shapes, produced
+from bpkit.nn.layer import START, Chain, Context, Layer, Shape, Site, output_shapes, produced
 from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import Loss, make_loss
 
@@ -41,16 +41,16 @@ class Network:
     loss : "cross_entropy", "mse" or Loss
         The loss that training uses.
     seed : int
-        Of the initial parameters and of the dropout masks. One generator serves the whole network, in layer order,
-        so equal layers start different; it draws in float64, so both dtypes start alike up to rounding.
+        Of the initial parameters and of the dropout masks. One generator serves the whole network, in layer
+        order, so equal layers start different; it draws in float64, so both dtypes start alike.
     dtype : torch.float32 or torch.float64
     device : str or torch.device
 
     Attributes
     ----------
     flat_parameters, flat_gradients : Tensor, shape (flat_size,)
-        The tensors lie in the order in which backward produces their gradients (last layer first), each at a multiple
-        of 64 bytes; the padding in between is zero.
+        The tensors lie in the order in which backward produces their gradients (last layer first), each at a
+        multiple of 64 bytes; the padding in between is zero.
     flat_size : int
         Elements of a flat buffer, padding included.
 
@@ -143,7 +143,7 @@ class Network:
     # Tensors.
 
     def parameters(self) -> list[Tensor]:
-        """Return views of the parameters in layer order, weight then bias, laid out as in ``torch.nn.Linear``."""
+        """Return views of the parameters in layer order, weight then bias, as in ``torch.nn.Linear``."""
         return list(self._parameters)
 
     def gradients(self) -> list[Tensor]:
@@ -191,7 +191,7 @@ class Network:
 
     # Running.
 
-    def forward(self, x: Tensor, slot: Hashable = 0, context: Context = Context()) -> Tensor:
+    def forward(self, x: Tensor, slot: Hashable = 0, context: Context = START) -> Tensor:
         """Run a microbatch forward and keep in `slot` what its backward needs.
 
         Parameters
@@ -255,7 +255,7 @@ class Network:
         """Check an input and bind a chain for its shape."""
         if tuple(x.shape[1:]) != self.input_shape or x.ndim == 0:
             raise ValueError(
-                f"the network takes inputs of shape (rows, *{self.input_shape}), not {tuple(x.shape)}"
+                f"the network takes inputs of shape {('rows', *self.input_shape)}, not {tuple(x.shape)}"
             )
         if x.dtype is not self.dtype:
             raise TypeError(f"the network computes in {self.dtype} and got inputs of {x.dtype}")
@@ -309,8 +309,8 @@ class Network:
         Parameters
         ----------
         stages : int or sequence of int
-            The number of stages, balanced by cost; or the indices of the layers at which a new stage starts, strictly
-            increasing: ``[2, 4]`` on 6 layers gives 3 stages.
+            The number of stages, balanced by cost; or the indices of the layers at which a new stage starts,
+            strictly increasing: ``[2, 4]`` on 6 layers gives 3 stages.
 
         Raises
         ------
@@ -382,41 +382,3 @@ class Network:
 
     def __repr__(self) -> str:
         return f"<Network: {self.describe()}>"
-
-
-def mlp(
-    sizes: Sequence[int],
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    activation: str = "relu",
-    loss: str | Loss = "cross_entropy",
-    dropout: float = 0.0,
-) -> Network:
-    """Return a multilayer perceptron: linear layers with an activation between them.
-
-    Parameters
-    ----------
-    sizes : sequence of int
-        Widths from the input to the output, at least two.
-    seed, dtype, loss
-        As in `Network`.
-    activation : "relu", "tanh", "sigmoid" or "gelu"
-    dropout : float
-        Probability of dropping an activation, after each activation; 0 adds no layer.
-
-    Raises
-    ------
-    ValueError
-        For fewer than two sizes or an unknown activation.
-    """
-    known: dict[str, type[Layer]] = {"relu": ReLU, "tanh": Tanh, "sigmoid": Sigmoid, "gelu": GELU}
-    if activation not in known:
-        raise ValueError(f"unknown activation {activation!r}: choose from {', '.join(known)}")
-    if len(sizes) < 2:
-        raise ValueError(f"an mlp needs the sizes of its input and its output, not {list(sizes)}")
-    layers: list[Layer] = []
-    for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
-        if i:
-            layers += [known[activation](), *([Dropout(dropout)] if dropout else [])]
-        layers.append(Linear(inputs, outputs))
-    return Network(layers, sizes[0], loss=loss, seed=seed, dtype=dtype)

@@ -1,0 +1,122 @@
+"""What every benchmark shares: interleaved repetitions, rows, the machine, the table, and the JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Read ``--json FILE`` and ``--quick``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows to FILE")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    return parser.parse_args()
+
+
+def interleave(runs: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """Call each run in turn, `repetitions` times over, and return the seconds that each call reports.
+
+    Turns rotate, so that what the machine does meanwhile hits all alike.
+    """
+    names = list(runs)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(repetitions):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            samples[name].append(runs[name]())
+    return samples
+
+
+def timed(step: Callable[[], object], times: int) -> Callable[[], float]:
+    """Return a run of `times` steps that reports the seconds of one."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(times):
+            step()
+        return (time.perf_counter() - start) / times
+
+    return run
+
+
+def repeat_for(step: Callable[[], object], seconds: float) -> int:
+    """Return how often `step` fits into `seconds`, at least once; the first call warms up."""
+    step()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds / 4:
+        step()
+        count += 1
+    return max(1, 4 * count)
+
+
+def row(
+    case: str,
+    peer: str,
+    ours: list[float],
+    theirs: list[float],
+    *,
+    ours_transport: str = "none",
+    peer_transport: str = "none",
+    info: bool = False,
+) -> dict[str, Any]:
+    """Return one row from interleaved samples, in seconds.
+
+    `ratio` is the median of peer / ours over the repetitions (above 1: ours is better), and `spread` is half
+    the distance between that ratio's quartiles.
+    """
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    return {
+        "case": case,
+        "peer": peer,
+        "ours_transport": ours_transport,
+        "peer_transport": peer_transport,
+        "ours_s": statistics.median(ours),
+        "peer_s": statistics.median(theirs),
+        "ratio": statistics.median(ratios),
+        "repetitions": len(ratios),
+        "spread": (high - low) / 2,
+        "info": info,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Describe the machine and the versions."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def report(rows: list[dict[str, Any]], file: Path | None, **more: Any) -> None:
+    """Print the table of ratios and write the JSON file, if one is asked for."""
+    print(f"{'case':<26}{'peer':<34}{'ours us':>10}{'peer us':>10}{'ratio':>7}  spread")
+    for r in rows:
+        times = f"{r['ours_s'] * 1e6:>10.1f}{r['peer_s'] * 1e6:>10.1f}"
+        note = "  for information" if r["info"] else ""
+        print(f"{r['case']:<26}{r['peer']:<34}{times}{r['ratio']:>7.2f}  ±{r['spread']:.2f}{note}")
+    if file is not None:
+        file.write_text(json.dumps({"machine": machine(), "rows": rows, **more}, indent=1) + "\n")
