@@ -1,0 +1,208 @@
+"""Semaphores between processes, how a rank waits on one, and a barrier made of them.
+
+Data between processes is published through POSIX semaphores, which synchronise memory on every
+processor; a bare flag in shared memory would only work where the hardware orders stores.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from _multiprocessing import SemLock
+from collections.abc import Callable, Sequence
+from time import perf_counter_ns
+
+import numpy as np
+
+from .errors import PeerTimeout
+
+_COUNTING = 1  # SemLock's kind for a counting semaphore
+_TRIES = 20  # tries before the first yield: a peer on another core answers within these
+_YIELDS = 200  # yields before blocking: with more workers than cores the peer needs our core
+_SLICE = 0.1  # seconds of one blocking wait
+_BUSY_SLICE = 0.001  # the same while there is work of our own to move along
+
+# What a rank waits in, as a number that fits into the shared block (index 0: not waiting).
+OPERATIONS = (
+    "", "send", "recv", "barrier", "empty", "all_reduce", "reduce_scatter", "all_gather", "broadcast",
+    "post_all_reduce",
+)  # fmt: skip
+
+_yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+def create_semaphore(name: str, value: int = 0) -> SemLock:
+    """A new counting semaphore under a name that other processes `open_semaphore`."""
+    return SemLock(_COUNTING, value, SemLock.SEM_VALUE_MAX, "/" + name, False)
+
+
+def open_semaphore(name: str) -> SemLock:
+    """The semaphore that another process created under this name."""
+    return SemLock._rebuild(0, _COUNTING, SemLock.SEM_VALUE_MAX, "/" + name)
+
+
+def unlink_semaphore(name: str) -> None:
+    """Remove the name; whoever has the semaphore open keeps it."""
+    from _multiprocessing import sem_unlink  # not on Windows, where `Pool` refuses with a clear message
+
+    sem_unlink("/" + name)
+
+
+class Block:
+    """The block that the caller shares with its workers: one row a rank.
+
+    A row holds the mark (step, action index), the operation that the rank waits in and the rank it
+    waits for. Rows lie in cache lines of their own. They only inform: nothing is synchronised by them.
+
+    Attributes
+    ----------
+    marks : numpy.ndarray
+        ``(ranks, 2)`` int64.
+    waits : numpy.ndarray
+        ``(ranks, 2)`` int64: index into `OPERATIONS`, rank waited for (-1: unknown).
+    room : numpy.ndarray
+        One int64 for the answer of the rank that allocates shared memory.
+    """
+
+    WIDTH = 16
+
+    def __init__(self, buffer: memoryview, ranks: int) -> None:
+        table = np.frombuffer(buffer, np.int64, (ranks + 1) * self.WIDTH).reshape(ranks + 1, self.WIDTH)
+        self.room = table[0, :1]
+        self.marks = table[1:, :2]
+        self.waits = table[1:, 2:4]
+
+    @classmethod
+    def size(cls, ranks: int) -> int:
+        """Bytes of the block."""
+        return 8 * cls.WIDTH * (ranks + 1)
+
+    def waiting(self, rank: int) -> str:
+        """What a rank waits in, as text; empty when it does not wait."""
+        operation, peer = (int(x) for x in self.waits[rank])
+        if not operation:
+            return ""
+        return f"waiting in {OPERATIONS[operation]}" + (f" for rank {peer}" if peer >= 0 else "")
+
+
+class Waiter:
+    """How one rank waits: some tries, then yields, then blocks, never longer than the time-out.
+
+    Attributes
+    ----------
+    waited : int
+        Nanoseconds spent in waits so far (a token that was there at the first try costs none).
+    progress : callable or None
+        Moves this rank's own unfinished sends and reductions; set while there are any.
+    """
+
+    def __init__(self, rank: int, note: np.ndarray, timeout: float) -> None:
+        self.rank = rank
+        self.waited = 0
+        self.progress: Callable[[], object] | None = None
+        self._note = note
+        self._timeout = timeout
+
+    def take(self, semaphore: SemLock, operation: str, peer: int) -> None:
+        """Take one token of `semaphore`, which rank `peer` gives."""
+        acquire = semaphore.acquire
+        if not acquire(False):
+            self.until(lambda: acquire(False), semaphore, operation, peer)
+
+    def until(self, check: Callable[[], bool], semaphore: SemLock, operation: str, peer: int) -> None:
+        """Wait until `check()` holds; a token on `semaphore` is a reason to look again.
+
+        Raises
+        ------
+        PeerTimeout
+            After the time-out.
+        """
+        start = perf_counter_ns()
+        try:
+            for _ in range(_TRIES):
+                if check():
+                    return
+            self._note[1], self._note[0] = peer, OPERATIONS.index(operation)
+            for _ in range(_YIELDS):
+                if self.progress:
+                    self.progress()
+                _yield_core()
+                if check():
+                    return
+            self._block(check, semaphore, operation, peer)
+        finally:
+            self._note[0] = 0
+            self.waited += perf_counter_ns() - start
+
+    def briefly(self, semaphore: SemLock, tries: int) -> bool:
+        """Try for a token while others run, `tries` yields long; whether it came."""
+        start = perf_counter_ns()
+        got = False
+        for _ in range(tries):
+            _yield_core()
+            got = semaphore.acquire(False)
+            if got:
+                break
+        self.waited += perf_counter_ns() - start
+        return got
+
+    def _block(self, check: Callable[[], bool], semaphore: SemLock, operation: str, peer: int) -> None:
+        deadline = time.monotonic() + self._timeout
+        while not check():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise PeerTimeout(f"waited {self._timeout:g} s in {operation} for rank {peer}")
+            if semaphore.acquire(True, min(left, _BUSY_SLICE if self.progress else _SLICE)):
+                semaphore.release()  # `check` takes it: the one place that counts tokens
+            if self.progress:
+                self.progress()
+
+
+class Barrier:
+    """A dissemination barrier: in round k a rank signals the one 2^k further and waits for the one before.
+
+    Parameters
+    ----------
+    own : sequence
+        This rank's semaphores, one a round.
+    theirs : sequence
+        The semaphore of rank (rank + 2^k) mod n, for each round k.
+    waiter : Waiter
+    ranks : int
+
+    Notes
+    -----
+    Each semaphore has one giver and counts, so no second set is needed for the next barrier. In split
+    form, `arrive` signals and returns; `wait` or a true `poll` ends it.
+    """
+
+    def __init__(self, own: Sequence[SemLock], theirs: Sequence[SemLock], waiter: Waiter, ranks: int) -> None:
+        self._own, self._theirs = own, theirs
+        self._sources = [(waiter.rank - 2**k) % ranks for k in range(len(own))]
+        self._waiter = waiter
+        self._round = 0
+
+    def arrive(self) -> None:
+        """Say that this rank is here."""
+        self._round = 0
+        if self._theirs:
+            self._theirs[0].release()
+
+    def _next(self) -> None:
+        self._round += 1
+        if self._round < len(self._theirs):
+            self._theirs[self._round].release()
+
+    def poll(self) -> bool:
+        """Whether every rank has arrived; never blocks."""
+        while self._round < len(self._own):
+            if not self._own[self._round].acquire(False):
+                return False
+            self._next()
+        return True
+
+    def wait(self, operation: str = "barrier") -> None:
+        """Block until every rank has arrived."""
+        while self._round < len(self._own):
+            self._waiter.take(self._own[self._round], operation, self._sources[self._round])
+            self._next()

@@ -1,0 +1,148 @@
+"""What one rank can do with its peers: the transport's interface and the parts all transports share."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import numpy as np
+import torch
+
+from .barrier import Block
+
+# Types that travel in a message's header, by position.
+DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+    torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
+)  # fmt: skip
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+MAX_DIMS = 8
+
+
+def part_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
+    """First and last-plus-one element of part `index` of `parts` of `size` elements."""
+    return index * size // parts, (index + 1) * size // parts
+
+
+class Handle(abc.ABC):
+    """A posted reduction."""
+
+    @abc.abstractmethod
+    def poll(self) -> bool:
+        """Whether it has finished; moves it along, never blocks."""
+
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Block until it has finished."""
+
+
+class Comm(abc.ABC):
+    """One rank's end of a transport.
+
+    Operations on all ranks (all but `send` and `recv`) must be called in the same order on each rank.
+
+    Attributes
+    ----------
+    rank, size : int
+    name : str
+        ``"shm"``, ``"gloo"`` or ``"nccl"``.
+    device : torch.device
+        Where tensors for this transport live.
+    sent : int
+        Payload bytes given to `send` so far. Collectives are not counted.
+    mark : numpy.ndarray
+        Two int64 (step, action index) that the caller sees; the executor writes them.
+    cache : dict
+        Kept from call to call for as long as these workers live (see `Pool.generation`).
+    """
+
+    name = ""
+
+    def __init__(self, rank: int, size: int, block: Block, device: str = "cpu") -> None:
+        self.rank, self.size = rank, size
+        self.device = torch.device(device)
+        self.sent = 0
+        self.block = block
+        self.mark: np.ndarray = block.marks[rank]
+        self.cache: dict[Any, Any] = {}
+        self.sent_to = [0] * size  # messages, compared with what peers received after each call
+        self.received_from = [0] * size
+
+    @property
+    @abc.abstractmethod
+    def waited(self) -> int:
+        """Nanoseconds this rank has spent waiting for peers so far."""
+
+    @abc.abstractmethod
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Send to rank `to`; buffered: returns without waiting for the receiver, whatever the size."""
+
+    @abc.abstractmethod
+    def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
+        """Receive the next message of rank `source` into `tensor`, or into a new tensor when None."""
+
+    @abc.abstractmethod
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+
+    @abc.abstractmethod
+    def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory for `n` elements (zeros) that `all_reduce` reduces in place; on all ranks, same `n`."""
+
+    @abc.abstractmethod
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place, the same bits on every rank; returns `tensor`."""
+
+    @abc.abstractmethod
+    def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
+        """Start a sum over ranks; `tensor` must rest until the handle has finished."""
+
+    @abc.abstractmethod
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks of this rank's part (`part_bounds`), in place; returns the part, a view.
+
+        The other parts are undefined afterwards.
+        """
+
+    @abc.abstractmethod
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Fill the other ranks' parts of `tensor` from their owners; returns `tensor`."""
+
+    @abc.abstractmethod
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        """Copy the root's values to all ranks, in place; returns `tensor`."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """End of a call: deliver what `send` still holds and finish posted reductions."""
+
+    def peers(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """The same tensor on every rank, when `tensor` lies in memory of `empty`; else None."""
+        return None
+
+    def bounds(self, size: int) -> tuple[int, int]:
+        """Bounds of this rank's part of `size` elements."""
+        return part_bounds(size, self.size, self.rank)
+
+    def check_peer(self, peer: int, what: str) -> None:
+        """Refuse a rank that is not another rank of this transport."""
+        if not 0 <= peer < self.size or peer == self.rank:
+            raise ValueError(f"{what}: rank {peer} is not one of the other ranks (0 to {self.size - 1}, "
+                             f"this is rank {self.rank})")
+
+    def check_tensor(self, tensor: torch.Tensor, what: str) -> None:
+        """Refuse what this transport cannot carry."""
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{what} takes a torch.Tensor, not {type(tensor).__name__}")
+        if tensor.device.type != self.device.type:
+            raise ValueError(f"{what}: the {self.name} transport carries {self.device.type} tensors, "
+                             f"this one is on {tensor.device}")
+        if tensor.dtype not in DTYPE_CODES:
+            raise TypeError(f"{what}: dtype {tensor.dtype} is not supported")
+
+
+def check_message(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> None:
+    """Refuse a receive buffer that does not fit the message."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"recv from rank {source}: the message is {dtype} {shape}, "
+                         f"the buffer is {tensor.dtype} {tuple(tensor.shape)}")

@@ -1,0 +1,213 @@
+"""The transport over torch.distributed: gloo for CPU workers (several hosts too), and NCCL for GPUs.
+
+A message is one packet of `PACKET` bytes that holds shape, type and the first elements, followed, when
+they do not fit, by a second packet with the rest. So a receiver needs to know nothing beforehand, and a
+small message costs one packet.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .barrier import OPERATIONS, Block
+from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, Comm, Handle, check_message
+from .errors import CommunicationError, PeerTimeout
+
+PACKET = 4096
+_HEAD = struct.Struct(f"<{2 + MAX_DIMS}q")
+
+
+def loopback() -> None:
+    """Let gloo use the loopback interface, unless the user chose one."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+class _Posted(Handle):
+    def __init__(self, comm: DistributedComm, work: Any) -> None:
+        self._comm, self._work, self._finished = comm, work, False
+
+    def poll(self) -> bool:
+        return self._finished or bool(self._work.is_completed())
+
+    def wait(self) -> None:
+        if not self._finished:
+            self._comm.run("post_all_reduce", -1, self._work.wait)
+            self._finished = True
+
+
+class DistributedComm(Comm):
+    """One rank's end of a torch.distributed process group (see `Comm`).
+
+    Parameters
+    ----------
+    rank, size : int
+    block : Block
+    backend : {"gloo", "nccl"}
+    timeout : float
+        Seconds that one wait may take.
+    path : str or None
+        The file through which the ranks find each other; None: a process group that somebody else
+        (``torchrun``) has set up, or whose address the environment gives.
+    """
+
+    def __init__(self, rank: int, size: int, block: Block, backend: str, timeout: float,
+                 path: str | None = None) -> None:
+        self.name = backend
+        device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
+        super().__init__(rank, size, block, device)
+        self._timeout = timeout
+        self._waited = 0
+        self._held: deque[tuple[Any, torch.Tensor]] = deque()
+        if device != "cpu":
+            torch.cuda.set_device(self.device)
+        if not dist.is_initialized():
+            store = {"store": dist.FileStore(path, size)} if path else {}
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout),
+                                    **store)
+
+    @property
+    def waited(self) -> int:
+        return self._waited
+
+    def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Run a blocking call of torch.distributed: timed, noted for the caller, its errors translated."""
+        waits = self.block.waits[self.rank]
+        waits[1], waits[0] = peer, OPERATIONS.index(operation)
+        start = perf_counter_ns()
+        try:
+            result = function(*args, **named)
+            if self.device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+            return result
+        except RuntimeError as error:
+            text = str(error)
+            if "imed out" in text or "imeout" in text:
+                whom = f" for rank {peer}" if peer >= 0 else ""
+                raise PeerTimeout(f"waited {self._timeout:g} s in {operation}{whom}") from error
+            raise CommunicationError(f"{self.name}: {operation} failed: {text}") from error
+        finally:
+            self._waited += perf_counter_ns() - start
+            waits[0] = 0
+
+    # Messages
+
+    def _post(self, packet: torch.Tensor, to: int) -> None:
+        self._held.append((dist.isend(packet, to), packet))
+        while self._held and self._held[0][0].is_completed():
+            self._held.popleft()
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        self.check_peer(to, "send")
+        self.check_tensor(tensor, "send")
+        if tensor.dim() > MAX_DIMS:
+            raise ValueError(f"send: a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} travel")
+        data = _bytes(tensor)
+        shape = (*tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
+        header = torch.frombuffer(bytearray(_HEAD.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *shape)),
+                                  dtype=torch.uint8)
+        packet = torch.empty(PACKET, dtype=torch.uint8, device=self.device)
+        packet[: _HEAD.size] = header
+        first = min(data.numel(), PACKET - _HEAD.size)
+        packet[_HEAD.size : _HEAD.size + first] = data[:first]
+        self._post(packet, to)
+        if first < data.numel():
+            self._post(data[first:].clone(), to)
+        self.sent += data.numel()
+        self.sent_to[to] += 1
+
+    def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
+        self.check_peer(source, "recv")
+        packet = torch.empty(PACKET, dtype=torch.uint8, device=self.device)
+        self.run("recv", source, dist.recv, packet, source)
+        code, dims, *sizes = _HEAD.unpack(packet[: _HEAD.size].cpu().numpy().tobytes())
+        shape, dtype = tuple(sizes[:dims]), DTYPES[code]
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            self.check_tensor(tensor, "recv")
+            check_message(tensor, shape, dtype, source)
+        target = tensor if tensor.is_contiguous() else torch.empty(shape, dtype=dtype, device=self.device)
+        data = _bytes(target)
+        first = min(data.numel(), PACKET - _HEAD.size)
+        data[:first] = packet[_HEAD.size : _HEAD.size + first]
+        if first < data.numel():
+            self.run("recv", source, dist.recv, data[first:], source)
+        if target is not tensor:
+            tensor.copy_(target)
+        self.received_from[source] += 1
+        return tensor
+
+    def finish(self) -> None:
+        while self._held:
+            self.run("send", -1, self._held.popleft()[0].wait)
+
+    # Collectives
+
+    def barrier(self) -> None:
+        self.run("barrier", -1, dist.barrier)
+
+    def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if n < 0:
+            raise ValueError(f"empty: {n} elements")
+        return torch.zeros(n, dtype=dtype, device=self.device)
+
+    def _in_place(self, tensor: torch.Tensor, operation: str, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        """Run a collective on contiguous memory, and bring the result back where `tensor` is not."""
+        self.check_tensor(tensor, operation)
+        if tensor.numel() == 0:
+            return tensor
+        memory = tensor.detach().contiguous()
+        self.run(operation, -1, function, memory)
+        if memory.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(memory)
+        return tensor
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._in_place(tensor, "all_reduce", dist.all_reduce)
+
+    def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
+        self.check_tensor(tensor, "post_all_reduce")
+        if not tensor.is_contiguous():
+            raise ValueError("post_all_reduce: the tensor must be contiguous")
+        return _Posted(self, dist.all_reduce(tensor.detach(), async_op=True))
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
+        self.all_reduce(tensor)
+        lo, hi = self.bounds(tensor.numel())
+        return tensor.view(-1)[lo:hi]
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._in_place(tensor, "all_gather", self._gather)
+
+    def _gather(self, memory: torch.Tensor) -> None:
+        """Gather parts of possibly unequal size: all are padded to the largest."""
+        flat, n = memory.view(-1), memory.numel()
+        width = -(-n // self.size)
+        lo, hi = self.bounds(n)
+        mine = flat.new_zeros(width)
+        mine[: hi - lo] = flat[lo:hi]
+        every = flat.new_empty(width * self.size)
+        dist.all_gather_into_tensor(every, mine)
+        for rank in range(self.size):
+            lo, hi = rank * n // self.size, (rank + 1) * n // self.size
+            flat[lo:hi] = every[rank * width : rank * width + hi - lo]
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        if not 0 <= root < self.size:
+            raise ValueError(f"broadcast: root {root} is not a rank (0 to {self.size - 1})")
+        return self._in_place(tensor, "broadcast", lambda memory: dist.broadcast(memory, root))

@@ -1,0 +1,108 @@
+"""What runs in a worker process: join the others, then answer calls until the caller goes.
+
+This module is preloaded by the fork server, which never computes: a forked child of a process that has
+run a multi-threaded product hangs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing import connection, reduction
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from .barrier import Block
+from .comm import Comm
+from .errors import CommunicationError, PeerTimeout
+from .payload import Parcel, Received
+from .shared_memory import Layout, SharedMemoryComm
+
+
+def main(rank: int, channel: Connection) -> None:
+    """Entry point of the process of `rank`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's to handle
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    try:
+        comm = _join(rank, channel)
+    except BaseException as error:
+        channel.send(("failed", "".join(traceback.format_exception(error))))
+        return
+    channel.send(("ready", None))
+    while True:
+        try:
+            call = Received(channel)
+        except (EOFError, OSError):
+            return
+        _answer(comm, call, channel)
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+def _join(rank: int, channel: Connection) -> Comm:
+    """Take over the caller's environment and join the transport."""
+    setup: dict[str, Any] = channel.recv()
+    log, control, mail = (reduction.recv_handle(channel) for _ in range(3))
+    os.environ.clear()  # a fork server keeps the environment of its own start
+    os.environ.update(setup["environment"])
+    os.chdir(setup["folder"])
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # a killed worker's lines are kept
+    torch.set_num_threads(setup["threads"])
+    size = setup["ranks"]
+    block = Block(memoryview(mmap.mmap(control, Block.size(size))), size)
+    os.close(control)
+    if setup["backend"] == "shm":
+        layout: Layout = setup["layout"]
+        return SharedMemoryComm(rank, layout, mail, block, setup["timeout"])
+    from .gloo import DistributedComm, loopback
+
+    loopback()
+    return DistributedComm(rank, size, block, setup["backend"], setup["timeout"], setup["path"])
+
+
+def _answer(comm: Comm, call: Received, channel: Connection) -> None:
+    """Run one call and send its result or its error."""
+    try:
+        function, args, spread = call.load(0)
+        if spread:
+            args = (*args, call.load(1 + comm.rank))
+        sent, received = list(comm.sent_to), list(comm.received_from)
+        result = function(comm, *args)
+        comm.finish()
+        messages = ([b - a for a, b in zip(sent, comm.sent_to, strict=True)],
+                    [b - a for a, b in zip(received, comm.received_from, strict=True)])
+        parcel, kind = Parcel([(result, messages)]), "result"
+    except BaseException as error:
+        kind, parcel = _failure(error)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    parcel.send(channel, kind)
+    parcel.close()
+
+
+def _failure(error: BaseException) -> tuple[str, Parcel]:
+    """An error as text, and as an object where it can be pickled."""
+    kind = "stuck" if isinstance(error, PeerTimeout) else "lost" if isinstance(error, CommunicationError) else "raised"
+    text = "".join(traceback.format_exception(error)).rstrip()
+    try:
+        parcel = Parcel([(text, str(error)), error])
+        pickle.loads(parcel.streams[1][0], buffers=parcel.buffers(1))
+    except BaseException:
+        parcel = Parcel([(text, str(error)), None])
+    return kind, parcel
