@@ -193,7 +193,9 @@ class Action:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ValueError(f"{text!r} is not an action: write <stage><KIND><microbatch>, for example 2F0 or 0ADD_G[3/4]<3")
+            raise ValueError(
+                f"{text!r} is not an action: write <stage><KIND><microbatch>, for example 2F0 or 0ADD_G[3/4]<3"
+            )
         number = {k: int(v) for k, v in match.groupdict().items() if v is not None and k not in ("kind", "way")}
         part = None
         if "of" in number:

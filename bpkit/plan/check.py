@@ -17,7 +17,6 @@ from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
 from bpkit.plan.provenance import Holdings, Provenance
 
-
 Pair = tuple[Coordinate, Coordinate]
 
 
@@ -117,8 +116,11 @@ class _Walk:
             position = rank.at._replace(**{axis: 0})
             group = [self.ranks[position._replace(**{axis: i})] for i in range(getattr(self.plan.mesh, axis))]
             key = (action.kind, action.stage, action.mb, position)
-        count = sum(1 for i in rank.started if rank.row[i].kind == action.kind and rank.row[i].stage == action.stage
-                    and rank.row[i].mb == action.mb)  # fmt: skip
+        count = sum(
+            1
+            for i in rank.started
+            if rank.row[i].kind == action.kind and rank.row[i].stage == action.stage and rank.row[i].mb == action.mb
+        )
         arrivals = self.arrivals.setdefault((*key, count), [])
         arrivals.append((rank, index))
         if len(arrivals) == len(group):
@@ -144,7 +146,9 @@ class _Walk:
         partner, at = self.posted.pop((pair, nth, not sends))
         (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
         if not _fit(sender.row[i], receiver.row[j]):
-            self.world.fail(receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is {sender.row[i]}")
+            self.world.fail(
+                receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is {sender.row[i]}"
+            )
         self.world.deliver(receiver.holds, j, self.messages.pop((pair, nth)))
         sender.done.add(i)
         receiver.done.add(j)
@@ -164,5 +168,9 @@ class _Walk:
 def _fit(send: Action, receive: Action) -> bool:
     """Whether a receive takes what a send gives."""
     kinds, step = PARTNERS[send.kind]
-    return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
-            and (send.part and send.part.fractions()) == (receive.part and receive.part.fractions()))  # fmt: skip
+    return (
+        receive.kind in kinds
+        and receive.stage == send.stage + step
+        and receive.mb == send.mb
+        and (send.part and send.part.fractions()) == (receive.part and receive.part.fractions())
+    )

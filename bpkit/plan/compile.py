@@ -78,7 +78,7 @@ class Program:
 _GRADIENT_KINDS = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G"})
 
 
-def compile(plan: Plan, network: Network, clip: bool = False) -> Program:  # noqa: A001 (the field's word)
+def compile(plan: Plan, network: Network, clip: bool = False) -> Program:
     """Check a plan and resolve it for a network.
 
     Parameters
@@ -97,8 +97,10 @@ def compile(plan: Plan, network: Network, clip: bool = False) -> Program:  # noq
         If the network has fewer layers than the plan has stages.
     """
     if plan.stages > len(network.layers):
-        raise ValueError(f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} layers: "
-                         "use fewer stages or buckets")  # fmt: skip
+        raise ValueError(
+            f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} layers: "
+            "use fewer stages or buckets"
+        )
     plan = _with_norm(plan) if clip else plan
     check_once(plan)
     parts = network.split(plan.cuts if plan.cuts is not None else plan.stages)
@@ -109,7 +111,9 @@ def compile(plan: Plan, network: Network, clip: bool = False) -> Program:  # noq
     edges = (*(_elements(part.input_shape) for part in parts), _elements(network.output_shape))
     itemsize = network.dtype.itemsize
     rows = tuple(_instructions(row, sizes, edges, itemsize) for row in plan.rows)
-    return Program(plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)), tuple(map(peak_activations, plan.rows)))
+    return Program(
+        plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)), tuple(map(peak_activations, plan.rows))
+    )
 
 
 @lru_cache(maxsize=256)
@@ -133,7 +137,9 @@ def _elements(shape: Sequence[int]) -> int:
     return count
 
 
-def _instructions(row: tuple[Action, ...], sizes: Sequence[int], edges: Sequence[int], itemsize: int) -> tuple[Instruction, ...]:
+def _instructions(
+    row: tuple[Action, ...], sizes: Sequence[int], edges: Sequence[int], itemsize: int
+) -> tuple[Instruction, ...]:
     result = []
     for action, waits in zip(row, hazards(row), strict=True):
         communication = tuple(i for i in waits if row[i].verb.stream != "compute")

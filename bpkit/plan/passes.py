@@ -103,7 +103,9 @@ def communicate(plan: Plan) -> Plan:
     rows: Rows = [[] for _ in queues]
     arrived: set[tuple[str, int, int | None]] = set()
     while any(queues):
-        moved = [(rank, queue.popleft()) for rank, queue in enumerate(queues) if queue and _ready(plan, queue[0], arrived)]
+        moved = [
+            (rank, queue.popleft()) for rank, queue in enumerate(queues) if queue and _ready(plan, queue[0], arrived)
+        ]
         if not moved:
             heads = ", ".join(f"row {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue)
             raise ValueError(f"{plan.name}: the compute actions wait for each other ({heads})")

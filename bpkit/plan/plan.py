@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Final
 
@@ -56,7 +56,7 @@ class Plan:
     name: str
     rows: tuple[tuple[Action, ...], ...]
     stages: int
-    mesh: Mesh = Mesh()
+    mesh: Mesh = field(default_factory=Mesh)
     microbatches: int = 1
     merge: str = "mean"
     place: tuple[int, ...] = ()
@@ -67,14 +67,18 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.microbatches < 1:
-            raise ValueError(f"{self.name}: a plan needs at least one stage and one microbatch, not "
-                             f"{self.stages} and {self.microbatches}")  # fmt: skip
+            raise ValueError(
+                f"{self.name}: a plan needs at least one stage and one microbatch, not "
+                f"{self.stages} and {self.microbatches}"
+            )
         if self.merge not in MERGES:
             raise ValueError(f"{self.name}: unknown merge {self.merge!r}: choose one of {', '.join(MERGES)}")
         needed = self.mesh.pipeline * (self.mesh.data if self.expanded else 1)
         if len(self.rows) != needed:
             each = "(pipeline, data) coordinate" if self.expanded else "pipeline coordinate"
-            raise ValueError(f"{self.name}: {len(self.rows)} rows, but a mesh of {self.mesh} needs {needed}: one a {each}")
+            raise ValueError(
+                f"{self.name}: {len(self.rows)} rows, but a mesh of {self.mesh} needs {needed}: one a {each}"
+            )
         if self.cuts is not None and len(self.cuts) != self.stages - 1:
             raise ValueError(f"{self.name}: {self.stages} stages need {self.stages - 1} cuts, not {len(self.cuts)}")
         if not self.place:
@@ -103,8 +107,9 @@ class Plan:
         if action.mb is not None and action.mb >= self.microbatches:
             raise ValueError(f"{where}: the plan has microbatches 0 to {self.microbatches - 1}")
         if action.peer is not None and not (self.expanded and action.peer < self.mesh.data):
-            raise ValueError(f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) "
-                             "of an expanded plan")  # fmt: skip
+            raise ValueError(
+                f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of an expanded plan"
+            )
 
     @property
     def exact(self) -> bool:
@@ -159,7 +164,7 @@ class Plan:
         ValueError
             If a line is not of the form that ``str(plan)`` prints; the line is named.
         """
-        known = {field.name for field in fields(cls)}
+        known = {f.name for f in fields(cls)}
         values: dict[str, object] = {}
         rows: list[tuple[Action, ...]] = []
         for number, line in enumerate(text.strip().splitlines(), 1):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import pairwise
 
 from bpkit.plan.actions import Action, Buffer, Part, buffer, stage_of
 from bpkit.plan.mesh import Coordinate
@@ -51,7 +52,9 @@ class Provenance:
             rank.gradients[stage] = [Counter({STALE: 1}) for _ in self.atoms]
             touching = [a.kind for a in rank.row if a.stage == stage and a.kind in ("F", "UNSHARD")]
             sharded = touching[:1] == ["UNSHARD"]
-            rank.versions[stage] = [0 if not sharded or self.owner(i) == at.data else None for i in range(len(self.atoms))]
+            rank.versions[stage] = [
+                0 if not sharded or self.owner(i) == at.data else None for i in range(len(self.atoms))
+            ]
         return rank
 
     def owner(self, atom: int) -> int:
@@ -102,7 +105,9 @@ class Provenance:
         """An activation or its gradient that must be there, and be the sum over the tensor axis."""
         names = {"A": "input", "D": "gradient of output", "S": "saved state", "K": "input half"}
         if buf not in rank.edges:
-            self.fail(rank, index, f"its {names[buf.letter]} (edge {buf.stage}, microbatch {buf.mb}) is not on this rank")
+            self.fail(
+                rank, index, f"its {names[buf.letter]} (edge {buf.stage}, microbatch {buf.mb}) is not on this rank"
+            )
         if rank.edges[buf] != self.whole:
             self.fail(rank, index, f"it reads a partial sum: {len(rank.edges[buf])} of {len(self.whole)} tensor ranks")
         return rank.edges[buf]
@@ -129,8 +134,11 @@ class Provenance:
         missing, extra = wanted - held, held - wanted
         parts = [f"it lacks {_say(missing)}"] * bool(missing) + [f"it holds {_say(extra)} too often"] * bool(extra)
         low, high = self.atoms[atom]
-        self.fail(rank, index, f"the gradient of stage {stage} from {low} to {high} is not the sum of all shards: "
-                               + " and ".join(parts))  # fmt: skip
+        self.fail(
+            rank,
+            index,
+            f"the gradient of stage {stage} from {low} to {high} is not the sum of all shards: " + " and ".join(parts),
+        )
         return False
 
     def finish(self, rank: Holdings) -> None:
@@ -155,7 +163,7 @@ def _atoms(plan: Plan) -> list[tuple[Fraction, Fraction]]:
             if action.part is not None:
                 bounds.update(action.part.fractions())
     ordered = sorted(bounds)
-    return list(zip(ordered, ordered[1:], strict=False))
+    return list(pairwise(ordered))
 
 
 def _say(counts: Contributions) -> str:
@@ -204,8 +212,12 @@ def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -
 
 def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.whole_edge(rank, index, Buffer("K", action.stage, action.mb))
-    for buf in (Buffer("K", action.stage, action.mb), Buffer("S", action.stage, action.mb),
-                Buffer("D", action.stage + 1, action.mb), Buffer("A", action.stage, action.mb)):  # fmt: skip
+    for buf in (
+        Buffer("K", action.stage, action.mb),
+        Buffer("S", action.stage, action.mb),
+        Buffer("D", action.stage + 1, action.mb),
+        Buffer("A", action.stage, action.mb),
+    ):
         rank.edges.pop(buf, None)
     for counts in rank.gradients[action.stage]:
         counts[(rank.at.data, action.mb)] += 1
@@ -241,6 +253,7 @@ def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> N
 
 
 # -- collectives -------------------------------------------------------------------------------------------
+
 
 def _reduce(world: Provenance, members: Members, action: Action) -> None:
     for atom in range(len(world.atoms)):
@@ -278,7 +291,9 @@ def _sum_edges(touch: int) -> Callable[[Provenance, Members, Action], None]:
             if buf not in rank.edges:
                 world.fail(rank, index, f"there is nothing on edge {stage_of(buf)} to sum")
             if rank.edges[buf] == world.whole and len(members) > 1:
-                world.fail(rank, index, f"edge {stage_of(buf)} is not a partial sum: it would be counted {len(members)} times")
+                world.fail(
+                    rank, index, f"edge {stage_of(buf)} is not a partial sum: it would be counted {len(members)} times"
+                )
         total = frozenset().union(*(rank.edges[buf] for rank, _ in members))
         for rank, _ in members:
             rank.edges[buf] = total
@@ -295,10 +310,22 @@ def _norm(world: Provenance, members: Members, action: Action) -> None:
 
 
 _COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
-    "ZERO": _zero, "F": _forward, "LOSS": _loss, "B": _backward, "I": _input_half, "W": _weight_half,
-    "RECOMPUTE": _recompute, "UPDATE": _update, "RESHARD": _reshard,
-}  # fmt: skip
+    "ZERO": _zero,
+    "F": _forward,
+    "LOSS": _loss,
+    "B": _backward,
+    "I": _input_half,
+    "W": _weight_half,
+    "RECOMPUTE": _recompute,
+    "UPDATE": _update,
+    "RESHARD": _reshard,
+}
 _GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
-    "REDUCE_GRAD": _reduce, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard, "AVERAGE": _average,
-    "SUM_F": _sum_edges(1), "SUM_B": _sum_edges(0), "NORM": _norm,
-}  # fmt: skip
+    "REDUCE_GRAD": _reduce,
+    "SCATTER_GRAD": _scatter,
+    "UNSHARD": _unshard,
+    "AVERAGE": _average,
+    "SUM_F": _sum_edges(1),
+    "SUM_B": _sum_edges(0),
+    "NORM": _norm,
+}
