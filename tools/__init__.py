@@ -1,1 +1,0 @@
-"""What the Makefile calls. Nothing here is part of the library."""
