@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from _multiprocessing import SemLock
+from _multiprocessing import SemLock  # type: ignore[import-not-found]
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
 

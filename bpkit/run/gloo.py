@@ -75,9 +75,9 @@ class DistributedComm(Comm):
         if device != "cpu":
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            store = {"store": dist.FileStore(path, size)} if path else {}
+            store = dist.FileStore(path, size) if path else None
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout),
-                                    **store)
+                                    store=store)
 
     @property
     def waited(self) -> int:
@@ -165,7 +165,8 @@ class DistributedComm(Comm):
             raise ValueError(f"empty: {n} elements")
         return torch.zeros(n, dtype=dtype, device=self.device)
 
-    def _in_place(self, tensor: torch.Tensor, operation: str, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    def _in_place(self, tensor: torch.Tensor, operation: str,
+                  function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
         """Run a collective on contiguous memory, and bring the result back where `tensor` is not."""
         self.check_tensor(tensor, operation)
         if tensor.numel() == 0:

@@ -8,9 +8,8 @@ from math import prod
 
 import numpy as np
 import torch
-from _multiprocessing import SemLock
 
-from .barrier import Waiter
+from .barrier import SemLock, Waiter
 from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, check_message
 
 HEADER = 128
@@ -29,7 +28,7 @@ class _Box:
 
     def __init__(self, ring: np.ndarray, slots: int, filled: SemLock, free: SemLock) -> None:
         self._payloads = [slot[HEADER:] for slot in ring.reshape(slots, -1)]
-        self._headers = [memoryview(slot[:HEADER]) for slot in ring.reshape(slots, -1)]
+        self._headers = [slot[:HEADER].data for slot in ring.reshape(slots, -1)]
         self._slots = slots
         self.room = len(self._payloads[0])
         self.filled, self.free = filled, free

@@ -34,7 +34,7 @@ class _Storage:
         self.raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
 
     def __reduce__(self) -> tuple:
-        return _storage_from, (pickle.PickleBuffer(self.raw),)
+        return _storage_from, (pickle.PickleBuffer(self.raw.data),)
 
 
 def _storage_from(buffer: Any) -> torch.Tensor:
@@ -43,7 +43,8 @@ def _storage_from(buffer: Any) -> torch.Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
-def _tensor_from(raw: Any, dtype: torch.dtype, offset: int, shape: tuple, stride: tuple, grad: bool) -> torch.Tensor:
+def _tensor_from(raw: torch.Tensor, dtype: torch.dtype, offset: int, shape: tuple, stride: tuple,
+                 grad: bool) -> torch.Tensor:
     tensor = torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), offset, shape, stride)
     return tensor.requires_grad_(grad)
 
@@ -64,8 +65,8 @@ def _reduce_tensor(tensor: torch.Tensor, storages: dict[int, _Storage]) -> Any:
     storage = storages.get(key) or _Storage(tensor.detach())
     if key:
         storages[key] = storage
-    place = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.requires_grad)
-    return _tensor_from, (storage, *place)
+    place = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return _tensor_from, (storage, *place, tensor.requires_grad)
 
 
 def _pickler_class() -> type:
@@ -198,8 +199,8 @@ def explain(function: Any, args: tuple, error: BaseException) -> str:
     if "cloudpickle" not in sys.modules and (
         getattr(function, "__module__", "") == "__main__" or "<" in name
     ):
-        return (f"cannot send {name}() to the workers: it is defined in a cell, a script or another function. "
-                "Install cloudpickle (pip install cloudpickle), or put it into a module")
+        return (f"cannot send {name}() to the workers: it is defined in a cell, a script or another "
+                "function. Install cloudpickle (pip install cloudpickle), or put it into a module")
     for place, value in _named_parts(function, args):
         try:
             Parcel([value]).close()

@@ -64,13 +64,14 @@ class Pool:
     """Worker processes, one a rank, that stay from call to call.
 
     They start at the first call, from a fork server that has loaded torch (by spawn where there is none),
-    and start anew after a failure. They end with `close`, with the pool, and within 2 s of the caller's death.
+    and start anew after a failure. They end with `close`, with the pool, and within 2 s of
+    the caller's death.
 
     Parameters
     ----------
     workers : int
     backend : {"auto", "shm", "gloo", "nccl"}
-        Transport; ``"auto"`` is shared memory, or gloo where shared memory has no room (see `backend_reason`).
+        Transport; ``"auto"`` is shared memory, or gloo where that has no room (see `backend_reason`).
     threads_per_worker : int
         Threads of one worker's computations.
     timeout : float
@@ -95,8 +96,8 @@ class Pool:
         For arguments that cannot work; no process has started then.
     """
 
-    def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
-                 *, start_method: str | None = None, echo: bool = True) -> None:
+    def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1,
+                 timeout: float = 60.0, *, start_method: str | None = None, echo: bool = True) -> None:
         method = start_method or start_methods()[0]
         _check(workers, backend, threads_per_worker, timeout, method)
         self.workers = workers
@@ -200,7 +201,8 @@ class Pool:
         if self._running and self._running.dead():
             self._end()  # somebody killed a resting worker
         if self._running is None:
-            running = Workers(self.workers, self.backend, self.threads_per_worker, self.timeout, self.start_method)
+            running = Workers(self.workers, self.backend, self.threads_per_worker, self.timeout,
+                              self.start_method)
             self._running = running
             self._finalizer = weakref.finalize(self, running.end)
             self.generation += 1

@@ -13,14 +13,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from _multiprocessing import SemLock
 
 from . import memory
-from .barrier import Barrier, Block, Waiter, create_semaphore, open_semaphore, unlink_semaphore
+from .barrier import Barrier, Block, SemLock, Waiter, create_semaphore, open_semaphore, unlink_semaphore
 from .comm import Comm, Handle, part_bounds
 from .errors import NoRoom
 from .mailbox import Inbox, Outbox, message_bytes, raw_bytes, ring_shape
@@ -200,7 +200,8 @@ class SharedMemoryComm(Comm):
         if self.size == 1:
             return
         layout, name = self._layout, self._layout.semaphore
-        rings = np.frombuffer(mmap.mmap(fd, layout.mail_bytes), np.uint8).reshape(self.size, self.size - 1, -1)
+        mail = np.frombuffer(mmap.mmap(fd, layout.mail_bytes), np.uint8)
+        rings = mail.reshape(self.size, self.size - 1, -1)
 
         def box(kind: type, a: int, b: int) -> Any:
             ring = rings[a, b - (b > a)]
@@ -291,7 +292,7 @@ class SharedMemoryComm(Comm):
         self._settle()
         for peer, box in self._outboxes.items():
             if box.pending:
-                self._waiter.until(lambda box=box: self._pushed(box), box.free, "send", peer)
+                self._waiter.until(partial(self._pushed, box), box.free, "send", peer)
         self._waiter.progress = None
 
     def _pushed(self, box: Outbox) -> bool:
@@ -449,8 +450,8 @@ class SharedMemoryComm(Comm):
         self._settle()
         peers = self.peers(tensor)
         if peers is None:
-            whole = (0, tensor.numel())
-            return self._spread(tensor, "broadcast", [whole if r == root else (0, 0) for r in range(self.size)])
+            bounds = [(0, tensor.numel() if r == root else 0) for r in range(self.size)]
+            return self._spread(tensor, "broadcast", bounds)
         self._sync("broadcast")
         if self.rank != root:
             tensor.copy_(peers[root])

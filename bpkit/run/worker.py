@@ -59,10 +59,10 @@ def _join(rank: int, channel: Connection) -> Comm:
     os.environ.clear()  # a fork server keeps the environment of its own start
     os.environ.update(setup["environment"])
     os.chdir(setup["folder"])
-    for stream in (1, 2):
-        os.dup2(log, stream)
+    for descriptor in (1, 2):
+        os.dup2(log, descriptor)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # a killed worker's lines are kept
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed worker's lines are kept
     torch.set_num_threads(setup["threads"])
     size = setup["ranks"]
     block = Block(memoryview(mmap.mmap(control, Block.size(size))), size)
@@ -98,7 +98,8 @@ def _answer(comm: Comm, call: Received, channel: Connection) -> None:
 
 def _failure(error: BaseException) -> tuple[str, Parcel]:
     """An error as text, and as an object where it can be pickled."""
-    kind = "stuck" if isinstance(error, PeerTimeout) else "lost" if isinstance(error, CommunicationError) else "raised"
+    kinds: dict[type, str] = {PeerTimeout: "stuck", CommunicationError: "lost"}
+    kind = kinds.get(type(error), "raised")
     text = "".join(traceback.format_exception(error)).rstrip()
     try:
         parcel = Parcel([(text, str(error)), error])
