@@ -1,8 +1,8 @@
 """Interactive figures that are live in JupyterLab and still work on a page without a kernel.
 
-An explorer is an anywidget whose view is computed in JavaScript from synced data. The JavaScript lies in small
-modules in ``static/``; `bundle` joins those that a figure needs, so that a later explorer is a new main module and
-reuses the rest.
+An explorer is an anywidget whose view is computed in JavaScript from synced data. The JavaScript lies in
+small modules in ``static/``; `bundle` joins those that a figure needs, so that a later explorer is a new main
+module and reuses the rest.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _DEFAULT = re.compile(r"^export default ", re.MULTILINE)
 def bundle(*modules: str) -> str:
     """Join JavaScript modules of ``static/`` into one, since an anywidget's source is a single module.
 
-    Each module becomes a function that is called once and returns what it exports, so names that it does not export
-    stay its own.
+    Each module becomes a function that is called once and returns what it exports, so names that it does not
+    export stay its own.
 
     Parameters
     ----------
     modules : str
-        Names without ``.js``, each after those that it imports. The last is the figure, with a default export.
+        Names without ``.js``, each after those that it imports. The last is the figure: a default export.
 
     Returns
     -------
@@ -70,15 +70,16 @@ def stylesheet(name: str) -> str:
 class Explorer(anywidget.AnyWidget):
     """The figure of a scaling experiment; made by `explorer`, which describes it.
 
-    What the reader does is synced, so a cell can read it: ``workers``, ``scaling``, ``choice`` (index of the recorded
-    run), ``revealed``, ``prediction`` (``{"strong": {"2": 1.8}}``) and ``own`` (the reader's measurements).
+    What the reader does is synced, so a cell can read it: ``workers``, ``scaling``, ``choice`` (index of the
+    recorded run), ``revealed``, ``prediction`` (``{"strong": {"2": 1.8}}``) and ``own`` (the measurements
+    made with the button). After a failed run, ``failure`` holds the exception.
     """
 
     _esm = bundle(*MODULES)
     _css = stylesheet("explorer")
 
-    recorded = traitlets.List().tag(sync=True)
-    own = traitlets.List().tag(sync=True)
+    recorded: Any = traitlets.List().tag(sync=True)
+    own: Any = traitlets.List().tag(sync=True)
     workers = traitlets.Int(1).tag(sync=True)
     scaling = traitlets.Unicode("strong").tag(sync=True)
     choice = traitlets.Int(0).tag(sync=True)
@@ -122,16 +123,17 @@ class Explorer(anywidget.AnyWidget):
         Raises
         ------
         RuntimeError
-            If the explorer was made without a network and data. While a run is under way, a call does nothing.
+            If the explorer was made without a network and data. While a run is under way, a call does
+            nothing.
         """
         if self._run is None:
-            raise RuntimeError("this explorer has nothing to measure: pass network= and data= to bp.show.explorer")
+            raise RuntimeError("nothing to measure: pass network= and data= to bp.show.explorer")
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
                 return
             self._stop.clear()
             # A daemon: the kernel's Restart must not wait for a measurement.
-            self._thread = threading.Thread(target=self._measure, args=(scaling,), daemon=True, name="bpkit-measure")
+            self._thread = threading.Thread(target=self._measure, args=(scaling,), daemon=True)
             self.set_trait("running", True)
             self._thread.start()
 
@@ -199,7 +201,7 @@ def check(measurement: Any, source: str) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If the format or a field is not what ``bpkit.measure`` writes; the message names `source` and the field.
+        If the format or a field is not what ``bpkit.measure`` writes; the message names `source` and field.
     """
     if hasattr(measurement, "to_json"):
         measurement = measurement.to_json()
@@ -211,7 +213,8 @@ def check(measurement: Any, source: str) -> dict[str, Any]:
     for point in measurement["points"]:
         lacking = {"workers", "step_s", "throughput", "speedup", "efficiency", "parts"} - point.keys()
         if lacking:
-            raise ValueError(f"{source}: the point for {point.get('workers', '?')} workers lacks {sorted(lacking)}")
+            workers = point.get("workers", "?")
+            raise ValueError(f"{source}: the point for {workers} workers lacks {sorted(lacking)}")
     return measurement
 
 
@@ -220,8 +223,8 @@ def _read(source: Any) -> list[dict[str, Any]]:
         return [check(source, "the measurement")]
     path = Path(source)
     if path.is_dir():
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(path.glob("*.json"))]
-        return [check(one, path.name) for one in found if isinstance(one, dict) and one.get("format") == FORMAT]
+        texts = [(file.name, file.read_text(encoding="utf-8")) for file in sorted(path.glob("*.json"))]
+        return [check(json.loads(text), name) for name, text in texts if f'"{FORMAT}"' in text]
     if not path.is_file():
         raise ValueError(f"there is no measurement file {path}")
     try:
@@ -241,17 +244,22 @@ def _load(measurements: Any) -> list[dict[str, Any]]:
 def _bind(network: Any, data: Any, workers: Sequence[int], measure: Any, options: dict[str, Any]) -> Any:
     if network is None and data is None:
         if options:
-            raise TypeError(f"{sorted(options)} are settings of a measurement, which needs network= and data=")
+            raise TypeError(f"{sorted(options)}: settings of a measurement, which needs network= and data=")
         return None
     if network is None or data is None:
         raise ValueError("a measurement needs both network= and data=")
 
     def run(**live: Any) -> Any:
-        from bpkit.measure import scaling
-
-        return (measure or scaling)(network, data, workers=list(workers), **{**live, **options})
+        return (measure or _measure_scaling())(network, data, workers=list(workers), **{**live, **options})
 
     return run
+
+
+def _measure_scaling() -> Callable[..., Any]:
+    # Late, since a page of recorded measurements needs neither processes nor what measures them.
+    from bpkit.measure import scaling
+
+    return scaling
 
 
 def explorer(
@@ -266,11 +274,11 @@ def explorer(
 ) -> Explorer:
     """An interactive figure of how training scales with the number of workers.
 
-    A slider picks the worker count. The figure shows the speedup against the ideal line, where the time of a step
-    goes, the bytes sent, the throughput beside the time to a target accuracy, and the timeline of one step. The
-    reader predicts the speedup before the measurement appears. Every state is also said in words. In JupyterLab, an
-    explorer with a network and data has a Measure button, which runs real workers and lays the result over the
-    recorded ones; on a page without a kernel the recorded ones remain.
+    A slider picks the worker count. The figure shows the speedup against the ideal line, where the time of a
+    step goes, the bytes sent, the throughput beside the time to a target accuracy, and the timeline of one
+    step. The reader predicts the speedup before the measurement appears. Every state is also said in words.
+    In JupyterLab, an explorer with a network and data has a Measure button, which runs real workers and lays
+    the result over the recorded ones; on a page without a kernel the recorded ones remain.
 
     Parameters
     ----------
@@ -283,8 +291,8 @@ def explorer(
     revealed : bool
         Show the measurement at once, without asking for a prediction.
     measure : callable, optional
-        Called as ``measure(network, data, workers=[...], progress=f(fraction, text), stop=Event, scaling=..., **options)``
-        in place of `bpkit.measure.scaling`.
+        Called as ``measure(network, data, workers=[...], scaling=..., progress=f(fraction, text), stop=Event,
+        **options)`` in place of `bpkit.measure.scaling`.
     **options
         Passed to the measurement, e.g. ``batch=256``.
 
@@ -296,7 +304,8 @@ def explorer(
     Raises
     ------
     ValueError
-        If a measurement cannot be read, if worker counts are not positive, or only one of network and data is given.
+        If a measurement cannot be read, worker counts are not positive, or only one of network and data is
+        given.
     """
     recorded = _load(measurements)
     if not workers or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in workers):

@@ -22,20 +22,22 @@ def timeline(workers: int, step_us: float) -> list[list[Any]]:
             for rank in range(workers) for cell, start, end, wait in cells]
 
 
-def point(workers: int, serial_s: float, speedup: float, counted: bool, simulated: bool = False) -> dict[str, Any]:
+def point(workers: int, serial_s: float, speedup: float, counted: bool, simulated: bool) -> dict[str, Any]:
     """The point of one worker count, its parts summing to the step time."""
     step = serial_s / speedup
     parts = {"compute": 1.0 if workers == 1 else 0.72, "waiting_for_core": 0.12 if workers > 2 else 0.0}
     parts["exposed_communication"] = 0.0 if workers == 1 else 0.12
     parts["idle"] = 1.0 - sum(parts.values())
     made = {
-        "workers": workers, "batch": 256, "throughput": 256 / step, "speedup": speedup, "efficiency": speedup / workers,
+        "workers": workers, "batch": 256, "throughput": 256 / step, "speedup": speedup,
+        "efficiency": speedup / workers,
         "step_s": {"median": step, "q1": 0.96 * step, "q3": 1.07 * step, "samples": []},
         "parts": {name: share * step for name, share in parts.items()},
         "hidden_communication": 0.0 if workers == 1 else 0.08 * step,
         "bytes_sent": None if not counted else round(2 * (workers - 1) / workers * 1_204_264),
         "payload_bytes": 0 if workers == 1 else 1_204_264, "algorithm": "slices in shared memory",
-        "time_to_accuracy_s": None if workers == 8 else 120 * step, "steps_to_accuracy": 120, "final_loss": 0.1,
+        "time_to_accuracy_s": None if workers == 8 else 120 * step, "steps_to_accuracy": 120,
+        "final_loss": 0.1,
         "timeline": timeline(workers, 1e6 * step),
     }
     return {**made, "simulated": True} if simulated else made
@@ -47,8 +49,9 @@ def measurement(machine: str = "sample machine", scaling: str = "strong", counte
     speedups = speedups or {1: 1.0, 2: 1.62, 4: 2.31}
     return {
         "format": "bpkit-scaling/1",
-        "machine": {"name": machine, "cpu": "invented CPU", "cores": 2, "gpus": [], "os": "Linux", "python": "3.11",
-                    "torch": "2.13.0", "numpy": "2.0", "bpkit": "0.1.0", "date": "2026-01-02T03:04:05"},
+        "machine": {"name": machine, "cpu": "invented CPU", "cores": 2, "gpus": [], "os": "Linux",
+                    "python": "3.11", "torch": "2.13.0", "numpy": "2.0", "bpkit": "0.1.0",
+                    "date": "2026-01-02T03:04:05"},
         "experiment": {"network": "mlp 64-512-512-10", "parameters": 301066, "data": "digits", "batch": 256,
                        "scaling": scaling, "plan": "data_parallel(buckets=3)", "backend": "shm",
                        "threads_per_worker": 1, "steps": 100, "repetitions": 5, "optimizer": "SGD", "seed": 0,
@@ -58,7 +61,7 @@ def measurement(machine: str = "sample machine", scaling: str = "strong", counte
 
 
 def write_page(folder: Path, *figures: Any, views: int = 1, theme: str = "") -> Path:
-    """Write a page that holds the saved widgets `figures` as a built page holds them; each is shown `views` times."""
+    """Write a page that holds the saved widgets `figures` as a built page does, each shown `views` times."""
     from ipywidgets.embed import embed_data
 
     data = embed_data(views=list(figures), drop_defaults=False)
@@ -69,10 +72,11 @@ def write_page(folder: Path, *figures: Any, views: int = 1, theme: str = "") -> 
     (folder / LOADER.name).write_text(LOADER.read_text(encoding="utf-8"), encoding="utf-8")
     path = folder / "page.html"
     path.write_text(
-        f'<!doctype html><html lang="en"{theme}><head><meta charset="utf-8"><title>A page with a figure</title>'
+        f'<!doctype html><html lang="en"{theme}><head><meta charset="utf-8"><title>A page</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
         f'<script type="application/vnd.jupyter.widget-state+json">{state}</script>'
         f'<script src="{LOADER.name}"></script>'
-        f'<style>:root {{color-scheme: light dark}} html[data-theme="dark"] {{color-scheme: dark}}</style></head>'
-        f"<body><main><h1>A page</h1>{shown}</main></body></html>", encoding="utf-8")
+        '<style>:root {color-scheme: light dark} html[data-theme="dark"] {color-scheme: dark}'
+        "body {background: light-dark(#fff, #121212); color: light-dark(#111, #eee)}</style>"
+        f"</head><body><main><h1>A page</h1>{shown}</main></body></html>", encoding="utf-8")
     return path

@@ -1,4 +1,6 @@
 // Every word that the figures show stands here and nowhere else: a translation is one more catalogue.
+const NBSP = "\u00a0"; // a number is not parted from its unit
+
 const CATALOGUES = {
   en: {
     title: "How much faster with more workers?",
@@ -10,7 +12,7 @@ const CATALOGUES = {
     strongHint: "strong: fixed global batch",
     weakHint: "weak: fixed batch a worker",
     scaling: "Scaling",
-    measurement: "Measurement",
+    measurement: "Recorded run",
     workersLabel: "Workers",
     "workers.one": "{n} worker",
     "workers.other": "{n} workers",
@@ -156,12 +158,14 @@ function wholeDigits(x) {
 
 export const sayTimes = (x) => `${new Intl.NumberFormat(language(),
   { minimumFractionDigits: 2, maximumFractionDigits: 2 }).format(x)}×`;
-export const sayPercent = (x) => `${number(Math.round(100 * x))} %`;
+export const sayPercent = (x) => `${number(Math.round(100 * x))}${NBSP}%`;
 
-/** A duration given in seconds, in the unit that suits `like`: figures that are compared share a unit. */
+/** A duration given in seconds. Figures that are compared share the unit and the decimals of `like`. */
 export function saySeconds(s, like = s) {
-  if (Math.abs(like) >= 1) return `${number(s)} s`;
-  return Math.abs(like) >= 1e-3 || like === 0 ? `${number(s * 1e3)} ms` : `${number(s * 1e6)} µs`;
+  const [scale, unit] = Math.abs(like) >= 1 ? [1, "s"] : Math.abs(like) >= 1e-3 || like === 0 ? [1e3, "ms"] : [1e6, "µs"];
+  const decimals = like === 0 ? 0 : Math.max(0, 2 - Math.floor(Math.log10(Math.abs(like) * scale)));
+  const rounded = new Intl.NumberFormat(language(), { maximumFractionDigits: decimals }).format(s * scale);
+  return `${rounded}${NBSP}${unit}`;
 }
 
 /** An amount of bytes, in decimal units. */
@@ -169,5 +173,5 @@ export function sayBytes(b) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let at = 0;
   while (Math.abs(b) >= 1000 && at < units.length - 1) { b /= 1000; at += 1; }
-  return `${number(b)} ${units[at]}`;
+  return `${number(b)}${NBSP}${units[at]}`;
 }
