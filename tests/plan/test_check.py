@@ -1,0 +1,112 @@
+"""The checker: correct plans are accepted, and each kind of mistake is refused, at its cell."""
+
+import pytest
+
+import bpkit as bp
+from bpkit.plan import Action, Plan, PlanError, check
+
+from .hand_written import PIPELINE_1F1B, SHARDED, TENSOR, plans, ring
+
+
+@pytest.mark.parametrize("plan", plans(), ids=lambda plan: plan.name)
+def test_correct_plans_are_accepted(plan):
+    check(plan)
+
+
+@pytest.mark.parametrize("plan", plans(), ids=lambda plan: plan.name)
+def test_every_plan_with_one_action_missing_is_refused(plan):
+    missed = []
+    for r, row in enumerate(plan.rows):
+        for i, action in enumerate(row):
+            rows = [list(other) for other in plan.rows]
+            del rows[r][i]
+            try:
+                check(plan.with_rows(rows))
+                missed.append(str(action))
+            except ValueError:
+                pass
+    assert missed == []
+
+
+@pytest.mark.parametrize("plan", plans(), ids=lambda plan: plan.name)
+def test_every_doubled_gradient_or_update_is_refused(plan):
+    for r, row in enumerate(plan.rows):
+        for i, action in enumerate(row):
+            if action.kind in ("B", "W", "REDUCE_GRAD", "UPDATE", "ADD_G"):
+                rows = [list(other) for other in plan.rows]
+                rows[r].insert(i, action)
+                if action.kind == "REDUCE_GRAD" and plan.mesh.data == 1:
+                    continue
+                with pytest.raises(PlanError):
+                    check(plan.with_rows(rows))
+
+
+def edited(text: str, old: str, new: str) -> Plan:
+    assert text.count(old) == 1
+    return Plan.parse(text.replace(old, new))
+
+
+DATA = str(bp.plan.data_parallel(2, buckets=2))
+
+
+@pytest.mark.parametrize(
+    ("plan", "cell", "why"),
+    [
+        (edited(DATA, " 1REDUCE_GRAD", ""), "1UPDATE", "lacks shard 1 microbatch 0"),
+        (edited(DATA, "0B0 0REDUCE_GRAD", "0REDUCE_GRAD 0B0"), "0UPDATE", "is not the sum of all shards"),
+        (edited(DATA, "0ZERO 1ZERO", "1ZERO"), "0UPDATE", "a gradient of an earlier step"),
+        (edited(DATA, "0F0 1F0 1LOSS0", "0F0 1UPDATE 1F0 1LOSS0"), "1UPDATE", "is not the sum"),
+        (edited(DATA, "1UPDATE 0UPDATE", "1UPDATE"), "end of row", "stage 0 was updated 0 times"),
+        (edited(DATA, "1REDUCE_GRAD 0B0", "1REDUCE_GRAD 1REDUCE_GRAD 0B0"), "1UPDATE", "too often"),
+        (edited(DATA, "1LOSS0 1B0", "1B0 1LOSS0"), "1B0", "gradient of output"),
+        (edited(DATA, "1UPDATE 0UPDATE", "1UPDATE 0UPDATE 0AVERAGE"), "0AVERAGE", "averaging parameters"),
+        (edited(PIPELINE_1F1B, "1RECV_F0 1F0", "1F0 1RECV_F0"), "1F0", "is not on this rank"),
+        (edited(PIPELINE_1F1B, " 0SEND_F1", ""), "1RECV_F1", "the next message from rank 0 is 0SEND_F2"),
+        (edited(PIPELINE_1F1B, " 0SEND_F2", ""), "0RECV_B2", "deadlock"),
+        (edited(PIPELINE_1F1B, "0F2 0SEND_F2 0RECV_B1 0B1 0RECV_B2 0B2", "0RECV_B1 0B1 0RECV_B2 0B2 0F2 0SEND_F2"),
+         "0RECV_B2", "deadlock"),
+        (edited(TENSOR, " 1SUM_F0", ""), "2F0", "reads a partial sum: 1 of 2 tensor ranks"),
+        (edited(TENSOR, " 1SUM_B0", ""), "0B0", "reads a partial sum"),
+        (edited(TENSOR, "0F0 1F0", "0F0 0SUM_F0 1F0"), "0SUM_F0", "counted 2 times"),
+        (edited(SHARDED, "0UPDATE[1/2]", "0UPDATE[0/2]"), "UPDATE", "scattered to another rank"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_at_their_cell(plan, cell, why):
+    with pytest.raises(PlanError, match=why) as error:
+        check(plan)
+    marked = str(error.value).split(">>", 1)[1].split("<<", 1)[0]
+    assert cell in marked
+
+
+def test_messages_between_two_ranks_keep_their_order():
+    plan = ring(3)
+    rows = [list(row) for row in plan.rows]
+    receives = [i for i, action in enumerate(rows[0]) if action.kind == "ADD_G"]
+    a, b = receives
+    rows[0][a], rows[0][b] = rows[0][b], rows[0][a]
+    with pytest.raises(PlanError, match=r"next message from rank 2 is 0SEND_G\[2/3\]>0"):
+        check(plan.with_rows(rows))
+
+
+def test_a_deadlock_shows_the_grid():
+    plan = ring(2)
+    rows = [list(row) for row in plan.rows]
+    rows[0] = [action for action in rows[0] if action.kind != "SEND_G"]
+    with pytest.raises(PlanError, match="deadlock") as error:
+        check(plan.with_rows(rows))
+    assert "row 0" in str(error.value) and "row 1" in str(error.value)
+
+
+def test_the_order_of_independent_collectives_must_agree():
+    row = "0ZERO 1ZERO 0F0 1F0 1LOSS0 1B0 0B0 {} {} 1UPDATE 0UPDATE"
+    one, two = row.format("1REDUCE_GRAD", "0REDUCE_GRAD"), row.format("0REDUCE_GRAD", "1REDUCE_GRAD")
+    text = "plan p\nmesh data=2\nstages 2\nmicrobatches 1\nmerge mean\nexpanded yes\nrow {}\nrow {}"
+    check(Plan.parse(text.format(one, one)))
+    with pytest.raises(PlanError, match="deadlock"):
+        check(Plan.parse(text.format(one, two)))
+
+
+def test_a_later_step_sees_new_weights_only():
+    row = tuple(map(Action.parse, "0ZERO 0F0 0LOSS0 0B0 0UPDATE 0F0".split()))
+    with pytest.raises(PlanError, match="already updated"):
+        check(Plan("p", (row,), 1))
