@@ -1,9 +1,9 @@
 """A training step by hand against eager autograd: four linear layers, ReLU, cross-entropy, SGD with momentum.
 
-One thread, denormals off for both, repetitions interleaved. The peer is ``torch.nn`` with ``torch.optim.SGD``,
-fused or foreach, whichever is faster at that size. The rows "ours again" compare the hand-written step with a
-second copy of itself; their spread says what differences mean nothing. ``torch.compile`` (forward and loss
-compiled, fused SGD) is for information, where a C++ compiler is found.
+One thread, denormals off for both, repetitions interleaved. The peer is ``torch.nn`` with
+``torch.optim.SGD``, fused or foreach, whichever is faster at that size. The rows "ours again" compare the
+hand-written step with a second copy of itself; their spread says what differences mean nothing.
+``torch.compile`` (forward and loss compiled, fused SGD) is for information, where a C++ compiler is found.
 """
 
 from __future__ import annotations
@@ -84,9 +84,7 @@ def measure(batch: int, width: int, seconds: float, repetitions: int, compiler: 
     samples = interleave(runs, repetitions)
     best = min((fused, foreach), key=lambda name: statistics.median(samples[name]))
     case = f"batch {batch}, width {width}"
-    return [
-        row(case, name, samples["ours"], samples[name], info=name != best) for name in steps if name != "ours"
-    ]
+    return [row(case, name, samples["ours"], samples[name], info=name != best) for name in steps if name != "ours"]
 
 
 def main() -> None:
@@ -95,9 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
-    note = (
-        f"torch.compile with {compiler}" if compiler else "no C++ compiler found: torch.compile is left out"
-    )
+    note = f"torch.compile with {compiler}" if compiler else "no C++ compiler found: torch.compile is left out"
     rows = []
     for batch, width in SIZES:
         seconds, repetitions = (0.02, 7) if options.quick else (0.1, 21)

@@ -54,9 +54,7 @@ class cosine:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.steps:
-            raise ValueError(
-                f"cosine needs 0 <= warmup < steps, not warmup={self.warmup}, steps={self.steps}"
-            )
+            raise ValueError(f"cosine needs 0 <= warmup < steps, not warmup={self.warmup}, steps={self.steps}")
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:
@@ -150,7 +148,8 @@ class SGD(Optimizer):
             params.add_(grads, alpha=-lr * scale)
             return
         velocity = state[0]
-        velocity.mul_(self.momentum).add_(grads, alpha=scale)
+        # momentum v + scale g in one pass over memory (an outer product with 1), where mul_ and add_ take two.
+        velocity.view(-1, 1).addr_(grads, grads.new_ones(1), beta=self.momentum, alpha=scale)
         if self.weight_decay:
             velocity.add_(params, alpha=self.weight_decay)
         if self.nesterov:

@@ -58,9 +58,7 @@ class Sequential(Layer):
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
         places = sites(self.layers, site)
-        for layer, place, span in zip(
-            self.layers, places, spans([len(p.parameters) for p in places]), strict=True
-        ):
+        for layer, place, span in zip(self.layers, places, spans([len(p.parameters) for p in places]), strict=True):
             x = layer.reference(x, parameters[span], context, place)
         return x
 

@@ -32,16 +32,12 @@ class GradCheck:
     @property
     def ok(self) -> bool:
         """Whether autograd agrees to 1e-12 and finite differences agree to 1e-6."""
-        return all(e <= 1e-12 for e in self.autograd.values()) and all(
-            e <= 1e-6 for e in self.differences.values()
-        )
+        return all(e <= 1e-12 for e in self.autograd.values()) and all(e <= 1e-6 for e in self.differences.values())
 
     def __str__(self) -> str:
         lines = [f"{'gradient':<14}{'autograd':>10}{'differences':>13}   max|a - b| / max|b|"]
         lines += [f"{name:<14}{e:>10.1e}{self.differences[name]:>13.1e}" for name, e in self.autograd.items()]
-        return "\n".join(
-            [*lines, "gradients agree" if self.ok else "gradients DIFFER (limits 1e-12 and 1e-6)"]
-        )
+        return "\n".join([*lines, "gradients agree" if self.ok else "gradients DIFFER (limits 1e-12 and 1e-6)"])
 
 
 def gradcheck(
@@ -124,9 +120,7 @@ def _by_hand(network: Network, x: Tensor, targets: Tensor, context: Context) -> 
     return [g.clone() for g in (dx, *network.gradients())]
 
 
-def _difference_error(
-    tensor: Tensor, gradient: Tensor, value: Callable[[], float], samples: int, step: float
-) -> float:
+def _difference_error(tensor: Tensor, gradient: Tensor, value: Callable[[], float], samples: int, step: float) -> float:
     """Return the largest |gradient - central difference| over evenly spread elements of `tensor`."""
     flat, worst = tensor.view(-1), 0.0
     for i in torch.linspace(0, flat.numel() - 1, min(samples, flat.numel())).long().unique().tolist():

@@ -55,9 +55,7 @@ class Linear(Layer):
         rows = math.prod(shape[:-1])
         product, bias = 2 * rows * self.inputs * self.outputs, rows * self.outputs * self.bias
         size = self.outputs * (self.inputs + self.bias)
-        return StageCost(
-            product + bias, product, product + bias, rows * self.inputs, rows * self.outputs, size
-        )
+        return StageCost(product + bias, product, product + bias, rows * self.inputs, rows * self.outputs, size)
 
     def at(self, site: Site) -> Pass:
         return _LinearPass(self, site)

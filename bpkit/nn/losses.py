@@ -57,20 +57,29 @@ class CrossEntropy(Loss):
 
     ignore_index: int = -100
 
+    def __post_init__(self) -> None:
+        if self.ignore_index >= 0:
+            raise ValueError(f"ignore_index must be negative, to be no class, and not {self.ignore_index}")
+
     def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        classes = y.shape[-1]
         flat = targets.reshape(-1)
-        log_p = torch.log_softmax(y.reshape(flat.numel(), classes), 1)
-        valid = flat != self.ignore_index
-        index = (flat * valid).unsqueeze(1)  # a masked target points at class 0; its row is cleared below
-        gradient = log_p.exp()
-        gradient.scatter_add_(1, index, gradient.new_full((1, 1), -1.0).expand(flat.numel(), 1))
-        gradient.mul_(valid.unsqueeze(1))
+        log_p = torch.log_softmax(y.reshape(flat.numel(), y.shape[-1]), 1)
         value = F.nll_loss(log_p, flat, ignore_index=self.ignore_index, reduction="sum")
+        gradient, index = log_p.exp_(), flat
+        if self._may_be_masked(flat):
+            valid = flat != self.ignore_index
+            index = flat * valid  # a masked target points at class 0; its row is cleared below
+        gradient.scatter_add_(1, index.unsqueeze(1), gradient.new_full((flat.numel(), 1), -1.0))
+        if index is not flat:
+            gradient.mul_(valid.unsqueeze(1))
         return value, gradient.view(y.shape)
 
+    def _may_be_masked(self, targets: Tensor) -> bool:
+        """Look for masked targets; on a GPU, where looking would wait for it, assume that there are some."""
+        return targets.is_cuda or (targets.numel() > 0 and int(targets.min()) < 0)
+
     def terms(self, targets: Tensor) -> int:
-        return int((targets != self.ignore_index).sum())
+        return int(torch.count_nonzero(targets != self.ignore_index))
 
     def check(self, targets: Tensor, output_shape: Shape) -> None:
         """Refuse targets of the wrong dtype or shape, or out of range.
@@ -123,8 +132,7 @@ class MSE(Loss):
             raise TypeError(f"squared error takes floating targets, not {targets.dtype}")
         if tuple(targets.shape[1:]) != tuple(output_shape):
             raise ValueError(
-                f"outputs of {output_shape} a sample take targets of the same shape, "
-                f"not {tuple(targets.shape[1:])}"
+                f"outputs of {output_shape} a sample take targets of the same shape, not {tuple(targets.shape[1:])}"
             )
 
     def reference(self, y: Tensor, targets: Tensor) -> Tensor:

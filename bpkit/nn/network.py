@@ -254,9 +254,7 @@ class Network:
     def _prepare(self, slot: Hashable, x: Tensor) -> _Run:
         """Check an input and bind a chain for its shape."""
         if tuple(x.shape[1:]) != self.input_shape or x.ndim == 0:
-            raise ValueError(
-                f"the network takes inputs of shape {('rows', *self.input_shape)}, not {tuple(x.shape)}"
-            )
+            raise ValueError(f"the network takes inputs of shape {('rows', *self.input_shape)}, not {tuple(x.shape)}")
         if x.dtype is not self.dtype:
             raise TypeError(f"the network computes in {self.dtype} and got inputs of {x.dtype}")
         if x.device.type != self.device.type:
@@ -331,9 +329,7 @@ class Network:
         counts = list(running_sums((len(la.parameter_shapes(s)) for la, s in self._placed()), initial=0))
         leaf = self._first_leaf + sum(layer.leaves for layer in self.layers[:start])
         stage = Network.__new__(Network)
-        stage._define(
-            self.layers[start:stop], self._shapes[start], self.loss, self.seed, self.dtype, self.device, leaf
-        )
+        stage._define(self.layers[start:stop], self._shapes[start], self.loss, self.seed, self.dtype, self.device, leaf)
         stage.load(self._parameters[counts[start] : counts[stop]])
         return stage
 
