@@ -101,13 +101,22 @@ class Executor:
         self.at = plan.mesh.coordinate(self.comm.rank)
         parts = self.network.split(self.program.cuts)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
-        for stage in self.stages.values():  # gradients are born where they are reduced
-            stage.bind(gradients=self.comm.empty(stage.flat_size, stage.dtype))
+        if plan.mesh.data > 1:
+            self._share_gradients()
         self._state = {s: self.optimizer.state(net.flat_parameters) for s, net in self.stages.items()}
         self.row = self.program.row(self.at)
         self._inbox: defaultdict[int, deque[_Receive]] = defaultdict(deque)
         self._bound = self._bind()
         self._columns = self._blank()
+
+    def _share_gradients(self) -> None:
+        """Let gradients be born where they are reduced: one block of equal size on each rank."""
+        plan, sizes = self.program.plan, self.program.sizes
+        most = max(sum(sizes[s] for s in plan.owned(p)) for p in range(plan.mesh.pipeline))
+        block, low = self.comm.empty(most, self.network.dtype), 0
+        for stage in self.stages.values():
+            stage.bind(gradients=block[low : low + stage.flat_size])
+            low += stage.flat_size
 
     # -- running -----------------------------------------------------------------------------------------
 

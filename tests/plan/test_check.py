@@ -107,6 +107,6 @@ def test_the_order_of_independent_collectives_must_agree():
 
 
 def test_a_later_step_sees_new_weights_only():
-    row = tuple(map(Action.parse, "0ZERO 0F0 0LOSS0 0B0 0UPDATE 0F0".split()))
+    row = tuple(map(Action.parse, ["0ZERO", "0F0", "0LOSS0", "0B0", "0UPDATE", "0F0"]))
     with pytest.raises(PlanError, match="already updated"):
         check(Plan("p", (row,), 1))

@@ -61,7 +61,7 @@ def test_compute_that_waits_in_a_circle_is_named():
 
 
 def test_split_halves_reduce_after_the_last_w():
-    rows = (tuple(map(Action.parse, "0F0 1F0 1I0 0I0 1W0 0W0".split())),)
+    rows = (tuple(map(Action.parse, ["0F0", "1F0", "1I0", "0I0", "1W0", "0W0"])),)
     row = [str(action) for action in complete(Plan("p", rows, 2, Mesh(data=2))).rows[0]]
     assert row.index("1REDUCE_GRAD") == row.index("1W0") + 1
     assert row.index("0REDUCE_GRAD") == row.index("0W0") + 1
