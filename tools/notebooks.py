@@ -46,7 +46,8 @@ def execute(path: Path) -> Any:
     """
     notebook = read(path)
     client = NotebookClient(notebook, timeout=TIMEOUT, kernel_name="python3", store_widget_state=True,
-                            record_timing=False, resources={"metadata": {"path": str(path.parent)}})
+                            record_timing=False, extra_arguments=["--log-level=ERROR"],
+                            resources={"metadata": {"path": str(path.parent)}})
     client.execute()
     return normalise(notebook)
 
