@@ -6,8 +6,11 @@
   function mend() {
     // A name that differs from the visible text cannot be spoken: let the text be the name.
     each(".search-button-field[aria-label], details.hide > summary[aria-label]", (e) => e.removeAttribute("aria-label"));
-    each(".theme-switch-button i", (icon) => {
+    // (A script of the theme turns each <i> into an <svg> with a <title>, before or after us.)
+    each(".theme-switch-button :is(i, svg)", (icon) => {
       icon.removeAttribute("title");
+      icon.removeAttribute("aria-labelledby");
+      icon.querySelector("title")?.remove();
       icon.setAttribute("aria-hidden", "true");
     });
     // The title above the sidebar lies in no landmark.
@@ -41,7 +44,7 @@
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mend);
   else mend();
   window.addEventListener("load", () => {
-    reach();
+    mend();
     window.MathJax?.startup?.promise?.then(reach);
   });
 })();
