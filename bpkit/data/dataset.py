@@ -106,8 +106,7 @@ class Dataset:
             raise ValueError(f"shard {sizes.index(0)} of {self.name} would be empty: sizes {sizes}")
         parts = zip(self.inputs.split(sizes), self.targets.split(sizes), strict=True)
         return tuple(
-            replace(self, name=f"{self.name} {i + 1}/{n}", inputs=x, targets=t)
-            for i, (x, t) in enumerate(parts)
+            replace(self, name=f"{self.name} {i + 1}/{n}", inputs=x, targets=t) for i, (x, t) in enumerate(parts)
         )
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Dataset:

@@ -53,9 +53,7 @@ def digits(dtype: torch.dtype = torch.float32, test: int = 360, seed: int = 0) -
     with np.load(Path(__file__).with_name("digits.npz")) as file:
         pixels, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
     if not 0 <= test < len(labels):
-        raise ValueError(
-            f"digits has {len(labels)} samples, so the test part has 0 to {len(labels) - 1}, not {test}"
-        )
+        raise ValueError(f"digits has {len(labels)} samples, so the test part has 0 to {len(labels) - 1}, not {test}")
     rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     inputs, targets = pixels[rows].to(dtype) / 16, labels[rows].long()
     cut = len(labels) - test
@@ -94,9 +92,7 @@ def mnist(
     """
     folder = Path(cache) if cache is not None else _cache_folder()
     opener = opener or (lambda url: urllib.request.urlopen(url, timeout=30))
-    arrays = [
-        _read_idx(_fetch(name, digest, folder / "mnist", opener)) for name, digest in _MNIST_FILES.items()
-    ]
+    arrays = [_read_idx(_fetch(name, digest, folder / "mnist", opener)) for name, digest in _MNIST_FILES.items()]
     x, t, test_x, test_t = arrays
     return Dataset("mnist", _pixels(x, dtype), t.long(), _pixels(test_x, dtype), test_t.long())
 
@@ -120,9 +116,7 @@ def _fetch(name: str, digest: str, folder: Path, opener: Opener) -> bytes:
     data = _download(name, folder, opener)
     found = hashlib.sha256(data).hexdigest()
     if found != digest:
-        raise ValueError(
-            f"{name} has SHA-256 {found}, and {digest} was expected: the download is damaged or changed"
-        )
+        raise ValueError(f"{name} has SHA-256 {found}, and {digest} was expected: the download is damaged or changed")
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_bytes(data)

@@ -154,9 +154,9 @@ class _LayerNormPass(Pass):
         self._scale = self._dy = self._y  # 1 / sqrt(variance + eps), and the gradient from above
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-        self._scale = variance.add_(self._eps).rsqrt_()
-        torch.sub(x, mean, out=self._n).mul_(self._scale)
+        torch.sub(x, x.mean(-1, keepdim=True), out=self._n)
+        self._scale = self._n.square().mean(-1, keepdim=True).add_(self._eps).rsqrt_()
+        self._n.mul_(self._scale)
         return torch.addcmul(self._bias, self._n, self._weight, out=self._y)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
