@@ -69,7 +69,7 @@ class Trace:
     def where(self, mask: NDArray[np.bool_]) -> Trace:
         """The entries that `mask` selects."""
         columns = (self.rank, self.step, self.cell, self.start, self.end, self.wait, self.cpu, self.bytes)
-        return Trace(self.cells, *(column[mask] for column in columns), self.simulated)  # type: ignore[arg-type]
+        return Trace(self.cells, *(column[mask] for column in columns), simulated=self.simulated)
 
     def at_step(self, step: int) -> Trace:
         """The entries of one training step."""
@@ -169,7 +169,7 @@ class Trace:
         if len(joined[3]):
             origin = joined[3].min()
             joined[3], joined[4] = joined[3] - origin, joined[4] - origin
-        return cls(names, *joined, simulated)  # type: ignore[arg-type]
+        return cls(names, *joined, simulated=simulated)
 
 
 @dataclass(frozen=True)

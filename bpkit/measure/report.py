@@ -1,0 +1,263 @@
+"""``report``: where each millisecond and each byte of a training run went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bpkit.measure import table
+from bpkit.measure.steps import Steps
+from bpkit.optim import Optimizer
+from bpkit.run.cluster import TrainResult
+
+#: How each transport sums gradients; it names what "not counted" hides.
+ALGORITHMS = {
+    "shm": "each rank adds its own slice of all gradients, in shared memory",
+    "gloo": "gloo's all-reduce",
+    "nccl": "NCCL's all-reduce",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of samples, seconds."""
+
+    median: float
+    q1: float
+    q3: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float] | NDArray[np.float64], samples: Sequence[float] | None = None) -> Spread:
+        """Median and quartiles of `values`; keeps `samples`, or all values where None."""
+        q1, median, q3 = (float(q) for q in np.quantile(values, [0.25, 0.5, 0.75]))
+        return cls(median, q1, q3, tuple(map(float, values if samples is None else samples)))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a step's time, in seconds; they sum to it.  `Report` defines them."""
+
+    compute: float
+    waiting_for_core: float
+    exposed_communication: float
+    idle: float
+
+    @property
+    def total(self) -> float:
+        """Their sum: the step time."""
+        return self.compute + self.waiting_for_core + self.exposed_communication + self.idle
+
+    @classmethod
+    def mean(cls, parts: Sequence[Parts]) -> Parts:
+        """The average over ranks."""
+        return cls(*(float(np.mean([getattr(p, f.name) for p in parts])) for f in fields(cls)))
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """One rank's share; `Report` defines each quantity."""
+
+    rank: int
+    parts: Parts
+    hidden_communication: float
+    bubble: float | None
+    bytes_sent: int | None
+    payload_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the time and the bytes of a training run went.
+
+    Every quantity is defined here and nowhere else.  The source of times is the trace: the recorded steps that
+    another recorded step follows directly, with no evaluation between.
+
+    Parameters
+    ----------
+    plan, backend, workers, batch
+        What ran: ``batch`` is the global batch.
+    steps : int
+        Steps that the figures rest on.
+    step_s : Spread
+        Step time: a rank's period, from the first start of a step to the first start of the next, averaged
+        over ranks; median and quartiles over steps.  Unlike last end minus first start it is right for steps
+        that overlap.
+    throughput : float
+        Samples a second: batch / median step time.
+    parts : Parts
+        The median step time in four parts, averaged over ranks.  A part is its share of a rank's period, taken
+        over the half of the steps nearest to the median (an interruption should not shape the picture), times
+        the median step time.
+
+        - ``compute``: CPU time inside compute actions (forward, loss, backward, update).  The clock is the one
+          of the rank's main thread: with several threads a worker, what its other threads do is not in it.
+        - ``waiting_for_core``: wall time minus CPU time inside compute actions: the operating system had given
+          the core to someone else.
+        - ``exposed_communication``: time in which the row itself was blocked by communication: before a compute
+          action, for what it reads, and inside communication.  It holds the wait for slower peers, and in
+          a pipeline the bubble.
+        - ``idle``: the rest of the period: loading the batch, the interpreter between actions.
+    hidden_communication : float
+        Time in which communication was under way without blocking its row: the union of all intervals from post
+        to seen end, without the waits.  Not a part of the step time: compute runs meanwhile.  Under way is not
+        the same as moving: shared memory moves at the boundaries of actions only.  Seconds, averaged over ranks.
+    bubble : float or None
+        For a plan with a pipeline: last end minus first start of a rank in a step, minus the wall time of its
+        compute actions; averaged over ranks.  It overlaps ``exposed_communication`` and ``idle``.  None without
+        a pipeline.
+    bytes_sent : int or None
+        Bytes that a worker gives to sends in a step, counted at the send, averaged over ranks.  None: not
+        counted, since a native collective does not tell what it sends; then payload and algorithm say
+        what there is to say.
+    payload_bytes : int
+        Bytes of gradient that a worker gives to reductions or sends in a step (padding of the flat buffers
+        included), from the compiled plan, averaged over ranks.
+    algorithm : str
+        What sums the gradients.
+    memory_bytes : int
+        Flat parameters, gradients and optimizer state that a worker keeps, averaged over ranks; the optimizer
+        counts where it was given to `report`.
+    ranks : tuple of RankReport
+        The same for each rank.
+    """
+
+    plan: str
+    backend: str
+    workers: int
+    batch: int
+    steps: int
+    step_s: Spread
+    throughput: float
+    parts: Parts
+    hidden_communication: float
+    bubble: float | None
+    bytes_sent: int | None
+    payload_bytes: int
+    algorithm: str
+    memory_bytes: int
+    ranks: tuple[RankReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as numbers, texts, lists and dictionaries."""
+        return asdict(self)
+
+    def _table(self) -> tuple[str, list[str], list[list[str]]]:
+        spread = f"{table.seconds(self.step_s.q1)} to {table.seconds(self.step_s.q3)}"
+        caption = (
+            f"{self.plan} over {self.backend}, batch {self.batch:,}: a step takes "
+            f"{table.seconds(self.step_s.median)} (quartiles {spread}, {self.steps} steps), "
+            f"{self.throughput:,.0f} samples/s"
+        )
+        columns: list[Report | RankReport] = [self, *(self.ranks if self.workers > 1 else ())]
+        rows = [
+            [name.replace("_", " "), *(table.seconds(getattr(c.parts, name)) for c in columns)]
+            for name in Parts.__dataclass_fields__
+        ]
+        rows.append(["sum: step time", *(table.seconds(c.parts.total) for c in columns)])
+        rows.append(["hidden communication", *(table.seconds(c.hidden_communication) for c in columns)])
+        if self.bubble is not None:
+            rows.append(["bubble", *(table.seconds(c.bubble) for c in columns)])
+        rows.append(["bytes sent", *(table.count(c.bytes_sent) for c in columns)])
+        rows.append(["payload, bytes", *(table.count(c.payload_bytes) for c in columns)])
+        rows.append(["memory, bytes", *(table.count(c.memory_bytes) for c in columns)])
+        head = ["a step"] + ["mean of ranks", *(f"rank {r.rank}" for r in self.ranks)][: len(columns)]
+        return caption, head, rows
+
+    def __repr__(self) -> str:
+        return table.text(*self._table()) + self._note()
+
+    def _repr_html_(self) -> str:
+        return table.html(*self._table()) + (f"<p>{self._note().strip()}</p>" if self._note() else "")
+
+    def _note(self) -> str:
+        return f"\nnot counted: {self.algorithm}" if self.bytes_sent is None else ""
+
+
+def report(result: TrainResult, optimizer: Optimizer | None = None) -> Report:
+    """Say where each millisecond and each byte of a training run went.
+
+    Parameters
+    ----------
+    result : TrainResult
+        What ``Cluster.train`` gave.
+    optimizer : Optimizer, optional
+        The optimizer of the run, for its state to be counted in ``memory_bytes``.
+
+    Returns
+    -------
+    Report
+        Prints as a table; its docstring defines each quantity.
+    """
+    return summarize([result], optimizer)
+
+
+def summarize(results: Sequence[TrainResult], optimizer: Optimizer | None = None) -> Report:
+    """One report on several runs of the same plan: their steps are taken together."""
+    steps = Steps.join(Steps.of(r.trace, paused=[step - 1 for step, _ in r.accuracies]) for r in results)
+    result, last = results[0], results[-1]
+    plan, periods = result.plan, steps.period.mean(axis=0)
+    spread = Spread.of(periods)
+    near = np.argsort(np.abs(periods - spread.median), kind="stable")[: (len(periods) + 1) // 2]
+    ranks = tuple(_rank(last, steps, rank, near, spread.median, optimizer) for rank in range(result.workers))
+    sent = [r.bytes_sent for r in ranks]
+    return Report(
+        plan=plan.name,
+        backend=result.backend,
+        workers=result.workers,
+        batch=result.batch,
+        steps=len(periods),
+        step_s=spread,
+        throughput=result.batch / spread.median,
+        parts=Parts.mean([r.parts for r in ranks]),
+        hidden_communication=float(np.mean([r.hidden_communication for r in ranks])),
+        bubble=None if plan.mesh.pipeline == 1 else float(np.mean([r.bubble for r in ranks if r.bubble is not None])),
+        bytes_sent=None if None in sent else round(float(np.mean([s for s in sent if s is not None]))),
+        payload_bytes=round(float(np.mean([r.payload_bytes for r in ranks]))),
+        algorithm=_algorithm(result),
+        memory_bytes=round(float(np.mean([r.memory_bytes for r in ranks]))),
+        ranks=ranks,
+    )
+
+
+def _rank(
+    result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64], median: float, optimizer: Optimizer | None
+) -> RankReport:
+    """One rank's report, over the steps `near`."""
+    period = steps.period[rank, near].sum()
+
+    def scaled(column: NDArray[np.float64]) -> float:
+        return float(column[rank, near].sum() / period * median)
+
+    compute, core, exposed = map(scaled, (steps.compute, steps.waiting_for_core, steps.exposed_communication))
+    work, span, at = compute + core, scaled(steps.span), result.plan.mesh.coordinate(rank)
+    sent = steps.sent[rank]
+    return RankReport(
+        rank=rank,
+        parts=Parts(compute, core, exposed, median - (compute + core + exposed)),
+        hidden_communication=scaled(steps.hidden_communication),
+        bubble=None if result.plan.mesh.pipeline == 1 else span - work,
+        bytes_sent=None if (sent < 0).any() else round(float(sent.mean())),
+        payload_bytes=result.program.payload(at),
+        memory_bytes=_memory(result, at.pipeline, optimizer),
+    )
+
+
+def _memory(result: TrainResult, pipeline: int, optimizer: Optimizer | None) -> int:
+    """Bytes of the flat buffers that the ranks of a pipeline coordinate keep."""
+    elements = sum(result.program.sizes[stage] for stage in result.plan.owned(pipeline))
+    copies = 2 + (0 if optimizer is None else len(optimizer.state(torch.empty(0))))
+    return elements * copies * result.network.dtype.itemsize
+
+
+def _algorithm(result: TrainResult) -> str:
+    kinds = {action.kind for row in result.plan.rows for action in row}
+    words = [ALGORITHMS.get(result.backend, result.backend)] * ("REDUCE_GRAD" in kinds)
+    words += ["sends of the plan"] * any(kind.startswith("SEND") for kind in kinds)
+    return " and ".join(words) or "none"

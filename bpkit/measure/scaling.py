@@ -1,0 +1,326 @@
+"""``scaling``: the same training with 1, 2, 4 ... workers, beside the serial run, in one interleaved measurement."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bpkit.data import Dataset
+from bpkit.measure.machine import machine
+from bpkit.measure.measurement import Event, Point, Scaling
+from bpkit.measure.report import Report, Spread, summarize
+from bpkit.measure.steps import Steps
+from bpkit.nn import Network
+from bpkit.optim import SGD, Optimizer
+from bpkit.plan import Plan, data_parallel, serial
+from bpkit.run.cluster import Cluster, TrainResult
+from bpkit.run.errors import Stopped
+from bpkit.run.progress import somebody_looks
+from bpkit.trace import Trace
+
+Tell = Callable[[float, str], None]
+
+
+def scaling(
+    network: Network,
+    data: Dataset,
+    workers: Sequence[int] = (1, 2, 4),
+    scaling: str = "strong",
+    *,
+    plan: Callable[[int], Plan] = data_parallel,
+    batch: int = 256,
+    lr: float | None = None,
+    optimizer: Optimizer | None = None,
+    steps: int = 40,
+    warmup: int = 10,
+    repetitions: int = 5,
+    backend: str = "auto",
+    threads_per_worker: int = 1,
+    target: float | None = 0.97,
+    target_steps: int = 400,
+    evaluate_every: int = 5,
+    seed: int = 0,
+    timeout: float = 60.0,
+    name: str | None = None,
+    progress: Tell | None = None,
+    stop: threading.Event | None = None,
+) -> Scaling:
+    """Measure how a training step scales with the number of workers.
+
+    The serial plan on one worker and the given plan on each other count run in turn, `repetitions` times
+    over, from the same weights, so that what the machine does meanwhile hits all alike.
+
+    Parameters
+    ----------
+    network, data
+        What is trained; a copy is, the network stays as it is.
+    workers : sequence of int
+        The counts.  One worker is the serial plan, and is always measured.
+    scaling : {"strong", "weak"}
+        ``strong``: `batch` is the global batch.  ``weak``: it is the batch of each worker; efficiency is then
+        throughput over that of the same number of serial runs.
+    plan : callable
+        Gives the plan for a number of workers, for example
+        ``lambda n: bp.plan.data_parallel(n, buckets=3)``.
+    batch : int
+    lr, optimizer
+        Plain SGD of a learning rate, or an optimizer; SGD(0.1, momentum=0.9) where neither is given.
+    steps, warmup, repetitions : int
+        Timed steps of each run, steps before them that are not timed, and runs of each count.
+    backend, threads_per_worker, timeout
+        See `bpkit.Cluster`.
+    target : float or None
+        Test accuracy to which one more run of each count is timed, evaluated every `evaluate_every` steps and
+        given up after `target_steps`.
+    seed : int
+        Of the order of samples.
+    name : str, optional
+        What the machine shall be called.
+    progress : callable, optional
+        Called with (fraction done, text); by default a bar, where somebody looks.
+    stop : threading.Event, optional
+        Ends the measurement when it is set.
+
+    Raises
+    ------
+    ValueError
+        If an argument does not fit; nothing has been started then.
+    Stopped
+        If `stop` was set.
+    WorkerError, WorkerDied, WorkerStuck
+        If a worker fails.
+    """
+    counts = _counts(workers)
+    _check(scaling, batch, steps, warmup, repetitions, target, target_steps, evaluate_every)
+    largest = batch * (counts[-1] if scaling == "weak" else 1)
+    if largest > len(data):
+        raise ValueError(
+            f"a global batch of {largest} ({scaling} scaling, {counts[-1]} workers) is larger than {data.name}, "
+            f"which has {len(data)} training samples"
+        )
+    if lr is not None and optimizer is not None:
+        raise ValueError("scaling takes either lr=... or optimizer=..., not both")
+    plans = {n: _plan(plan, n) for n in counts}
+    optimizer = optimizer or (SGD(0.1, momentum=0.9) if lr is None else SGD(lr))
+    runs: dict[int, list[TrainResult]] = {n: [] for n in counts}
+    reached: dict[int, TrainResult] = {}
+    with ExitStack() as stack:
+        tell = progress or stack.enter_context(_Bar())
+        clusters = {n: stack.enter_context(Cluster(n, backend, threads_per_worker, timeout)) for n in counts}
+        turns = _turns(counts, repetitions, target is not None)
+        for index, (n, repetition) in enumerate(turns):
+            what = "target accuracy" if repetition is None else f"repetition {repetition + 1} of {repetitions}"
+            inner = _Inner(tell, index, len(turns), f"{what}, {n} worker{'s' * (n > 1)}")
+            if stop is not None and stop.is_set():
+                raise Stopped("the measurement was stopped")
+            inner(0.0, "")
+            result = clusters[n].train(
+                network,
+                data,
+                plans[n],
+                batch=batch * (n if scaling == "weak" else 1),
+                steps=target_steps if repetition is None else warmup + steps,
+                optimizer=optimizer,
+                seed=seed,
+                record=1 if repetition is None else steps,
+                evaluate_every=evaluate_every if repetition is None else 0,
+                target=target if repetition is None else None,
+                progress=inner,
+                stop=stop,
+            )
+            if repetition is None:
+                reached[n] = result
+            else:
+                runs[n].append(result)
+        tell(1.0, "done")
+    experiment = {
+        "network": network.describe().split(", ")[0],
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "data": data.name,
+        "batch": batch,
+        "scaling": scaling,
+        "plan": _plan_name(plans[counts[-1]], counts[-1]),
+        "backend": runs[counts[-1]][0].backend,
+        "threads_per_worker": threads_per_worker,
+        "steps": steps,
+        "warmup": warmup,
+        "repetitions": repetitions,
+        "optimizer": str(optimizer),
+        "seed": seed,
+        "target_accuracy": target,
+    }
+    return Scaling(machine(name), experiment, _points(runs, reached, target))
+
+
+def _points(
+    runs: dict[int, list[TrainResult]], reached: dict[int, TrainResult], target: float | None
+) -> tuple[Point, ...]:
+    medians = {
+        n: [float(np.median(Steps.of(r.trace).period.mean(axis=0))) for r in results] for n, results in runs.items()
+    }
+    best = runs[1][0].batch / min(medians[1])
+    return tuple(
+        _point(results, summarize(results), medians[n], best, _accuracy(reached.get(n), target))
+        for n, results in runs.items()
+    )
+
+
+def _median(result: TrainResult) -> float:
+    """Median step time of one run, seconds."""
+    return float(np.median(Steps.of(result.trace).period.mean(axis=0)))
+
+
+def _point(
+    results: list[TrainResult],
+    found: Report,
+    medians: list[float],
+    best: float,
+    accuracy: tuple[float | None, int | None],
+) -> Point:
+    speedup = found.throughput / best
+    return Point(
+        workers=found.workers,
+        batch=found.batch,
+        step_s=Spread(found.step_s.median, found.step_s.q1, found.step_s.q3, tuple(medians)),
+        throughput=found.throughput,
+        speedup=speedup,
+        efficiency=speedup / found.workers,
+        parts=found.parts,
+        hidden_communication=found.hidden_communication,
+        bytes_sent=found.bytes_sent,
+        payload_bytes=found.payload_bytes,
+        algorithm=found.algorithm,
+        time_to_accuracy_s=accuracy[0],
+        steps_to_accuracy=accuracy[1],
+        final_loss=float(results[-1].losses[-1]),
+        timeline=_timeline([r.trace for r in results], found.step_s.median),
+    )
+
+
+def _accuracy(result: TrainResult | None, target: float | None) -> tuple[float | None, int | None]:
+    """Seconds and steps to the target, or twice None."""
+    if result is None or target is None:
+        return None, None
+    for step, accuracy in result.accuracies:
+        if accuracy >= target:
+            return float(result.step_times[:step].sum()), step
+    return None, None
+
+
+def _timeline(traces: Sequence[Trace], median: float) -> tuple[Event, ...]:
+    """The step whose duration is nearest to the median, in microseconds from its first start."""
+    found = []
+    for trace in traces:
+        times = trace.step_times()
+        nearest = int(np.argmin(np.abs(times - median)))
+        found.append((abs(times[nearest] - median), trace, int(trace.steps[nearest])))
+    _, trace, step = min(found, key=lambda item: item[0])
+    chosen = trace.at_step(step)
+    origin = int(chosen.start.min())
+    micro = [(rank, cell, start - origin, end - origin, wait) for rank, _, cell, start, end, wait in chosen.rows()]
+    return tuple((rank, cell, start / 1e3, end / 1e3, wait / 1e3) for rank, cell, start, end, wait in micro)
+
+
+# -- arguments ------------------------------------------------------------------------------------------------
+
+
+def _counts(workers: Sequence[int]) -> list[int]:
+    """The counts in order, each once, and always one worker."""
+    try:
+        counts = list(workers)
+    except TypeError:
+        raise TypeError(f"workers must be a list of counts, for example [1, 2, 4], not {workers!r}") from None
+    if not counts:
+        raise ValueError("workers is empty: name at least one count, for example [1, 2, 4]")
+    for n in counts:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"each count of workers must be a whole number of at least 1, not {n!r}")
+    return sorted({1, *counts})
+
+
+def _check(
+    scaling: str, batch: int, steps: int, warmup: int, repetitions: int, target: float | None, cap: int, every: int
+) -> None:
+    if scaling not in ("strong", "weak"):
+        raise ValueError(
+            f'scaling must be "strong" (fixed global batch) or "weak" (fixed batch a worker), not {scaling!r}'
+        )
+    lowest = {"batch": (batch, 1), "steps": (steps, 2), "warmup": (warmup, 0), "repetitions": (repetitions, 1)}
+    lowest |= {"target_steps": (cap, 1), "evaluate_every": (every, 1)}
+    for what, (value, least) in lowest.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{what} must be a whole number of at least {least}, not {value!r}")
+    if target is not None and not 0 < target <= 1:
+        raise ValueError(f"target is an accuracy above 0 and at most 1, or None, not {target!r}")
+
+
+def _plan(plan: Callable[[int], Plan], n: int) -> Plan:
+    """The plan for a count: serial for one worker."""
+    if not callable(plan):
+        raise TypeError(
+            f"plan must be a function of the number of workers, such as bp.plan.data_parallel, not {plan!r}"
+        )
+    made = serial() if n == 1 else plan(n)
+    if made.workers != n:
+        raise ValueError(f"plan({n}) gave {made.name}, a plan for {made.workers} workers")
+    return made
+
+
+def _plan_name(plan: Plan, workers: int) -> str:
+    """The plan's name with n for the number of workers."""
+    return re.sub(rf"\b{workers}\b", "n", plan.name, count=1) if workers > 1 else plan.name
+
+
+def _turns(counts: Sequence[int], repetitions: int, target: bool) -> list[tuple[int, int | None]]:
+    """The order of runs: (workers, repetition), rotated, and at the end the runs to the target (None)."""
+    turns: list[tuple[int, int | None]] = []
+    for r in range(repetitions):
+        shift = r % len(counts)
+        turns += [(n, r) for n in [*counts[shift:], *counts[:shift]]]
+    return turns + [(n, None) for n in counts if target]
+
+
+# -- progress -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Inner:
+    """Tells the progress of one run as a part of the whole."""
+
+    tell: Tell
+    index: int
+    of: int
+    what: str
+
+    def __call__(self, fraction: float, text: str) -> None:
+        self.tell((self.index + fraction) / self.of, f"{self.what}: {text}" if text else self.what)
+
+
+class _Bar:
+    """tqdm where somebody looks, else nothing."""
+
+    def __enter__(self) -> Tell:
+        self._bar: Any = None
+        if somebody_looks():
+            try:
+                from tqdm.auto import tqdm
+
+                self._bar = tqdm(total=100, unit="%", delay=2, leave=False)
+            except ImportError:
+                pass
+        return self._tell
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _tell(self, fraction: float, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(int(100 * fraction) - self._bar.n)

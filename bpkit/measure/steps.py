@@ -1,0 +1,113 @@
+"""From a trace to the quantities of each rank and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bpkit.trace import Trace
+
+Table = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Quantities of each rank and step: arrays of shape (ranks, steps); seconds, but for `sent`.
+
+    `bpkit.measure.Report` defines them.  `span` is last end minus first start of a rank in a step, and `sent`
+    is -1 where a step sends bytes that are not counted.
+    """
+
+    period: Table
+    compute: Table
+    waiting_for_core: Table
+    exposed_communication: Table
+    hidden_communication: Table
+    span: Table
+    sent: Table
+
+    @classmethod
+    def of(cls, trace: Trace, paused: Iterable[int] = ()) -> Steps:
+        """Measure the steps of a trace whose period is known.
+
+        That is each step which another recorded step follows directly.  Where there is none, a step lasts
+        from its first start to its own last end.
+
+        Parameters
+        ----------
+        trace : Trace
+        paused : iterable of int
+            Steps after which something else was done (an evaluation): their period is not the step's time.
+        """
+        steps, ranks = trace.steps, trace.ranks
+        if not len(steps):
+            raise ValueError("the trace is empty: there is nothing to report")
+        column = np.searchsorted(steps, trace.step)
+        place = trace.rank * len(steps) + column
+        start, end = _bounds(trace, place, ranks * len(steps))
+        start, end = start.reshape(ranks, -1), end.reshape(ranks, -1)
+        followed = (np.diff(steps, append=steps[-1]) == 1) & ~np.isin(steps, list(paused))
+        following = np.roll(start, -1, axis=1)
+        period = np.where(followed, following - start, end - start)
+        kept = followed if followed.any() else np.ones_like(followed)
+
+        def total(values: NDArray[np.int64], where: NDArray[np.bool_]) -> Table:
+            sums = np.bincount(place[where], values[where], minlength=ranks * len(steps))
+            return sums.reshape(ranks, -1).astype(float)
+
+        everywhere = np.ones(len(trace), dtype=bool)
+        compute = trace.compute()
+        wall = np.maximum(0, trace.end - trace.start - trace.wait)
+        # A clock read costs a little CPU time, so an action that never lost its core can show more CPU than wall.
+        lost = np.where(trace.cpu >= 0, np.maximum(0, wall - trace.cpu), 0)
+        uncounted = total((trace.bytes < 0).astype(np.int64), everywhere) > 0
+        table = {
+            "period": period,
+            "compute": total(wall - lost, compute),
+            "waiting_for_core": total(lost, compute),
+            "exposed_communication": total(trace.wait, everywhere),
+            "hidden_communication": _hidden(trace, place, ranks * len(steps), ~compute).reshape(ranks, -1),
+            "span": end - start,
+        }
+        sent = np.where(uncounted, -1.0, total(np.maximum(0, trace.bytes), everywhere))
+        return cls(**{name: values[:, kept] / 1e9 for name, values in table.items()}, sent=sent[:, kept])
+
+    @classmethod
+    def join(cls, parts: Iterable[Steps]) -> Steps:
+        """The steps of several runs of one plan."""
+        tables = list(parts)
+        return cls(*(np.concatenate([getattr(t, name) for t in tables], axis=1) for name in cls.__dataclass_fields__))
+
+
+def _bounds(trace: Trace, place: NDArray[np.int64], size: int) -> tuple[Table, Table]:
+    """First start and last end at each (rank, step)."""
+    start, end = np.full(size, np.inf), np.full(size, -np.inf)
+    np.minimum.at(start, place, trace.start.astype(float))
+    np.maximum.at(end, place, trace.end.astype(float))
+    return start, end
+
+
+def _hidden(trace: Trace, place: NDArray[np.int64], size: int, communication: NDArray[np.bool_]) -> Table:
+    """Time in which communication is under way and its row is not blocked, at each (rank, step)."""
+    moving: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    blocked: list[list[tuple[int, int]]] = [[] for _ in range(size)]
+    columns = (place, trace.start, trace.end, trace.wait, communication)
+    for at, start, end, wait, is_moving in zip(*(column.tolist() for column in columns), strict=True):
+        if is_moving:
+            moving[at].append((start, end))
+        if wait:
+            blocked[at].append((start, start + wait))
+    # |A without B| = |A or B| - |B|
+    return np.array([covered(a + b) - covered(b) for a, b in zip(moving, blocked, strict=True)], dtype=float)
+
+
+def covered(intervals: Iterable[tuple[int, int]]) -> int:
+    """Length of the union of intervals."""
+    total, reached = 0, -(1 << 62)
+    for start, end in sorted(intervals):
+        total += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
