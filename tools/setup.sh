@@ -59,7 +59,7 @@ esac
 echo "Setting up $venv (Python $version, $extras). The first time takes minutes. Log: $log"
 if ! "$venv/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e ".[$extras]" >"$log" 2>&1; then
     tail -n 5 "$log" >&2
-    if grep -qiE "NewConnectionError|ConnectTimeout|ReadTimeout|name resolution|Network is unreachable|getaddrinfo|ProxyError" "$log"; then
+    if grep -qiE "NewConnectionError|ConnectTimeout|ReadTimeout|name resolution|Network is unreachable|getaddrinfo|ProxyError|from versions: none" "$log"; then
         fail "the Python package index cannot be reached: setting up needs the network once. Log: $log"
     fi
     if grep -qi "No space left" "$log"; then
