@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from bpkit.plan.actions import Action
 
 Column = NDArray[np.int64]
+_COLUMNS = ("rank", "step", "cell", "start", "end", "wait", "cpu", "bytes")
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ class Trace:
 
     def where(self, mask: NDArray[np.bool_]) -> Trace:
         """The entries that `mask` selects."""
-        columns = (self.rank, self.step, self.cell, self.start, self.end, self.wait, self.cpu, self.bytes)
-        return Trace(self.cells, *(column[mask] for column in columns), simulated=self.simulated)
+        return replace(self, **{name: getattr(self, name)[mask] for name in _COLUMNS})
 
     def at_step(self, step: int) -> Trace:
         """The entries of one training step."""
@@ -169,7 +170,8 @@ class Trace:
         if len(joined[3]):
             origin = joined[3].min()
             joined[3], joined[4] = joined[3] - origin, joined[4] - origin
-        return cls(names, *joined, simulated=simulated)
+        columns_by_name: dict[str, Any] = dict(zip(_COLUMNS, joined, strict=True))
+        return cls(names, **columns_by_name, simulated=simulated)
 
 
 @dataclass(frozen=True)
