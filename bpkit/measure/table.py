@@ -30,6 +30,8 @@ def seconds(value: float | None) -> str:
     """``1.24 ms``: three digits, in the unit that fits."""
     if value is None:
         return "-"
+    if value == 0:
+        return "0"
     if value < 0:  # a small remainder
         return "-" + seconds(-value)
     for unit, factor in (("s", 1.0), ("ms", 1e3)):
