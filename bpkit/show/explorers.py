@@ -87,7 +87,8 @@ class Explorer(anywidget.AnyWidget):
     revealed = traitlets.Bool(False).tag(sync=True)
     measurable = traitlets.Bool(False).tag(sync=True)
     measure_workers = traitlets.List(traitlets.Int()).tag(sync=True)
-    running = traitlets.Bool(False).tag(sync=True)
+    #: "", "starting", "running", "stopping", "stopped", "measured" or "failed"; the figure has the words for it.
+    phase = traitlets.Unicode("").tag(sync=True)
     progress = traitlets.Float(0.0).tag(sync=True)
     status = traitlets.Unicode("").tag(sync=True)
     error = traitlets.Unicode("").tag(sync=True)
@@ -98,7 +99,7 @@ class Explorer(anywidget.AnyWidget):
         self._run = run
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # an observer of a trait may call stop()
         self.on_msg(self._receive)
 
     def __repr__(self) -> str:
@@ -134,12 +135,15 @@ class Explorer(anywidget.AnyWidget):
             self._stop.clear()
             # A daemon: the kernel's Restart must not wait for a measurement.
             self._thread = threading.Thread(target=self._measure, args=(scaling,), daemon=True)
-            self.set_trait("running", True)
+            self._show(phase="starting", progress=0.0, status="", error="")
             self._thread.start()
 
     def stop(self) -> None:
         """Ask the running measurement to end; it polls for this between steps."""
-        self._stop.set()
+        with self._lock:
+            self._stop.set()
+            if self._thread is not None and self._thread.is_alive():
+                self._show(phase="stopping")
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the running measurement, for scripts and tests; true when none is left running."""
@@ -155,20 +159,17 @@ class Explorer(anywidget.AnyWidget):
 
     def _measure(self, scaling: str) -> None:
         self.failure = None
-        self._show(error="", progress=0.0, status="Starting the workers …")
         try:
             measurement = self._call_run(scaling)
-        except BaseException as failure:  # anything a run raises belongs in the figure, not in a lost thread
-            self.failure = failure
+        except BaseException as failure:  # whatever a run raises belongs in the figure, not in a lost thread
             stopped = self._stop.is_set()
-            message = "Stopped; nothing was added." if stopped else ""
-            self._show(status=message, error="" if stopped else sentence(failure), running=False)
+            self.failure = None if stopped else failure
+            self._finish("stopped") if stopped else self._finish("failed", error=sentence(failure))
             return
         if self._stop.is_set():
-            self._show(status="Stopped; nothing was added.", running=False)
-            return
-        hint = "" if self.revealed else " Predict, then show the measurement."
-        self._show(own=[*self.own, measurement], progress=1.0, status="Measured." + hint, running=False)
+            self._finish("stopped")
+        else:
+            self._finish("measured", own=[*self.own, measurement], progress=1.0)
 
     def _call_run(self, scaling: str) -> dict[str, Any]:
         assert self._run is not None
@@ -178,9 +179,20 @@ class Explorer(anywidget.AnyWidget):
             nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_MESSAGES:
                 last = time.monotonic()
-                self._show(progress=min(1.0, max(0.0, float(fraction))), status=str(text))
+                self._report(progress=min(1.0, max(0.0, float(fraction))), status=str(text))
 
         return check(self._run(progress=report, stop=self._stop, scaling=scaling), "the new measurement")
+
+    def _report(self, **values: Any) -> None:
+        with self._lock:
+            phase = "stopping" if self._stop.is_set() else "running"
+            self._show(phase=phase, **values)
+
+    def _finish(self, phase: str, **values: Any) -> None:
+        with self._lock:
+            self._show(phase=phase, **values)
+            # From here on a click may start the next run, though this thread takes a moment to end.
+            self._thread = None
 
     def _show(self, **values: Any) -> None:
         with self.hold_sync():
@@ -312,6 +324,4 @@ def explorer(
         raise ValueError(f"workers must be positive integers, e.g. (1, 2, 4); got {workers!r}")
     counts = sorted({point["workers"] for one in recorded[:1] for point in one["points"]} or set(workers))
     run = _bind(network, data, workers, measure, options)
-    return Explorer(
-        run=run, recorded=recorded, workers=counts[-1], measure_workers=list(workers), revealed=revealed
-    )
+    return Explorer(run=run, recorded=recorded, workers=counts[-1], measure_workers=list(workers), revealed=revealed)

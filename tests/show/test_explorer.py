@@ -108,7 +108,7 @@ def test_measure_appends_and_can_run_again() -> None:
         figure._receive(figure, {"kind": "measure", "scaling": "strong"}, [])
         assert figure.wait(5)
         assert [one["machine"]["name"] for one in figure.own] == ["mine"] * runs
-    assert (figure.running, figure.error, figure.progress) == (False, "", 1.0)
+    assert (figure.phase, figure.error, figure.progress) == ("measured", "", 1.0)
 
 
 def test_the_callback_returns_at_once_and_stop_ends_the_run() -> None:
@@ -117,12 +117,11 @@ def test_the_callback_returns_at_once_and_stop_ends_the_run() -> None:
     figure._receive(figure, {"kind": "measure"}, [])
     assert time.monotonic() - start < 0.5
     until(lambda: figure.progress == 0.5)
-    assert figure.running and figure.status == "in the middle"
+    assert (figure.phase, figure.status) == ("running", "in the middle")
     figure._receive(figure, {"kind": "measure"}, [])
     figure._receive(figure, {"kind": "stop"}, [])
     assert figure.wait(2)
-    assert (figure.running, figure.own, figure.error) == (False, [], "")
-    assert "Stopped" in figure.status
+    assert (figure.phase, figure.own, figure.error, figure.failure) == ("stopped", [], "", None)
 
 
 def test_a_second_measure_while_one_runs_does_nothing() -> None:
@@ -153,7 +152,7 @@ def test_an_error_is_one_sentence_and_the_next_run_works() -> None:
     figure.measure()
     assert figure.wait(5)
     assert figure.error == "RuntimeError: rank 1 died in 0F0"
-    assert isinstance(figure.failure, RuntimeError) and not figure.running
+    assert isinstance(figure.failure, RuntimeError) and figure.phase == "failed"
     fail[0] = False
     figure.measure()
     assert figure.wait(5)

@@ -91,9 +91,7 @@ function plainPanel(name, barOf, noteWidth, extra = () => {}) {
 export function bytesPanel() {
   return plainPanel("bytes", bytesBar, 66, (view, root) => {
     root.querySelector("ul")?.remove();
-    const points = view.barred.flatMap((one) => one.points);
-    const entries = [...(points.some(counted) ? [["bytes", say("sent")]] : []), ...(points.every(counted) ? [] : [["payload", say("payload")]])];
-    root.append(legend(entries));
+    if (!view.barred.every((one) => one.points.every(counted))) root.append(legend([["payload", say("payload")]]));
   });
 }
 

@@ -66,8 +66,10 @@ function aboutRun(view) {
   const { machine, experiment } = view.series[0].measurement;
   const batch = say(view.mode === "weak" ? "batchWeak" : "batchStrong", { n: number(experiment.batch) });
   const run = say("experiment", { ...experiment, scaling: say(view.mode), batch });
-  const { name, cpu, cores, date } = machine;
-  return `${run}. ${say("machine", { name, cpu, cores: sayCount("cores", cores), date: (date ?? "").slice(0, 10).replaceAll("-", "\u2011") })}.`;
+  const { name, cpu, cores } = machine;
+  const date = (machine.date ?? "").slice(0, 10).replaceAll("-", "\u2011"); // not parted at the end of a line
+  // A machine that nobody named is called after its processor already.
+  return `${run}. ${say(name.includes(cpu) ? "machine" : "machineLong", { name, cpu, cores: sayCount("cores", cores), date })}.`;
 }
 
 function predictionInput(workers, onPredict) {
@@ -85,12 +87,16 @@ function askPanel(onPredict, onShow) {
   const root = html("div", {}, html("p", {}, say("predictHint")), inputs, html("p", { class: "bpkit-buttons" }, show, skip), problem);
   let fields = [];
   let view = null;
+  const complain = (key) => {
+    const what = view.series.length ? key : "nothingToShow";
+    problem.textContent = what ? say(what) : "";
+    return !what;
+  };
   show.addEventListener("click", () => {
     const made = view.predictable.some((n) => n in view.prediction);
-    problem.textContent = made ? "" : say("predictFirst");
-    if (made) onShow(true);
+    if (complain(made ? "" : "predictFirst")) onShow(true);
   });
-  skip.addEventListener("click", () => onShow(false));
+  skip.addEventListener("click", () => { if (complain("")) onShow(false); });
   return { root, draw(next) {
     view = next;
     if (fields.map((field) => field.workers).join() !== view.predictable.join()) {
@@ -139,23 +145,34 @@ export function measurePanel(model, live) {
   const root = html("div", { class: "bpkit-measure" }, html("div", { class: "bpkit-buttons" }, measure, stop, bar, status), problem);
   let waiting = null;
   measure.addEventListener("click", () => {
-    status.textContent = say("starting");
+    status.textContent = say("phaseStarting");
     model.send({ kind: "measure", scaling: model.get("scaling") });
+    clearTimeout(waiting);
     waiting = setTimeout(() => { status.textContent = say("noAnswer"); }, ANSWER_WITHIN_MS);
   });
   stop.addEventListener("click", () => {
-    status.textContent = say("stopping");
+    status.textContent = say("phaseStopping");
     model.send({ kind: "stop" });
   });
+  const phaseWords = () => {
+    const phase = model.get("phase");
+    if (phase === "measured" && !model.get("revealed")) return say("phaseMeasuredHidden");
+    if (phase === "running") return model.get("status");
+    return phase ? say(`phase${phase[0].toUpperCase()}${phase.slice(1)}`) : "";
+  };
   return { root, draw() {
     const able = live && model.get("measurable");
-    const running = live && model.get("running");
-    if (running) clearTimeout(waiting);
+    const phase = model.get("phase");
+    const running = live && ["starting", "running", "stopping"].includes(phase);
+    if (phase) clearTimeout(waiting);
+    const focused = [measure, stop].includes(document.activeElement);
     measure.hidden = !able || running;
     measure.textContent = say(model.get("own").length ? "measureAgain" : "measure");
     stop.hidden = bar.hidden = !running;
+    // The button that was pressed gives way to the other one, which takes the keyboard's focus.
+    if (focused) (running ? stop : measure).focus();
     bar.value = model.get("progress");
-    status.textContent = able ? model.get("status") : say(live ? "noNetwork" : "noKernel");
+    status.textContent = able ? phaseWords() : say(live ? "noNetwork" : "noKernel");
     problem.textContent = model.get("error");
   } };
 }

@@ -10,7 +10,7 @@ export function groupsOf(recorded) {
   const groups = new Map();
   for (const measurement of recorded) {
     const { machine, experiment } = measurement;
-    const title = [machine.name, experiment.network, experiment.plan].join(" · ");
+    const title = [machine.name, experiment.network, experiment.plan, experiment.backend].filter(Boolean).join(" · ");
     if (!groups.has(title)) groups.set(title, { title, machine, modes: {} });
     groups.get(title).modes[scalingOf(measurement)] ??= measurement;
   }

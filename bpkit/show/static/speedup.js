@@ -28,14 +28,14 @@ function axes(view, { width, height, top, x, y }) {
 
 const path = (points) => points.map(([px, py], i) => `${i ? "L" : "M"}${px.toFixed(1)},${py.toFixed(1)}`).join("");
 
-function curve(one, { x, y }, chosen) {
+function curve(one, { x, y, top }, chosen) {
   const classes = `${one.kind}${one.simulated ? " simulated" : ""}`;
   const error = (point) => {
     // The quartiles of the step time, as speedups over the same serial time.
     const { median, q1, q3 } = point.step_s;
     if (!(q1 > 0 && q3 > q1)) return null;
     return svg("line", { class: `spread ${classes}`, x1: x(point.workers), x2: x(point.workers),
-      y1: y((point.speedup * median) / q3), y2: y((point.speedup * median) / q1) });
+      y1: y((point.speedup * median) / q3), y2: y(Math.min(top, (point.speedup * median) / q1)) });
   };
   const marks = one.points.map((point) => svg("circle", {
     class: `mark ${one.kind}${point.simulated ? " simulated" : ""}`, cx: x(point.workers), cy: y(point.speedup),
