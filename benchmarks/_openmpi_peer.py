@@ -20,6 +20,7 @@ def main(folder: str) -> None:
         for line in commands:
             n, repetitions = map(int, line.split())
             buffer = buffers.setdefault(n, np.full(n, 0.0, np.float32))
+            comm.Allreduce(MPI.IN_PLACE, buffer)
             comm.Barrier()
             start = time.perf_counter()
             for _ in range(repetitions):

@@ -26,8 +26,8 @@ from bpkit.run.pool import Pool
 
 SIZES = {"2 thousand": 2_000, "20 thousand": 20_000, "200 thousand": 200_000, "3 million": 3_000_000,
          "20 million": 20_000_000}  # fmt: skip
-FLOATS_A_TURN = 6_000_000  # one turn reduces about as many floats, and at most TIMES times
-TIMES = 1000
+FLOATS_A_TURN = 30_000_000  # one turn reduces about as many floats, and at most TIMES times
+TIMES = 500
 GLOO = "gloo (TCP loopback)"
 MPI = "Open MPI (shared memory)"
 
@@ -45,6 +45,7 @@ def turn(comm: Comm, kind: str, n: int, times: int) -> float:
         step = lambda: torch.distributed.all_reduce(tensor)  # noqa: E731
     else:
         step = lambda: comm.all_reduce(tensor)  # noqa: E731
+    step()  # the others' turns have emptied the caches
     comm.barrier()
     start = time.perf_counter()
     for _ in range(times):
@@ -131,12 +132,12 @@ def hand_off(pool: Pool, times: int) -> dict[str, Any]:
 
 def rows_of(case: str, n: int, shm: Pool, gloo: Pool, mpi: OpenMPI, repetitions: int) -> list[dict[str, Any]]:
     """Measure all at one size, in turns."""
-    times = max(1, min(TIMES, FLOATS_A_TURN // n))
+    times = max(2, min(TIMES, FLOATS_A_TURN // n))
 
     def run(pool: Pool, kind: str, times: int) -> Callable[[], float]:
         return lambda: max(pool.call(turn, kind, n, times))
 
-    slow = max(1, times // 10)  # gloo: a turn as long as the others'
+    slow = max(2, times // 10)  # gloo: a turn as long as the others'
     runs = {"born": run(shm, "born", times), "private": run(shm, "private", times),
             "copy": run(shm, "copy", times), GLOO: run(gloo, "plain", slow), "our gloo": run(gloo, "ours", slow)}
     if not mpi.reason:

@@ -106,10 +106,17 @@ class Waiter:
     def take(self, semaphore: SemLock, operation: str, peer: int) -> None:
         """Take one token of `semaphore`, which rank `peer` gives."""
         acquire = semaphore.acquire
-        if not acquire(False):
-            self.until(lambda: acquire(False), semaphore, operation, peer)
+        if acquire(False):
+            return
+        start = perf_counter_ns()
+        for _ in range(_TRIES):
+            if acquire(False):
+                self.waited += perf_counter_ns() - start
+                return
+        self.until(lambda: acquire(False), semaphore, operation, peer, start)
 
-    def until(self, check: Callable[[], bool], semaphore: SemLock, operation: str, peer: int) -> None:
+    def until(self, check: Callable[[], bool], semaphore: SemLock, operation: str, peer: int,
+              start: int | None = None) -> None:
         """Wait until `check()` holds; a token on `semaphore` is a reason to look again.
 
         Raises
@@ -117,18 +124,15 @@ class Waiter:
         PeerTimeout
             After the time-out.
         """
-        start = perf_counter_ns()
+        start = start or perf_counter_ns()
         try:
-            for _ in range(_TRIES):
-                if check():
-                    return
             self._note[1], self._note[0] = peer, OPERATIONS.index(operation)
             for _ in range(_YIELDS):
+                if check():
+                    return
                 if self.progress:
                     self.progress()
                 _yield_core()
-                if check():
-                    return
             self._block(check, semaphore, operation, peer)
         finally:
             self._note[0] = 0
@@ -181,6 +185,7 @@ class Barrier:
         self._sources = [(waiter.rank - 2**k) % ranks for k in range(len(own))]
         self._waiter = waiter
         self._round = 0
+        self._rounds = list(zip(self._theirs, self._own, self._sources, strict=True))
 
     def arrive(self) -> None:
         """Say that this rank is here."""
@@ -200,6 +205,14 @@ class Barrier:
                 return False
             self._next()
         return True
+
+    def cross(self, operation: str) -> None:
+        """Arrive and wait in one."""
+        take = self._waiter.take
+        for theirs, own, source in self._rounds:
+            theirs.release()
+            if not own.acquire(False):
+                take(own, operation, source)
 
     def wait(self, operation: str = "barrier") -> None:
         """Block until every rank has arrived."""

@@ -20,7 +20,7 @@ import numpy as np
 from . import memory, worker
 from .barrier import Block
 from .errors import WorkerDied
-from .shared_memory import Hub
+from .layout import Hub
 
 _START_LIMIT = 120.0  # seconds until every worker must have joined
 _main_lock = threading.Lock()

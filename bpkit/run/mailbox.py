@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from math import prod
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from .barrier import SemLock, Waiter
 from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, check_message
 
 HEADER = 128
+SLOTS = 16  # of a mailbox
 _HEAD = struct.Struct("<3q")  # dtype, dimensions, (reserved); the shape follows
 _SHAPES = [struct.Struct(f"<{dims}q") for dims in range(MAX_DIMS + 1)]
 _FULL_TRIES = 100  # a full ring is waited for this many yields, then the rest is kept back
@@ -26,24 +26,23 @@ def raw_bytes(tensor: torch.Tensor) -> np.ndarray:
 class _Box:
     """One direction of one pair: the ring and the semaphores that count its filled and free slots."""
 
-    def __init__(self, ring: np.ndarray, slots: int, filled: SemLock, free: SemLock) -> None:
-        self._payloads = [slot[HEADER:] for slot in ring.reshape(slots, -1)]
-        self._headers = [slot[:HEADER].data for slot in ring.reshape(slots, -1)]
-        self._slots = slots
+    def __init__(self, ring: np.ndarray, filled: SemLock, free: SemLock) -> None:
+        self._payloads = [slot[HEADER:] for slot in ring.reshape(SLOTS, -1)]
+        self._headers = [slot[:HEADER].data for slot in ring.reshape(SLOTS, -1)]
         self.room = len(self._payloads[0])
         self.filled, self.free = filled, free
         self.turn = 0  # the slot that comes next, on this side
 
     def _advance(self) -> int:
-        slot, self.turn = self.turn, (self.turn + 1) % self._slots
+        slot, self.turn = self.turn, (self.turn + 1) % SLOTS
         return slot
 
 
 class Outbox(_Box):
     """The sender's side. `post` never blocks; what does not fit is kept back for `push`."""
 
-    def __init__(self, ring: np.ndarray, slots: int, filled: SemLock, free: SemLock) -> None:
-        super().__init__(ring, slots, filled, free)
+    def __init__(self, ring: np.ndarray, filled: SemLock, free: SemLock) -> None:
+        super().__init__(ring, filled, free)
         self.pending: deque[tuple[bytes | None, np.ndarray]] = deque()
 
     def post(self, tensor: torch.Tensor, waiter: Waiter) -> None:
@@ -118,12 +117,7 @@ class Inbox(_Box):
             slot = self._advance()
 
 
-def ring_shape(ranks: int, budget: int) -> tuple[int, int]:
-    """Slots a ring and bytes a slot, for all ordered pairs within `budget` bytes."""
-    slots, pairs = 16, max(ranks * (ranks - 1), 1)
-    return slots, min(max(budget // (pairs * slots) // 4096 * 4096, 4096), 1 << 18)
-
-
-def message_bytes(tensor: torch.Tensor) -> int:
-    """Payload of a message."""
-    return prod(tensor.shape) * tensor.element_size()
+def slot_size(ranks: int, budget: int) -> int:
+    """Bytes of a slot, so that the mailboxes of all ordered pairs stay within `budget` bytes."""
+    pairs = max(ranks * (ranks - 1), 1)
+    return min(max(budget // (pairs * SLOTS) // 4096 * 4096, 4096), 1 << 18)

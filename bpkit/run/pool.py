@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import memory, payload, shared_memory
+from . import layout, memory, payload
 from .errors import CommunicationError, Stopped, WorkerDied, WorkerError, WorkerStuck
 from .launch import Workers, start_methods
 
@@ -51,7 +51,7 @@ def _choose(workers: int, backend: str) -> tuple[str, str]:
     """The transport to use and the reason for it."""
     if backend in ("gloo", "nccl"):
         return backend, "asked for"
-    needed, free = shared_memory.needed(workers), memory.free_room()
+    needed, free = layout.needed(workers), memory.free_room()
     if needed > free:
         problem = memory.no_room(f"backend 'shm' with {workers} workers", needed, free)
         if backend == "shm":

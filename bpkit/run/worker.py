@@ -23,8 +23,9 @@ import torch
 from .barrier import Block
 from .comm import Comm
 from .errors import CommunicationError, PeerTimeout
+from .layout import Layout
 from .payload import Parcel, Received
-from .shared_memory import Layout, SharedMemoryComm
+from .shared_memory import SharedMemoryComm
 
 
 def main(rank: int, channel: Connection) -> None:
