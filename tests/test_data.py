@@ -159,7 +159,7 @@ def test_mnist_offline_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_mnist_refuses_another_checksum(files: dict[str, bytes], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="train-images.*SHA-256"):
+    with pytest.raises(ValueError, match=r"train-images.*SHA-256"):
         mnist(tmp_path, opener=lambda url: io.BytesIO(b"other"))
     assert not (tmp_path / "mnist").exists()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from bpkit import nn
+from bpkit.nn.gradcheck import reference_loss
 
 D = torch.float64
+START = nn.Context()
 
 LAYERS: dict[str, list[nn.Layer]] = {
     "linear": [nn.Linear(6, 5), nn.Linear(5, 4)],
@@ -46,18 +48,16 @@ def batch(rows: int = 7, loss: str = "cross_entropy", seed: int = 0) -> tuple[to
 
 
 def autograd(
-    net: nn.Network, x: torch.Tensor, t: torch.Tensor, context: nn.Context = nn.Context()
+    net: nn.Network, x: torch.Tensor, t: torch.Tensor, context: nn.Context = START
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the gradients of the loss's sum by autograd: the input's, and the parameters'."""
-    from bpkit.nn.gradcheck import reference_loss
-
     leaves = [p.clone().requires_grad_() for p in (x, *net.parameters())]
     dx, *rest = torch.autograd.grad(reference_loss(net, leaves[0], leaves[1:], t, context), leaves)
     return dx, rest
 
 
 def by_hand(
-    net: nn.Network, x: torch.Tensor, t: torch.Tensor, context: nn.Context = nn.Context()
+    net: nn.Network, x: torch.Tensor, t: torch.Tensor, context: nn.Context = START
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the same by hand."""
     _, dy = net.loss.value_and_gradient(net.forward(x, context=context), t)

@@ -62,11 +62,17 @@ def test_masks_are_those_of_the_first_release() -> None:
     assert "".join(map(str, bits)) == "01100101001111100101101010101101"
 
 
-def test_nesting_does_not_change_the_mask() -> None:
+def test_neither_nesting_nor_cutting_twice_changes_the_mask() -> None:
     x = torch.ones(4, 50, dtype=D)
-    plain = nn.Network([nn.Linear(50, 50), nn.Tanh(), nn.Dropout(0.3)], 50, dtype=D)
-    nested = nn.Network([nn.Linear(50, 50), nn.Sequential(nn.Tanh(), nn.Dropout(0.3))], 50, dtype=D)
-    assert torch.equal(plain.forward(x), nested.forward(x))
+    layers = [nn.Linear(50, 50), nn.Tanh(), nn.Dropout(0.3), nn.Tanh(), nn.Dropout(0.3)]
+    plain = nn.Network(layers, 50, dtype=D)
+    nested = nn.Network([nn.Sequential(*layers[:3]), nn.Residual(layers[3]), layers[4]], 50, dtype=D)
+    expected = plain.forward(x)
+    first, rest = plain.split([1])
+    second, third = rest.split([2])
+    assert torch.equal(third.forward(second.forward(first.forward(x))), expected)
+    dropped = nested.forward(x) == 0
+    assert torch.equal(dropped, expected == 0) and dropped.any()
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ def test_autograd_agrees(name: str, loss: str) -> None:
 
 @each_layer
 def test_nothing_given_is_overwritten(name: str) -> None:
-    net, (x, t) = network(name), batch()
+    net, (x, _) = network(name), batch()
     before = x.clone()
     y = net.forward(x, context=HERE)
     dy = torch.randn(y.shape, dtype=D)
@@ -163,7 +163,7 @@ def test_gradcheck_finds_a_wrong_gradient() -> None:
 
 
 def test_gradcheck_refuses_what_it_cannot_check() -> None:
-    with pytest.raises(TypeError, match="float64; this network is of torch.float32"):
+    with pytest.raises(TypeError, match=r"float64; this network is of torch\.float32"):
         nn.gradcheck(nn.mlp([6, 4]), *batch())
     with pytest.raises(ValueError, match="empty batch"):
         nn.gradcheck(network("linear"), *batch(0))

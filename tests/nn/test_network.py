@@ -147,7 +147,7 @@ def test_describe() -> None:
 
 
 def test_predict_and_accuracy_switch_dropout_off() -> None:
-    net, (x, t) = network("dropout"), batch(50)
+    net, (x, _) = network("dropout"), batch(50)
     y = net.predict(x, rows=8)
     assert torch.equal(y, net.predict(x, rows=8)) and y.shape == (50, 4)
     assert not torch.equal(y, net.forward(x))
@@ -164,7 +164,7 @@ def test_predict_and_accuracy_switch_dropout_off() -> None:
             ValueError,
             "layer 1 .*ReLU.*5.*layer 2.*4",
         ),
-        (lambda: nn.Network([nn.Linear(6, 5)], 7), ValueError, r"input has samples of shape \(7,\).*layer 0"),
+        (lambda: nn.Network([nn.Linear(6, 5)], 7), ValueError, r"input has .*shape \(7,\).*layer 0"),
         (lambda: nn.Network([nn.Residual(nn.Linear(6, 5))], 6), ValueError, "keep the shape"),
         (lambda: nn.Network([nn.LayerNorm(5)], 6), ValueError, "LayerNorm"),
         (lambda: nn.Network([], 6), ValueError, "at least one layer"),
