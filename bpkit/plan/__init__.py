@@ -2,13 +2,17 @@
 
 from bpkit.plan.actions import VERBS, Action, Part, Verb
 from bpkit.plan.check import check
-from bpkit.plan.compile import Instruction, Program, compile
+from bpkit.plan.collectives import collective, expand
+from bpkit.plan.compile import Instruction, Program, bucket_cuts, compile
 from bpkit.plan.mesh import Coordinate, Mesh
 from bpkit.plan.passes import complete, refine
 from bpkit.plan.plan import MERGES, Plan, PlanError, grid
+from bpkit.plan.servers import asynchronous_server, local_sgd, parameter_server
 from bpkit.plan.strategies import data_parallel, serial
+from bpkit.plan.zero import zero
 
 __all__ = [
     "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Mesh", "Part", "Plan", "PlanError", "Program", "Verb",
-    "check", "compile", "complete", "data_parallel", "grid", "refine", "serial",
+    "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel", "expand",
+    "grid", "local_sgd", "parameter_server", "refine", "serial", "zero",
 ]  # fmt: skip

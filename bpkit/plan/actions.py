@@ -46,9 +46,9 @@ class Touch(NamedTuple):
     """A buffer that an action touches: its letter, and the stage and microbatch relative to the action.
 
     Letters: ``A`` activation on a stage's input edge, ``D`` gradient on that edge, ``S`` what a forward
-    saved, ``K`` what the input half kept for the weight half, ``G`` gradient of the parameters, ``P``
-    parameters, ``N`` the global norm.  ``edge`` is 1 for the stage's output edge.  ``stage`` and ``mb``
-    of a touched buffer are None where the buffer has none.
+    saved, ``K`` what the input half kept for the weight half, ``G`` gradient of the parameters, ``R``
+    this rank's part of it after a scatter, ``P`` parameters, ``N`` the global norm.
+    ``edge`` is 1 for the stage's output edge.
     """
 
     letter: str
@@ -89,14 +89,14 @@ def _verb(stream: str, axis: str | None, reads: str, writes: str, frees: str, sc
 
 VERBS: Final[dict[str, Verb]] = {
     #                      stream     axis        reads        writes    frees         scope
-    "ZERO": _verb("compute", None, "", "G", "", "stage"),
+    "ZERO": _verb("compute", None, "", "G R", "", "stage"),
     "F": _verb("compute", None, "A P", "A+ S", "", "mb"),
     "LOSS": _verb("compute", None, "A+", "D+", "A+", "mb"),
     "B": _verb("compute", None, "D+ S A P G", "D G", "D+ S A", "mb"),
     "I": _verb("compute", None, "D+ S A P", "D K", "", "mb"),
     "W": _verb("compute", None, "K D+ S A G", "G", "K D+ S A", "mb"),
     "RECOMPUTE": _verb("compute", None, "A P", "S", "", "mb"),
-    "UPDATE": _verb("compute", None, "G N P", "P", "", "part"),
+    "UPDATE": _verb("compute", None, "G R N P", "P", "", "part"),
     "SEND_F": _verb("out", "pipeline", "A+", "", "A+", "mb"),
     "RECV_F": _verb("in", "pipeline", "", "A", "", "mb"),
     "SEND_B": _verb("out", "pipeline", "D", "", "D", "mb"),
@@ -104,7 +104,7 @@ VERBS: Final[dict[str, Verb]] = {
     "SUM_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
     "SUM_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
     "REDUCE_GRAD": _verb("data", "data", "G", "G", "", "stage"),
-    "SCATTER_GRAD": _verb("data", "data", "G", "G", "", "stage"),
+    "SCATTER_GRAD": _verb("data", "data", "G R", "G R", "", "stage"),
     "UNSHARD": _verb("data", "data", "P", "P", "", "stage"),
     "RESHARD": _verb("data", None, "P", "P", "", "stage"),
     "AVERAGE": _verb("data", "data", "P", "P", "", "stage"),
@@ -112,6 +112,9 @@ VERBS: Final[dict[str, Verb]] = {
     "SEND_G": _verb("out", "data", "G", "", "", "part", ">"),
     "ADD_G": _verb("in", "data", "G", "G", "", "part", "<"),
     "RECV_G": _verb("in", "data", "", "G", "", "part", "<"),
+    "SWAP_G": _verb("out", "data", "G", "G", "", "part", ">"),
+    "SEND_P": _verb("out", "data", "P", "", "", "part", ">"),
+    "RECV_P": _verb("in", "data", "", "P", "", "part", "<"),
 }
 
 #: Which RECV takes what a SEND gives, with the step in stages from sender to receiver.
@@ -119,6 +122,7 @@ PARTNERS: Final[dict[str, tuple[tuple[str, ...], int]]] = {
     "SEND_F": (("RECV_F",), 1),
     "SEND_B": (("RECV_B",), -1),
     "SEND_G": (("ADD_G", "RECV_G"), 0),
+    "SEND_P": (("RECV_P",), 0),
 }
 
 _PATTERN = re.compile(

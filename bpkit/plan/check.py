@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bpkit.plan.actions import PARTNERS, Action
+from bpkit.plan.effects import COMPUTE, GROUP
 from bpkit.plan.hazards import hazards
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
@@ -28,6 +29,7 @@ class _Rank:
     waits: tuple[tuple[int, ...], ...]
     started: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
+    arrived: dict[tuple[object, ...], int] = field(default_factory=dict)  # collectives of each group so far
     messages: dict[tuple[Pair, bool], int] = field(default_factory=dict)  # last message number by pair and direction
 
     @property
@@ -61,7 +63,9 @@ class _Walk:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world = Provenance(plan)
-        self.ranks = {at: _Rank(self.world.holdings(at), hazards(plan.row(at))) for at in plan.mesh.coordinates()}
+        self.ranks = {
+            at: _Rank(self.world.holdings(at), hazards(plan.row(at), plan.shared)) for at in plan.mesh.coordinates()
+        }
         self.arrivals: dict[tuple[object, ...], list[tuple[_Rank, int]]] = {}
         self.posted: dict[tuple[Pair, int, bool], tuple[_Rank, int]] = {}
         self.messages: dict[tuple[Pair, int], object] = {}
@@ -97,13 +101,13 @@ class _Walk:
 
     def _start(self, rank: _Rank, index: int) -> None:
         action = rank.row[index]
-        if action.kind in ("REDUCE_GRAD", "SCATTER_GRAD", "UNSHARD", "AVERAGE", "SUM_F", "SUM_B", "NORM"):
-            self._collective(rank, index)
-        elif action.kind.startswith("SEND") or "RECV" in action.kind or action.kind == "ADD_G":
-            self._match(rank, index)
-        else:
-            self.world.compute(rank.holds, index)
+        if action.kind in COMPUTE:
+            COMPUTE[action.kind](self.world, rank.holds, index, action)
             rank.done.add(index)
+        elif action.kind in GROUP:
+            self._collective(rank, index)
+        else:
+            self._match(rank, index)
 
     def _collective(self, rank: _Rank, index: int) -> None:
         """The k-th collective of a kind and buffer on each member of a group is one collective."""
@@ -112,20 +116,20 @@ class _Walk:
         if action.kind == "NORM":
             group: list[_Rank] = list(self.ranks.values())
             key: tuple[object, ...] = ("NORM",)
+        elif action.kind == "SWAP_G":
+            peer = rank.at._replace(data=action.peer or 0)
+            group = [rank, self.ranks[peer]]
+            key = ("SWAP_G", action.stage, *sorted((rank.at, peer)))
         else:
             position = rank.at._replace(**{axis: 0})
             group = [self.ranks[position._replace(**{axis: i})] for i in range(getattr(self.plan.mesh, axis))]
             key = (action.kind, action.stage, action.mb, position)
-        count = sum(
-            1
-            for i in rank.started
-            if rank.row[i].kind == action.kind and rank.row[i].stage == action.stage and rank.row[i].mb == action.mb
-        )
+        count = rank.arrived[key] = rank.arrived.get(key, 0) + 1
         arrivals = self.arrivals.setdefault((*key, count), [])
         arrivals.append((rank, index))
         if len(arrivals) == len(group):
             arrivals.sort(key=lambda pair: pair[0].at)
-            self.world.collective([(member.holds, at) for member, at in arrivals], action)
+            GROUP[action.kind](self.world, [(member.holds, at) for member, at in arrivals], action)
             for member, at in arrivals:
                 member.done.add(at)
 

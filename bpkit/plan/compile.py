@@ -75,7 +75,10 @@ class Program:
         return sum(step.payload for step in self.row(at) if step.action.kind in _GRADIENT_KINDS)
 
 
-_GRADIENT_KINDS = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G"})
+_GRADIENT_KINDS = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "SWAP_G"})
+_PARAMETER_KINDS = frozenset({"UNSHARD", "AVERAGE", "SEND_P"})
+#: Kinds whose bytes are counted at the send.
+COUNTED = frozenset({*PARTNERS, "SWAP_G"})
 
 
 def compile(plan: Plan, network: Network, clip: bool = False) -> Program:
@@ -110,10 +113,34 @@ def compile(plan: Plan, network: Network, clip: bool = False) -> Program:
     sizes = tuple(part.flat_size for part in parts)
     edges = (*(_elements(part.input_shape) for part in parts), _elements(network.output_shape))
     itemsize = network.dtype.itemsize
-    rows = tuple(_instructions(row, sizes, edges, itemsize) for row in plan.rows)
+    rows = tuple(_instructions(row, plan.shared, sizes, edges, itemsize) for row in plan.rows)
     return Program(
         plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)), tuple(map(peak_activations, plan.rows))
     )
+
+
+def bucket_cuts(network: Network, megabytes: float) -> tuple[int, ...]:
+    """Cuts that give buckets of at most so many megabytes of gradients, filled from the last layer.
+
+    A layer that is larger has a bucket to itself.  Backward produces the last layer's gradient first, so the first
+    bucket to be reduced is full.
+
+    Raises
+    ------
+    ValueError
+        If the size is not positive.
+    """
+    if megabytes <= 0:
+        raise ValueError(f"a bucket has a positive size in megabytes, not {megabytes}")
+    cuts: list[int] = []
+    filled = 0.0
+    for index in range(len(network.layers) - 1, -1, -1):
+        size = network.costs()[index].parameters * network.dtype.itemsize / 1e6
+        if filled and size and filled + size > megabytes:
+            cuts.append(index + 1)
+            filled = 0.0
+        filled += size
+    return tuple(reversed(cuts))
 
 
 @lru_cache(maxsize=256)
@@ -138,13 +165,13 @@ def _elements(shape: Sequence[int]) -> int:
 
 
 def _instructions(
-    row: tuple[Action, ...], sizes: Sequence[int], edges: Sequence[int], itemsize: int
+    row: tuple[Action, ...], shared: dict[str, int], sizes: Sequence[int], edges: Sequence[int], itemsize: int
 ) -> tuple[Instruction, ...]:
     result = []
-    for action, waits in zip(row, hazards(row), strict=True):
+    for action, waits in zip(row, hazards(row, shared), strict=True):
         communication = tuple(i for i in waits if row[i].verb.stream != "compute")
         elements = _payload(action, sizes, edges)
-        result.append(Instruction(action, communication, elements * itemsize, action.kind in PARTNERS))
+        result.append(Instruction(action, communication, elements * itemsize, action.kind in COUNTED))
     return tuple(result)
 
 
@@ -155,7 +182,7 @@ def _payload(action: Action, sizes: Sequence[int], edges: Sequence[int]) -> int:
         return edges[action.stage + 1]
     if kind in ("SEND_B", "SUM_B"):
         return edges[action.stage]
-    if kind in _GRADIENT_KINDS | {"UNSHARD", "AVERAGE"}:
+    if kind in _GRADIENT_KINDS | _PARAMETER_KINDS:
         low, high = (0, sizes[action.stage]) if action.part is None else action.part.bounds(sizes[action.stage])
         return high - low
     return 0

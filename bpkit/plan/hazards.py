@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-from bpkit.plan.actions import Action, Buffer, buffer
+from bpkit.plan.actions import Action, Buffer, buffer, stage_of
 
 
 def _overlap(a: Action, b: Action) -> bool:
@@ -15,28 +16,40 @@ def _overlap(a: Action, b: Action) -> bool:
     return a_lo < b_hi and b_lo < a_hi
 
 
-def _buffers(action: Action, stages: set[int]) -> tuple[set[Buffer], set[Buffer]]:
+def _buffers(action: Action, stages: set[int], shared: Mapping[str, int]) -> tuple[set[Buffer], set[Buffer]]:
     """Buffers that an action only reads, and those that it changes (writes or frees)."""
     verb = action.verb
     changed = {buffer(action, touch) for touch in verb.writes + verb.frees}
     reads = {buffer(action, touch) for touch in verb.reads}
     if action.kind == "NORM":  # one scalar over all stages of the rank
-        reads = {Buffer("G", stage, None) for stage in stages}
+        reads = {Buffer(letter, stage, None) for stage in stages for letter in "GR"}
+    changed, reads = ({_slot(buf, shared) for buf in bufs} for bufs in (changed, reads))
     return reads - changed, changed
 
 
-def hazards(row: Sequence[Action]) -> tuple[tuple[int, ...], ...]:
+def _slot(buf: Buffer, shared: Mapping[str, int]) -> Buffer:
+    """The buffer that stages with the same remainder share, where they share any."""
+    count = shared.get(buf.letter, 0)
+    return Buffer(buf.letter, stage_of(buf) % count, buf.mb) if count else buf
+
+
+def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType({})) -> tuple[tuple[int, ...], ...]:
     """Indices of the earlier actions of the row that each action waits for.
 
     An action starts after the last earlier compute action of its row, after the last earlier action of its
     own stream, and after whatever last touched its buffers (read after write, write after write, write after
     read).  Compute actions run in order, so the first rule covers all earlier compute.
 
+    Parameters
+    ----------
+    row : sequence of Action
+    shared : mapping
+        For a buffer's letter, the number of buffers that the stages share in turn (see `Plan.shared`).
+
     Returns
     -------
     tuple of tuples of int
-        For each action, sorted indices; those implied by other waits are not removed, except all but the
-        last compute action.
+        For each action, sorted indices; of earlier compute only the last.
     """
     result: list[tuple[int, ...]] = []
     stages = {action.stage for action in row}
@@ -45,7 +58,7 @@ def hazards(row: Sequence[Action]) -> tuple[tuple[int, ...], ...]:
     readers: dict[Buffer, list[int]] = {}
     changers: dict[Buffer, list[int]] = {}
     for index, action in enumerate(row):
-        reads, changes = _buffers(action, stages)
+        reads, changes = _buffers(action, stages, shared)
         waits = {last_compute, last_in_stream.get(action.verb.stream, -1)}
         for buf in reads | changes:
             waits.update(i for i in changers.get(buf, ()) if _overlap(row[i], action))

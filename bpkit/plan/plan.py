@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Final
 
 from bpkit.plan.actions import Action
 from bpkit.plan.mesh import Coordinate, Mesh
+
+#: What a plan is for: a training step, or a collective by itself over one buffer.
+PURPOSES: Final = ("train", "all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all")
 
 #: What a merge of gradients does: weight of a shard in LOSS, factor in UPDATE, and its class.
 #: ``terms`` is the number of loss terms, n the number of data ranks (an empty shard counts as one).
@@ -17,6 +21,9 @@ MERGES: Final[dict[str, str]] = {
     "mean-of-means": "mean over each shard, summed, divided by the number of ranks (the document's average)",
     "sum": "mean over each shard, summed, not divided (the document's sum)",
 }
+
+
+_COUNTS: Final = ("staleness", "gradient_buffers", "parameter_buffers")
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,17 @@ class Plan:
         Stages whose output (gradient of input) is only this tensor rank's share until a SUM_F (SUM_B).
     expanded : bool
         Whether data replicas have rows of their own.
+    purpose : str
+        One of :data:`PURPOSES`.
+    holds : {"all", "own", "one"}
+        What the gradient of each UPDATE must hold: every shard's every microbatch (once a step), one microbatch
+        of the rank's own shard, or one microbatch of one shard.
+    servers : tuple of int
+        Data coordinates that hold no shard and only serve.
+    staleness : int
+        With ``holds="one"``: how many updates a gradient may be older than the parameters it updates.
+    gradient_buffers, parameter_buffers : int
+        Buffers that stages share in turn (stage modulo number); 0 gives each stage its own.
 
     Raises
     ------
@@ -64,6 +82,12 @@ class Plan:
     partial_outputs: tuple[int, ...] = ()
     partial_inputs: tuple[int, ...] = ()
     expanded: bool = False
+    purpose: str = "train"
+    holds: str = "all"
+    servers: tuple[int, ...] = ()
+    staleness: int = 0
+    gradient_buffers: int = 0
+    parameter_buffers: int = 0
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.microbatches < 1:
@@ -79,6 +103,12 @@ class Plan:
             raise ValueError(
                 f"{self.name}: {len(self.rows)} rows, but a mesh of {self.mesh} needs {needed}: one a {each}"
             )
+        if self.purpose not in PURPOSES:
+            raise ValueError(f"{self.name}: unknown purpose {self.purpose!r}: choose one of {', '.join(PURPOSES)}")
+        if self.holds not in ("all", "own", "one"):
+            raise ValueError(f"{self.name}: an UPDATE holds 'all', 'own' or 'one', not {self.holds!r}")
+        if min(self.staleness, self.gradient_buffers, self.parameter_buffers) < 0:
+            raise ValueError(f"{self.name}: a staleness and numbers of buffers are not negative")
         if self.cuts is not None and len(self.cuts) != self.stages - 1:
             raise ValueError(f"{self.name}: {self.stages} stages need {self.stages - 1} cuts, not {len(self.cuts)}")
         if not self.place:
@@ -114,7 +144,12 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the plan must equal serial training (class *exact*); other plans are *defined*."""
-        return self.merge == "mean"
+        return self.merge == "mean" and self.holds == "all"
+
+    @property
+    def shared(self) -> dict[str, int]:
+        """For each letter of buffer, how many the stages share in turn; absent where each has its own."""
+        return {k: n for k, n in (("G", self.gradient_buffers), ("P", self.parameter_buffers)) if n}
 
     @property
     def workers(self) -> int:
@@ -146,12 +181,15 @@ class Plan:
         lines = [f"plan {self.name}", f"mesh {self.mesh}"]
         for key in ("stages", "microbatches", "merge"):
             lines.append(f"{key} {getattr(self, key)}")
-        for key in ("place", "cuts", "partial_outputs", "partial_inputs"):
+        for key in ("place", "cuts", "partial_outputs", "partial_inputs", "servers"):
             value = getattr(self, key)
             if value:
                 lines.append(f"{key} {' '.join(map(str, value))}")
         if self.expanded:
             lines.append("expanded yes")
+        for key, default in (("purpose", "train"), ("holds", "all"), *((key, 0) for key in _COUNTS)):
+            if getattr(self, key) != default:
+                lines.append(f"{key} {getattr(self, key)}")
         lines += ["row " + " ".join(map(str, row)) for row in self.rows]
         return "\n".join(lines)
 
@@ -176,9 +214,9 @@ class Plan:
                     values["name"] = rest
                 elif key == "mesh":
                     values["mesh"] = Mesh(**{k: int(v) for k, v in (word.split("=") for word in rest.split())})
-                elif key in ("stages", "microbatches"):
+                elif key in ("stages", "microbatches", *_COUNTS):
                     values[key] = int(rest)
-                elif key == "merge":
+                elif key in ("merge", "purpose", "holds"):
                     values[key] = rest
                 elif key == "expanded":
                     values[key] = rest == "yes"
@@ -189,6 +227,11 @@ class Plan:
             except (ValueError, TypeError) as error:
                 raise ValueError(f"line {number} of the plan, {line.strip()!r}: {error}") from None
         return cls(rows=tuple(rows), **values)  # type: ignore[arg-type]
+
+
+def scatters(row: Sequence[Action], stage: int) -> bool:
+    """Whether a row scatters a stage's gradient, so that UPDATE without a part is of the rank's own part."""
+    return any(action.kind == "SCATTER_GRAD" and action.stage == stage for action in row)
 
 
 def grid(plan: Plan, marked: tuple[int, int] | None = None, around: int = 8) -> str:

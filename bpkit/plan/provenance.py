@@ -8,18 +8,16 @@ update demands that its part holds every contribution exactly once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
 
-from bpkit.plan.actions import Action, Buffer, Part, buffer, stage_of
+from bpkit.plan.actions import Action, Buffer, Part, buffer
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
 
 Contributions = Counter[object]
 STALE = "a gradient of an earlier step"
-SCATTERED = "a part that was scattered to another rank"
 
 
 @dataclass
@@ -31,7 +29,10 @@ class Holdings:
     row: tuple[Action, ...]
     edges: dict[Buffer, frozenset[int]] = field(default_factory=dict)  # A, D, S, K: tensor shares held
     gradients: dict[int, list[Contributions]] = field(default_factory=dict)  # by stage, then atom
+    reduced: dict[int, list[Contributions]] = field(default_factory=dict)  # what scatters gave this rank's own part
     versions: dict[int, list[int | None]] = field(default_factory=dict)  # parameters: updates seen, None: not held
+    seen: dict[tuple[int, int | None], int] = field(default_factory=dict)  # version that each forward read
+    averaged: set[int] = field(default_factory=set)  # stages whose parameters are the mean over data ranks
 
 
 Members = list[tuple[Holdings, int]]
@@ -44,12 +45,15 @@ class Provenance:
         self.plan = plan
         self.atoms = _atoms(plan)
         self.whole = frozenset(range(plan.mesh.tensor))
+        self.reads: dict[tuple[int, int, int | None], int] = {}  # version that each shard's forward read
+        self._used: set[tuple[int, object, object]] = set()
 
     def holdings(self, at: Coordinate) -> Holdings:
         """What the rank at a coordinate holds before the step."""
         rank = Holdings(at, self.plan.row_index(at), self.plan.row(at))
         for stage in self.plan.owned(at.pipeline):
-            rank.gradients[stage] = [Counter({STALE: 1}) for _ in self.atoms]
+            rank.gradients[stage] = [self._before(at.data, atom) for atom in range(len(self.atoms))]
+            rank.reduced[stage] = [Counter({STALE: 1}) for _ in self.atoms]
             touching = [a.kind for a in rank.row if a.stage == stage and a.kind in ("F", "UNSHARD")]
             sharded = touching[:1] == ["UNSHARD"]
             rank.versions[stage] = [
@@ -65,41 +69,57 @@ class Provenance:
         """Refuse the plan for what one action does."""
         raise PlanError(self.plan, rank.index, index, why)
 
-    def compute(self, rank: Holdings, index: int) -> None:
-        """A compute action, or one that moves no bytes."""
-        _COMPUTE[rank.row[index].kind](self, rank, index, rank.row[index])
-
-    def collective(self, members: Members, action: Action) -> None:
-        """A collective, once all members of its group have started it (in the order of the axis)."""
-        _GROUP[action.kind](self, members, action)
-
     def inside(self, part: Part | None) -> list[int]:
+        """The atoms of a part."""
         low, high = (Fraction(0), Fraction(1)) if part is None else part.fractions()
         return [i for i, (a, b) in enumerate(self.atoms) if low <= a and b <= high]
 
+    # -- messages ----------------------------------------------------------------------------------------
+
     def take(self, rank: Holdings, index: int, action: Action) -> object:
         """What a send carries."""
+        self.lives_here(rank, index, action.stage if action.verb.scope == "part" else None)
         if action.kind == "SEND_G":
-            if action.stage not in rank.gradients:
-                self.fail(rank, index, f"this rank does not hold stage {action.stage}")
             return [Counter(rank.gradients[action.stage][i]) for i in self.inside(action.part)]
+        if action.kind == "SEND_P":
+            return [rank.versions[action.stage][i] for i in self.inside(action.part)]
         buf = buffer(action, action.verb.reads[0])
         value = self.whole_edge(rank, index, buf)
         rank.edges.pop(buf)
         return value
 
     def deliver(self, rank: Holdings, index: int, message: object) -> None:
+        """What a receive does with it."""
         action = rank.row[index]
-        if action.kind in ("ADD_G", "RECV_G"):
-            assert isinstance(message, list)
-            if action.stage not in rank.gradients:
-                self.fail(rank, index, f"this rank does not hold stage {action.stage}")
-            for i, counts in zip(self.inside(action.part), message, strict=True):
-                mine = rank.gradients[action.stage][i]
-                rank.gradients[action.stage][i] = mine + counts if action.kind == "ADD_G" else Counter(counts)
+        if isinstance(message, frozenset):
+            rank.edges[buffer(action, action.verb.writes[0])] = message
             return
-        assert isinstance(message, frozenset)
-        rank.edges[buffer(action, action.verb.writes[0])] = message
+        assert isinstance(message, list)
+        self.lives_here(rank, index, action.stage)
+        for i, content in zip(self.inside(action.part), message, strict=True):
+            if action.kind == "RECV_P":
+                rank.versions[action.stage][i] = content
+            elif action.kind == "ADD_G":
+                rank.gradients[action.stage][i] = rank.gradients[action.stage][i] + content
+            else:
+                rank.gradients[action.stage][i] = Counter(content)
+
+    def swap(self, a: tuple[Holdings, int], b: tuple[Holdings, int]) -> None:
+        """Two ranks exchange parts of their buffers."""
+        (one, i), (two, j) = a, b
+        mine, theirs = self.inside(one.row[i].part), self.inside(two.row[j].part)
+        if len(mine) != len(theirs):
+            self.fail(one, i, f"it exchanges {one.row[i].part} for {two.row[j].part}, which is not of the same size")
+        left, right = one.gradients[one.row[i].stage], two.gradients[two.row[j].stage]
+        for x, y in zip(mine, theirs, strict=True):
+            left[x], right[y] = right[y], left[x]
+
+    # -- demands -----------------------------------------------------------------------------------------
+
+    def lives_here(self, rank: Holdings, index: int, stage: int | None) -> None:
+        """Refuse an action on a stage that another pipeline rank holds."""
+        if stage is not None and stage not in rank.gradients:
+            self.fail(rank, index, f"stage {stage} does not live on this rank")
 
     def whole_edge(self, rank: Holdings, index: int, buf: Buffer) -> frozenset[int]:
         """An activation or its gradient that must be there, and be the sum over the tensor axis."""
@@ -112,47 +132,121 @@ class Provenance:
             self.fail(rank, index, f"it reads a partial sum: {len(rank.edges[buf])} of {len(self.whole)} tensor ranks")
         return rank.edges[buf]
 
-    def fresh_weights(self, rank: Holdings, index: int, stage: int) -> None:
-        """Forward and backward must see whole weights of before this step's update."""
-        if stage not in rank.versions:
-            self.fail(rank, index, f"stage {stage} does not live on this rank")
-        if None in rank.versions[stage]:
+    def weights(self, rank: Holdings, index: int, stage: int) -> int:
+        """The version of a stage's parameters, which must be whole, of one version and (exact) of before the update."""
+        self.lives_here(rank, index, stage)
+        versions = rank.versions[stage]
+        if None in versions:
             self.fail(rank, index, f"it reads parameters of stage {stage} that are sharded: UNSHARD comes first")
-        if any(rank.versions[stage]):
+        if len(set(versions)) > 1:
+            self.fail(rank, index, f"it reads parameters of stage {stage} of which only parts were updated")
+        if versions[0] and self.plan.holds == "all":
             self.fail(rank, index, f"it reads parameters of stage {stage} that were already updated in this step")
+        return versions[0] or 0
+
+    def same_weights(self, rank: Holdings, index: int, stage: int, mb: int | None) -> None:
+        """A backward must see the parameters that its forward saw."""
+        seen = rank.seen.get((stage, mb))
+        if self.weights(rank, index, stage) != seen:
+            self.fail(rank, index, f"its forward read version {seen} of stage {stage}, but there is another one now")
+
+    def sharing(self, letter: str, rank: Holdings, stage: int) -> list[int]:
+        """Other stages of the rank that use the same buffer in turn."""
+        count = self.plan.shared.get(letter, 0)
+        return [other for other in rank.gradients if count and other != stage and other % count == stage % count]
+
+    def trained(self) -> list[int]:
+        """Data coordinates that hold a shard."""
+        return [d for d in range(self.plan.mesh.data) if d not in self.plan.servers]
 
     def expected(self) -> Contributions:
         """What a complete gradient holds: every shard's every microbatch, once."""
-        return Counter({(d, m): 1 for d in range(self.plan.mesh.data) for m in range(self.plan.microbatches)})
+        return Counter({(d, m): 1 for d in self.trained() for m in range(self.plan.microbatches)})
 
-    def complete(self, rank: Holdings, index: int, stage: int, atom: int) -> bool:
-        """Refuse a gradient that is read as complete and is not."""
-        held = rank.gradients[stage][atom]
-        wanted = self.expected()
-        if held == wanted:
-            return True
-        missing, extra = wanted - held, held - wanted
-        parts = [f"it lacks {_say(missing)}"] * bool(missing) + [f"it holds {_say(extra)} too often"] * bool(extra)
+    def complete(self, rank: Holdings, index: int, stage: int, atom: int, held: Contributions) -> None:
+        """Refuse a gradient that is read as complete and is not what the plan declares."""
         low, high = self.atoms[atom]
-        self.fail(
-            rank,
-            index,
-            f"the gradient of stage {stage} from {low} to {high} is not the sum of all shards: " + " and ".join(parts),
-        )
-        return False
+        where = f"the gradient of stage {stage} from {low} to {high} is not"
+        if self.plan.holds != "all":
+            whose = f"one microbatch of {'its own shard' if self.plan.holds == 'own' else 'one shard'}"
+            own = self.plan.holds == "one" or all(isinstance(c, tuple) and c[0] == rank.at.data for c in held)
+            if held.total() != 1 or STALE in held or not own:
+                self.fail(rank, index, f"{where} {whose}: it holds {_say(held)}")
+            return
+        wanted = self.expected()
+        if held != wanted:
+            missing, extra = wanted - held, held - wanted
+            parts = [f"it lacks {_say(missing)}"] * bool(missing) + [f"it holds {_say(extra)} too often"] * bool(extra)
+            self.fail(rank, index, f"{where} the sum of all shards: " + " and ".join(parts))
+
+    def updates(self) -> int:
+        """How often each part is updated in one run of the plan."""
+        of_each = {"all": 1, "own": self.plan.microbatches, "one": len(self.trained()) * self.plan.microbatches}
+        return of_each[self.plan.holds]
+
+    def used(self, rank: Holdings, index: int, stage: int, held: Contributions) -> None:
+        """Where updates hold one contribution each: every one is used once, and none is too old."""
+        if self.plan.holds != "one":
+            return
+        for contribution in held:
+            assert isinstance(contribution, tuple)
+            data, mb = contribution
+            key = (stage, data, mb)
+            if key in self._used:
+                self.fail(rank, index, f"the gradient of shard {data} microbatch {mb} is applied twice")
+            self._used.add(key)
+            version = min(v or 0 for v in rank.versions[stage])
+            age = version - 1 - self.reads.get((stage, data, mb), 0)
+            if age > self.plan.staleness:
+                self.fail(rank, index, f"this gradient is {age} updates old; the plan allows {self.plan.staleness}")
+
+    # -- before and after --------------------------------------------------------------------------------
+
+    def _before(self, data: int, atom: int) -> Contributions:
+        """A gradient before the plan: stale in training, this rank's own in a collective by itself."""
+        if self.plan.purpose == "train":
+            return Counter({STALE: 1})
+        if self.plan.purpose == "all_to_all":
+            return Counter({(data, self.owner(atom)): 1})
+        holds = {"all_gather": self.owner(atom) == data, "broadcast": data == 0}.get(self.plan.purpose, True)
+        return Counter({(data, 0): 1}) if holds else Counter()
+
+    def _after(self, data: int, atom: int) -> Contributions | None:
+        """What a collective by itself must leave; None where it does not matter."""
+        purpose, everyone = self.plan.purpose, Contributions({(d, 0): 1 for d in range(self.plan.mesh.data)})
+        if purpose == "all_reduce":
+            return everyone
+        if purpose == "reduce_scatter":
+            return everyone if self.owner(atom) == data else None
+        if purpose == "all_to_all":
+            return Contributions({(self.owner(atom), data): 1})
+        return Counter({(self.owner(atom) if purpose == "all_gather" else 0, 0): 1})
 
     def finish(self, rank: Holdings) -> None:
-        """After the last action: everything consumed, every part updated exactly once."""
+        """After the last action: everything consumed, every part updated as often as declared, replicas alike."""
         end = len(rank.row)
         left = [buf for buf in rank.edges if buf.letter in "AK"]
         if left:
             self.fail(rank, end, f"edge {left[0].stage}, microbatch {left[0].mb} was produced and never used")
+        if self.plan.purpose != "train":
+            return self._finish_collective(rank)
+        if self.plan.holds == "one" and rank.at.data not in self.plan.servers:
+            return
         for stage, versions in rank.versions.items():
             resharded = None in versions
             for atom, version in enumerate(versions):
                 mine = not resharded or self.owner(atom) == rank.at.data
-                if mine and version != 1:
-                    self.fail(rank, end, f"stage {stage} was updated {version or 0} times in this step, not once")
+                if mine and version != self.updates():
+                    self.fail(rank, end, f"stage {stage} was updated {version or 0} times, not {self.updates()}")
+            if self.plan.holds == "own" and self.plan.mesh.data > 1 and stage not in rank.averaged:
+                self.fail(rank, end, f"the replicas of stage {stage} end with different parameters: AVERAGE is missing")
+
+    def _finish_collective(self, rank: Holdings) -> None:
+        for atom, held in enumerate(rank.gradients[0]):
+            wanted = self._after(rank.at.data, atom)
+            if wanted is not None and held != wanted:
+                low, high = self.atoms[atom]
+                self.fail(rank, len(rank.row), f"elements {low} to {high} end as {_say(held)}, not as {_say(wanted)}")
 
 
 def _atoms(plan: Plan) -> list[tuple[Fraction, Fraction]]:
@@ -169,163 +263,4 @@ def _atoms(plan: Plan) -> list[tuple[Fraction, Fraction]]:
 def _say(counts: Contributions) -> str:
     """A few contributions in words."""
     words = [str(c) if isinstance(c, str) else f"shard {c[0]} microbatch {c[1]}" for c in list(counts)[:3]]  # type: ignore[index]
-    return ", ".join(words) + (f" and {len(counts) - 3} more" if len(counts) > 3 else "")
-
-
-# -- compute actions ---------------------------------------------------------------------------------------
-
-
-def _zero(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    if action.stage not in rank.gradients:
-        world.fail(rank, index, f"stage {action.stage} does not live on this rank")
-    rank.gradients[action.stage] = [Counter() for _ in world.atoms]
-
-
-def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.fresh_weights(rank, index, action.stage)
-    if action.stage > 0:
-        world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
-    saved = Buffer("S", action.stage, action.mb)
-    if saved in rank.edges:
-        world.fail(rank, index, "this forward already ran and its backward has not")
-    partial = action.stage in world.plan.partial_outputs
-    rank.edges[Buffer("A", action.stage + 1, action.mb)] = frozenset({rank.at.tensor}) if partial else world.whole
-    rank.edges[saved] = world.whole
-
-
-def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    if action.stage != world.plan.stages - 1:
-        world.fail(rank, index, f"the loss follows the last stage, {world.plan.stages - 1}")
-    world.whole_edge(rank, index, Buffer("A", action.stage + 1, action.mb))
-    del rank.edges[Buffer("A", action.stage + 1, action.mb)]
-    rank.edges[Buffer("D", action.stage + 1, action.mb)] = world.whole
-
-
-def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.fresh_weights(rank, index, action.stage)
-    world.whole_edge(rank, index, Buffer("D", action.stage + 1, action.mb))
-    world.whole_edge(rank, index, Buffer("S", action.stage, action.mb))
-    partial = action.stage in world.plan.partial_inputs
-    rank.edges[Buffer("D", action.stage, action.mb)] = frozenset({rank.at.tensor}) if partial else world.whole
-    rank.edges[Buffer("K", action.stage, action.mb)] = world.whole
-
-
-def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.whole_edge(rank, index, Buffer("K", action.stage, action.mb))
-    for buf in (
-        Buffer("K", action.stage, action.mb),
-        Buffer("S", action.stage, action.mb),
-        Buffer("D", action.stage + 1, action.mb),
-        Buffer("A", action.stage, action.mb),
-    ):
-        rank.edges.pop(buf, None)
-    for counts in rank.gradients[action.stage]:
-        counts[(rank.at.data, action.mb)] += 1
-
-
-def _backward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    _input_half(world, rank, index, action)
-    _weight_half(world, rank, index, action)
-
-
-def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.fresh_weights(rank, index, action.stage)
-    if action.stage > 0:
-        world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
-    rank.edges[Buffer("S", action.stage, action.mb)] = world.whole
-
-
-def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    versions = rank.versions.get(action.stage)
-    if versions is None:
-        return world.fail(rank, index, f"stage {action.stage} does not live on this rank")
-    for atom in world.inside(action.part):
-        world.complete(rank, index, action.stage, atom)
-        held = versions[atom]
-        if held is None:
-            return world.fail(rank, index, f"this part of stage {action.stage} is not on this rank")
-        versions[atom] = held + 1
-
-
-def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    versions = rank.versions[action.stage]
-    rank.versions[action.stage] = [v if world.owner(i) == rank.at.data else None for i, v in enumerate(versions)]
-
-
-# -- collectives -------------------------------------------------------------------------------------------
-
-
-def _reduce(world: Provenance, members: Members, action: Action) -> None:
-    for atom in range(len(world.atoms)):
-        total: Contributions = Counter()
-        for rank, _ in members:
-            total.update(rank.gradients[action.stage][atom])
-        for rank, _ in members:
-            rank.gradients[action.stage][atom] = Counter(total)
-
-
-def _scatter(world: Provenance, members: Members, action: Action) -> None:
-    _reduce(world, members, action)
-    for rank, _ in members:
-        for atom in range(len(world.atoms)):
-            if world.owner(atom) != rank.at.data:
-                rank.gradients[action.stage][atom] = Counter({SCATTERED: 1})
-
-
-def _unshard(world: Provenance, members: Members, action: Action) -> None:
-    owned = [members[world.owner(atom)][0].versions[action.stage][atom] for atom in range(len(world.atoms))]
-    for rank, _ in members:
-        rank.versions[action.stage] = list(owned)
-
-
-def _average(world: Provenance, members: Members, action: Action) -> None:
-    rank, index = members[0]
-    if world.plan.exact:
-        world.fail(rank, index, "averaging parameters does not equal serial training; an exact plan merges gradients")
-
-
-def _sum_edges(touch: int) -> Callable[[Provenance, Members, Action], None]:
-    def add(world: Provenance, members: Members, action: Action) -> None:
-        buf = buffer(action, action.verb.writes[0])
-        for rank, index in members:
-            if buf not in rank.edges:
-                world.fail(rank, index, f"there is nothing on edge {stage_of(buf)} to sum")
-            if rank.edges[buf] == world.whole and len(members) > 1:
-                world.fail(
-                    rank, index, f"edge {stage_of(buf)} is not a partial sum: it would be counted {len(members)} times"
-                )
-        total = frozenset().union(*(rank.edges[buf] for rank, _ in members))
-        for rank, _ in members:
-            rank.edges[buf] = total
-
-    return add
-
-
-def _norm(world: Provenance, members: Members, action: Action) -> None:
-    for rank, index in members:
-        for stage, atoms in rank.gradients.items():
-            for atom, counts in enumerate(atoms):
-                if counts != Counter({SCATTERED: 1}):
-                    world.complete(rank, index, stage, atom)
-
-
-_COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
-    "ZERO": _zero,
-    "F": _forward,
-    "LOSS": _loss,
-    "B": _backward,
-    "I": _input_half,
-    "W": _weight_half,
-    "RECOMPUTE": _recompute,
-    "UPDATE": _update,
-    "RESHARD": _reshard,
-}
-_GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
-    "REDUCE_GRAD": _reduce,
-    "SCATTER_GRAD": _scatter,
-    "UNSHARD": _unshard,
-    "AVERAGE": _average,
-    "SUM_F": _sum_edges(1),
-    "SUM_B": _sum_edges(0),
-    "NORM": _norm,
-}
+    return (", ".join(words) or "nothing") + (f" and {len(counts) - 3} more" if len(counts) > 3 else "")

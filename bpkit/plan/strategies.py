@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from bpkit.plan.actions import Action
@@ -25,10 +26,10 @@ def serial(buckets: int = 1, microbatches: int = 1) -> Plan:
         Microbatches whose gradients are accumulated.
     """
     plan = data_parallel(1, buckets, microbatches=microbatches)
-    return replace(plan, name=_call("serial", (), buckets, microbatches))
+    return replace(plan, name=call_text("serial", buckets=buckets, microbatches=microbatches))
 
 
-def data_parallel(workers: int, buckets: int = 1, merge: str = "mean", microbatches: int = 1) -> Plan:
+def data_parallel(workers: int, buckets: int | Sequence[int] = 1, merge: str = "mean", microbatches: int = 1) -> Plan:
     """Every worker holds the whole network and a shard of each batch; the gradients become one.
 
     With two workers and ``buckets=2`` the one row that all workers share is ::
@@ -39,8 +40,9 @@ def data_parallel(workers: int, buckets: int = 1, merge: str = "mean", microbatc
     ----------
     workers : int
         Number of data-parallel ranks.
-    buckets : int
-        Stages into which the network is cut.  A bucket is one stage's gradient: its reduction starts while
+    buckets : int or sequence of int
+        Stages into which the network is cut, balanced by cost, or the layers at which a new one starts (see
+        `bucket_cuts` for buckets of a size in bytes).  A bucket is one stage's gradient: its reduction starts while
         the backward of earlier layers still runs.
     merge : {"mean", "mean-of-means", "sum"}
         ``mean`` is exact: gradient sums, added, divided once by the number of loss terms of the global batch.
@@ -55,20 +57,27 @@ def data_parallel(workers: int, buckets: int = 1, merge: str = "mean", microbatc
     ValueError
         If a number is below 1 or the merge is unknown.
     """
-    for name, value in (("workers", workers), ("buckets", buckets), ("microbatches", microbatches)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"data_parallel: {name} must be a whole number of at least 1, not {value!r}")
+    cuts = None if isinstance(buckets, int) else tuple(buckets)
+    count = buckets if isinstance(buckets, int) else len(buckets) + 1
+    whole_number("data_parallel", workers=workers, buckets=count, microbatches=microbatches)
     row: list[Action] = []
     for mb in range(microbatches):
-        row += [Action(stage, "F", mb) for stage in range(buckets)]
-        row += [Action(stage, "B", mb) for stage in reversed(range(buckets))]
-    name = _call("data_parallel", (workers,), buckets, microbatches, merge)
-    return complete(Plan(name, (tuple(row),), buckets, Mesh(data=workers), microbatches, merge))
+        row += [Action(stage, "F", mb) for stage in range(count)]
+        row += [Action(stage, "B", mb) for stage in reversed(range(count))]
+    name = call_text("data_parallel", workers, buckets=buckets, microbatches=microbatches, merge=merge)
+    return complete(Plan(name, (tuple(row),), count, Mesh(data=workers), microbatches, merge, cuts=cuts))
 
 
-def _call(name: str, args: tuple[int, ...], buckets: int, microbatches: int, merge: str = "mean") -> str:
-    """The call that makes a plan, without the arguments that are at their defaults."""
+def whole_number(caller: str, **values: int) -> None:
+    """Refuse numbers below 1, by name."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{caller}: {name} must be a whole number of at least 1, not {value!r}")
+
+
+def call_text(function: str, *args: int, **options: object) -> str:
+    """The call that makes a plan, without the options that are at their defaults."""
+    defaults = {"merge": "mean", "prefetch": True, "reshard": True}
     words = [str(arg) for arg in args]
-    words += [f"buckets={buckets}"] * (buckets != 1) + [f"merge={merge!r}"] * (merge != "mean")
-    words += [f"microbatches={microbatches}"] * (microbatches != 1)
-    return f"{name}({', '.join(words)})"
+    words += [f"{key}={value!r}" for key, value in options.items() if value != defaults.get(key, 1)]
+    return f"{function}({', '.join(words)})"

@@ -68,7 +68,7 @@ DATA = str(bp.plan.data_parallel(2, buckets=2))
         (edited(TENSOR, " 1SUM_F0", ""), "2F0", "reads a partial sum: 1 of 2 tensor ranks"),
         (edited(TENSOR, " 1SUM_B0", ""), "0B0", "reads a partial sum"),
         (edited(TENSOR, "0F0 1F0", "0F0 0SUM_F0 1F0"), "0SUM_F0", "counted 2 times"),
-        (edited(SHARDED, "0UPDATE[1/2]", "0UPDATE[0/2]"), "UPDATE", "scattered to another rank"),
+        (edited(SHARDED, "0UPDATE[1/2]", "0UPDATE[0/2]"), "UPDATE", "lacks shard 0 microbatch 0, shard 1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_at_their_cell(plan, cell, why):

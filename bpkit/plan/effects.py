@@ -1,0 +1,192 @@
+"""What each kind of action does to the multisets of `bpkit.plan.provenance`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+from bpkit.plan.actions import Action, Buffer, buffer, stage_of
+from bpkit.plan.plan import scatters
+from bpkit.plan.provenance import STALE, Contributions, Holdings, Members, Provenance
+
+# -- compute actions ---------------------------------------------------------------------------------------
+
+
+def _zero(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    world.lives_here(rank, index, action.stage)
+    rank.gradients[action.stage] = [Counter() for _ in world.atoms]
+    rank.reduced[action.stage] = [Counter() for _ in world.atoms]
+
+
+def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    version = rank.seen[action.stage, action.mb] = world.weights(rank, index, action.stage)
+    world.reads[action.stage, rank.at.data, action.mb] = version
+    if action.stage > 0:
+        world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
+    saved = Buffer("S", action.stage, action.mb)
+    if saved in rank.edges:
+        world.fail(rank, index, "this forward already ran and its backward has not")
+    partial = action.stage in world.plan.partial_outputs
+    rank.edges[Buffer("A", action.stage + 1, action.mb)] = frozenset({rank.at.tensor}) if partial else world.whole
+    rank.edges[saved] = world.whole
+
+
+def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    if action.stage != world.plan.stages - 1:
+        world.fail(rank, index, f"the loss follows the last stage, {world.plan.stages - 1}")
+    world.whole_edge(rank, index, Buffer("A", action.stage + 1, action.mb))
+    del rank.edges[Buffer("A", action.stage + 1, action.mb)]
+    rank.edges[Buffer("D", action.stage + 1, action.mb)] = world.whole
+
+
+def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    world.same_weights(rank, index, action.stage, action.mb)
+    world.whole_edge(rank, index, Buffer("D", action.stage + 1, action.mb))
+    world.whole_edge(rank, index, Buffer("S", action.stage, action.mb))
+    partial = action.stage in world.plan.partial_inputs
+    rank.edges[Buffer("D", action.stage, action.mb)] = frozenset({rank.at.tensor}) if partial else world.whole
+    rank.edges[Buffer("K", action.stage, action.mb)] = world.whole
+
+
+def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    world.whole_edge(rank, index, Buffer("K", action.stage, action.mb))
+    for buf in (
+        Buffer("K", action.stage, action.mb),
+        Buffer("S", action.stage, action.mb),
+        Buffer("D", action.stage + 1, action.mb),
+        Buffer("A", action.stage, action.mb),
+    ):
+        rank.edges.pop(buf, None)
+    for stage in world.sharing("G", rank, action.stage):
+        if any(counts and STALE not in counts for counts in rank.gradients[stage]):
+            world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {stage}")
+    for counts in rank.gradients[action.stage]:
+        counts[(rank.at.data, action.mb)] += 1
+
+
+def _backward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    _input_half(world, rank, index, action)
+    _weight_half(world, rank, index, action)
+
+
+def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    world.same_weights(rank, index, action.stage, action.mb)
+    if action.stage > 0:
+        world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
+    rank.edges[Buffer("S", action.stage, action.mb)] = world.whole
+
+
+def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    world.lives_here(rank, index, action.stage)
+    versions = rank.versions[action.stage]
+    scattered = scatters(rank.row, action.stage)
+    held = rank.reduced[action.stage] if scattered else rank.gradients[action.stage]
+    atoms = world.inside(action.part)
+    if scattered and action.part is None:
+        atoms = [atom for atom in atoms if world.owner(atom) == rank.at.data]
+    for atom in atoms:
+        world.complete(rank, index, action.stage, atom, held[atom])
+        version = versions[atom]
+        if version is None:
+            return world.fail(rank, index, f"this part of stage {action.stage} is not on this rank")
+        versions[atom] = version + 1
+    world.used(rank, index, action.stage, held[atoms[0]] if atoms else Counter())
+    rank.averaged.discard(action.stage)
+
+
+def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    versions = rank.versions[action.stage]
+    rank.versions[action.stage] = [v if world.owner(i) == rank.at.data else None for i, v in enumerate(versions)]
+
+
+# -- collectives -------------------------------------------------------------------------------------------
+
+
+def _reduce(world: Provenance, members: Members, action: Action) -> None:
+    for atom in range(len(world.atoms)):
+        total: Contributions = Counter()
+        for rank, _ in members:
+            total.update(rank.gradients[action.stage][atom])
+        for rank, _ in members:
+            rank.gradients[action.stage][atom] = Counter(total)
+
+
+def _scatter(world: Provenance, members: Members, action: Action) -> None:
+    for atom in range(len(world.atoms)):
+        total: Contributions = Counter()
+        for rank, _ in members:
+            total.update(rank.gradients[action.stage][atom])
+            rank.gradients[action.stage][atom] = Counter()
+        members[world.owner(atom)][0].reduced[action.stage][atom] += total
+
+
+def _unshard(world: Provenance, members: Members, action: Action) -> None:
+    owned = [members[world.owner(atom)][0].versions[action.stage][atom] for atom in range(len(world.atoms))]
+    for rank, index in members:
+        for stage in world.sharing("P", rank, action.stage):
+            if None not in rank.versions[stage]:
+                world.fail(rank, index, f"the parameter buffer it fills still holds stage {stage}: RESHARD comes first")
+        rank.versions[action.stage] = list(owned)
+
+
+def _average(world: Provenance, members: Members, action: Action) -> None:
+    for rank, index in members:
+        if world.plan.holds != "own":
+            world.fail(rank, index, "averaging parameters is not what this plan declares; gradients are merged instead")
+        if rank.versions[action.stage] != members[0][0].versions[action.stage]:
+            world.fail(rank, index, "the replicas have made different numbers of updates")
+        rank.averaged.add(action.stage)
+
+
+def _swap(world: Provenance, members: Members, action: Action) -> None:
+    world.swap(*members)
+
+
+def _sum_edges(touch: int) -> Callable[[Provenance, Members, Action], None]:
+    def add(world: Provenance, members: Members, action: Action) -> None:
+        buf = buffer(action, action.verb.writes[0])
+        for rank, index in members:
+            if buf not in rank.edges:
+                world.fail(rank, index, f"there is nothing on edge {stage_of(buf)} to sum")
+            if rank.edges[buf] == world.whole and len(members) > 1:
+                world.fail(
+                    rank, index, f"edge {stage_of(buf)} is not a partial sum: it would be counted {len(members)} times"
+                )
+        total = frozenset().union(*(rank.edges[buf] for rank, _ in members))
+        for rank, _ in members:
+            rank.edges[buf] = total
+
+    return add
+
+
+def _norm(world: Provenance, members: Members, action: Action) -> None:
+    for rank, index in members:
+        for stage in rank.gradients:
+            scattered = scatters(rank.row, stage)
+            held = rank.reduced[stage] if scattered else rank.gradients[stage]
+            for atom, counts in enumerate(held):
+                if not scattered or world.owner(atom) == rank.at.data:
+                    world.complete(rank, index, stage, atom, counts)
+
+
+COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
+    "ZERO": _zero,
+    "F": _forward,
+    "LOSS": _loss,
+    "B": _backward,
+    "I": _input_half,
+    "W": _weight_half,
+    "RECOMPUTE": _recompute,
+    "UPDATE": _update,
+    "RESHARD": _reshard,
+}
+GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
+    "REDUCE_GRAD": _reduce,
+    "SCATTER_GRAD": _scatter,
+    "UNSHARD": _unshard,
+    "AVERAGE": _average,
+    "SUM_F": _sum_edges(1),
+    "SUM_B": _sum_edges(0),
+    "NORM": _norm,
+    "SWAP_G": _swap,
+}

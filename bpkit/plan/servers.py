@@ -1,0 +1,159 @@
+"""Plans that move parameters: parameter servers, synchronous and asynchronous, and local SGD."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from bpkit.plan.actions import Action, Part
+from bpkit.plan.mesh import Mesh
+from bpkit.plan.plan import Plan
+from bpkit.plan.strategies import call_text, whole_number
+
+
+def parameter_server(workers: int, servers: int = 1, buckets: int = 1) -> Plan:
+    """Synchronous parameter servers on the first ranks: they add gradients, update, and send parameters back.
+
+    Server j of k holds part j of every bucket and also trains.  Sent a step, with S bytes of gradients: by a rank
+    that serves, ``S - s_j + (n - 1) s_j``; by another, S (Li et al. 2014).  Exact.
+
+    Raises
+    ------
+    ValueError
+        If there are more servers than workers, or a number is below 1.
+    """
+    whole_number("parameter_server", workers=workers, servers=servers, buckets=buckets)
+    if servers > workers:
+        raise ValueError(f"parameter_server: {servers} servers do not fit on {workers} workers")
+    rows = []
+    for rank in range(workers):
+        row = [Action(stage, "ZERO") for stage in range(buckets)] + [Action(stage, "F", 0) for stage in range(buckets)]
+        row.append(Action(buckets - 1, "LOSS", 0))
+        for stage in reversed(range(buckets)):
+            row += [Action(stage, "B", 0), *_give(stage, rank, workers, servers)]
+        for stage in reversed(range(buckets)):
+            row += _serve(stage, rank, workers, servers)
+        rows.append(tuple(row))
+    name = call_text("parameter_server", workers, servers=servers, buckets=buckets)
+    return Plan(name, tuple(rows), buckets, Mesh(data=workers), expanded=True)
+
+
+def _share(j: int, servers: int) -> Part | None:
+    return None if servers == 1 else Part(j, j + 1, servers)
+
+
+def _give(stage: int, rank: int, workers: int, servers: int) -> list[Action]:
+    """Gradients to the servers, and the additions of a rank that serves."""
+    row = [Action(stage, "SEND_G", None, _share(j, servers), j) for j in range(servers) if j != rank]
+    if rank < servers:
+        others = [peer for peer in range(workers) if peer != rank]
+        row += [Action(stage, "ADD_G", None, _share(rank, servers), peer) for peer in others]
+    return row
+
+
+def _serve(stage: int, rank: int, workers: int, servers: int) -> list[Action]:
+    """The update of a rank that serves, and parameters to and from all."""
+    row: list[Action] = []
+    if rank < servers:
+        part = _share(rank, servers)
+        row.append(Action(stage, "UPDATE", None, part))
+        row += [Action(stage, "SEND_P", None, part, peer) for peer in range(workers) if peer != rank]
+    return row + [Action(stage, "RECV_P", None, _share(j, servers), j) for j in range(servers) if j != rank]
+
+
+def local_sgd(workers: int, period: int, buckets: int = 1) -> Plan:
+    """Each rank makes `period` updates on its own shard; then parameters are averaged (Stich 2019).
+
+    One plan is one period: a rank's shard of the batch is cut into `period` microbatches, one an update, each
+    divided by its own number of loss terms.  Class *defined*: the mean of n serial runs.
+
+    Raises
+    ------
+    ValueError
+        If a number is below 1.
+    """
+    whole_number("local_sgd", workers=workers, period=period, buckets=buckets)
+    row: list[Action] = []
+    for m in range(period):
+        row += [Action(stage, "ZERO") for stage in range(buckets)] + [Action(stage, "F", m) for stage in range(buckets)]
+        row.append(Action(buckets - 1, "LOSS", m))
+        row += [Action(stage, "B", m) for stage in reversed(range(buckets))]
+        row += [Action(stage, "UPDATE") for stage in reversed(range(buckets))]
+    row += [Action(stage, "AVERAGE") for stage in reversed(range(buckets))]
+    name = call_text("local_sgd", workers, period, buckets=buckets)
+    return Plan(name, (tuple(row),), buckets, Mesh(data=workers), period, holds="own")
+
+
+def replies(workers: int, arrivals: Sequence[int], staleness: int) -> list[list[int]]:
+    """After each arrival, the workers that the server answers (stale synchronous parallel, Ho et al. 2013).
+
+    A worker may be at most `staleness` iterations ahead of the slowest; one that is further waits for its answer.
+
+    Parameters
+    ----------
+    workers : int
+        Workers, numbered from 1.
+    arrivals : sequence of int
+        Which worker's gradient arrived, in order.
+    """
+    clock: Counter[int] = Counter({worker: 0 for worker in range(1, workers + 1)})
+    waiting: set[int] = set()
+    answered: list[list[int]] = []
+    for worker in arrivals:
+        clock[worker] += 1
+        waiting.add(worker)
+        slowest = min(clock.values())
+        now = sorted(w for w in waiting if clock[w] - slowest <= staleness)
+        waiting -= set(now)
+        answered.append(now)
+    return answered
+
+
+def asynchronous_server(workers: int, arrivals: Sequence[int], staleness: int = 1) -> Plan:
+    """An asynchronous parameter server, in the order in which gradients arrived.
+
+    Rank 0 serves, ranks 1 to `workers` train; every arrival is an update by itself, with what the worker read
+    before.  A live run records such a plan; running it again gives the same bits.  Class *defined*: delayed SGD in
+    this order; a gradient is at most ``(workers - 1) (2 staleness + 1)`` updates old.
+
+    Parameters
+    ----------
+    workers : int
+        Ranks that train; the mesh has one more.
+    arrivals : sequence of int
+        Workers (from 1) in the order of their gradients; each equally often.
+    staleness : int
+        Iterations that a worker may be ahead of the slowest.
+
+    Raises
+    ------
+    ValueError
+        If the staleness is below zero, the arrivals name other workers, or could not have happened.
+    """
+    whole_number("asynchronous_server", workers=workers)
+    if staleness < 0:
+        raise ValueError(f"asynchronous_server: a staleness is 0 iterations or more, not {staleness}")
+    counts = Counter(arrivals)
+    rounds = counts[1]
+    if set(counts) != set(range(1, workers + 1)) or len(set(counts.values())) != 1:
+        raise ValueError(f"asynchronous_server: arrivals must name each worker from 1 to {workers} equally often")
+    answered = replies(workers, arrivals, staleness)
+    server: list[Action] = []
+    free = set(range(1, workers + 1))
+    for worker, now in zip(arrivals, answered, strict=True):
+        if worker not in free:
+            raise ValueError(f"asynchronous_server: worker {worker} cannot arrive again before it is answered "
+                             f"(staleness {staleness})")  # fmt: skip
+        free = free - {worker} | set(now)
+        server += [Action(0, "RECV_G", None, None, worker), Action(0, "UPDATE")]
+        server += [Action(0, "SEND_P", None, None, w) for w in now]
+    rows = [tuple(server)]
+    for _ in range(workers):
+        row: list[Action] = []
+        for m in range(rounds):
+            row += [Action(0, "ZERO"), Action(0, "F", m), Action(0, "LOSS", m), Action(0, "B", m)]
+            row += [Action(0, "SEND_G", None, None, 0), Action(0, "RECV_P", None, None, 0)]
+        rows.append(tuple(row))
+    name = f"asynchronous_server({workers}, staleness={staleness})"
+    return Plan(name, tuple(rows), 1, Mesh(data=workers + 1), rounds, place=(0,), expanded=True, holds="one",
+                servers=(0,), staleness=(workers - 1) * (2 * staleness + 1))  # fmt: skip
