@@ -1,0 +1,39 @@
+"""Exercises of the course: ``check(name, answer)`` runs an answer on real workers and says what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bpkit.exercises import data_parallel
+from bpkit.exercises.verdict import Verdict
+
+__all__ = ["EXERCISES", "Verdict", "check"]
+
+#: Every exercise, by name.
+EXERCISES: dict[str, Callable[[Any], Verdict]] = {**data_parallel.EXERCISES}
+
+
+def check(name: str, answer: Any) -> Verdict:
+    """Judge an answer to an exercise, in under ten seconds, even if the answer hangs.
+
+    Parameters
+    ----------
+    name : str
+        A key of `EXERCISES`; the chapter gives it.
+    answer : object
+        What the exercise asks for: a number, a list, or a function, also one of a cell.
+
+    Returns
+    -------
+    Verdict
+        Prints as one sentence; ``passed`` says whether the answer is right.
+
+    Raises
+    ------
+    ValueError
+        If there is no exercise of that name.
+    """
+    if name not in EXERCISES:
+        raise ValueError(f"there is no exercise {name!r}: choose one of {', '.join(map(repr, EXERCISES))}")
+    return EXERCISES[name](answer)

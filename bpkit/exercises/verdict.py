@@ -1,0 +1,136 @@
+"""What a check gives, and how it runs an answer that may raise, hang or die."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bpkit.run.errors import CommunicationError, WorkerDied, WorkerError, WorkerStuck
+from bpkit.run.pool import Pool
+
+# Seconds that one call may take. An answer needs milliseconds; the rest of the ten seconds is for starting workers.
+LIMIT = 5.0
+_WAITING = re.compile(r"rank (\d+): .*waiting in (\w+) for rank (\d+)")
+_COMPUTING = re.compile(r"rank (\d+): (?!had finished)(?!.*waiting)")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a check; prints as one sentence.
+
+    Parameters
+    ----------
+    passed : bool
+    sentence : str
+        What is right, or what is wrong.
+    """
+
+    passed: bool
+    sentence: str
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return f"{'Right' if self.passed else 'Not yet'}: {self.sentence}"
+
+
+class Wrong(Exception):
+    """Ends a check; the message is the sentence that the reader sees."""
+
+
+def judged(judge: Callable[[Any], str]) -> Callable[[Any], Verdict]:
+    """Turn a judge, which returns praise or raises `Wrong`, into a check."""
+
+    def check(answer: Any) -> Verdict:
+        try:
+            return Verdict(True, judge(answer))
+        except Wrong as wrong:
+            return Verdict(False, str(wrong))
+
+    return check
+
+
+def need_function(answer: Any, signature: str) -> None:
+    """Refuse an answer that cannot be called."""
+    if not callable(answer):
+        raise Wrong(f"the answer is a function, {signature}, not {_kind(answer)}")
+
+
+def _kind(answer: Any) -> str:
+    return "None" if answer is None else f"a value of type {type(answer).__name__}"
+
+
+class Bench:
+    """Workers on which answers are run; every failure becomes a sentence.
+
+    Parameters
+    ----------
+    workers : int
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._pool = Pool(workers)
+
+    def __enter__(self) -> Bench:
+        self._pool.start()  # so that an answer's limit does not count the start
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.close()
+
+    def run(self, fn: Callable[..., Any], *args: Any, case: str) -> list[Any]:
+        """Run ``fn(comm, *args)`` on each rank and return the results by rank.
+
+        `fn` may count the operations of its rank in ``comm.mark[0]``, for the sentence about a deadlock.
+
+        Raises
+        ------
+        Wrong
+            If a rank raises, ends, waits for ever, or leaves a message behind; `case` says where.
+        """
+        marks = np.zeros((self._pool.workers, 2), dtype=np.int64)
+
+        def watch(seen: np.ndarray) -> None:
+            marks[:] = seen
+
+        try:
+            return self._pool.call(fn, *args, timeout=LIMIT, watch=watch)
+        except WorkerStuck as error:
+            raise Wrong(_stuck(str(error), marks[:, 0], case)) from None
+        except WorkerDied as error:
+            raise Wrong(f"{case}: the process of rank {error.rank} ended without an answer") from None
+        except WorkerError as error:
+            raise Wrong(_raised(error, case)) from None
+        except CommunicationError as error:
+            raise Wrong(f"{case}: a message is never received: {error}") from None
+        except TypeError as error:
+            raise Wrong(f"the answer cannot be sent to the workers: {str(error).splitlines()[0]}") from None
+
+
+def _stuck(message: str, operations: np.ndarray, case: str) -> str:
+    """Which rank waits for which, at which of its operations."""
+    waits = [(int(rank), kind, int(peer)) for rank, kind, peer in _WAITING.findall(message)]
+    busy = [f"rank {rank} computes without end" for rank in _COMPUTING.findall(message)]
+    texts = [f"rank {rank} waits in {kind} for rank {peer}{_nth(operations[rank])}" for rank, kind, peer in waits]
+    why = "" if busy else "; what a rank waits for must have been sent by its peer before that peer waits itself"
+    return f"{case}: {'it does not end' if busy else 'deadlock'}: {', '.join(texts + busy)}{why}"
+
+
+def _nth(operation: int) -> str:
+    return f" (its operation {operation})" if operation > 0 else ""
+
+
+def _raised(error: WorkerError, case: str) -> str:
+    """The exception of the answer and the line of it that raised, on one line."""
+    cause = error.__cause__
+    if cause is None:
+        what = str(error).strip().splitlines()[-1]
+    else:
+        lines = str(cause).splitlines()
+        what = type(cause).__name__ + (f": {lines[0]}" if lines else "")
+    return f"{case}: rank {error.rank} raises {what}"
