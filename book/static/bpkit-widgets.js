@@ -63,7 +63,9 @@
   async function drawView(script, models, made) {
     const id = JSON.parse(script.textContent).model_id;
     const saved = models[id];
-    if (!saved?.state?._esm) return;
+    // A page may name this loader twice: once for a notebook's figures, once for a figure put in by hand.
+    if (!saved?.state?._esm || script.dataset.drawn) return;
+    script.dataset.drawn = "true";
     made[id] ??= createWidget(saved);
     const { model, definition } = await made[id];
     const place = document.createElement("div");

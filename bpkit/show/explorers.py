@@ -7,6 +7,7 @@ module and reuses the rest.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import threading
@@ -198,6 +199,38 @@ class Explorer(anywidget.AnyWidget):
         with self.hold_sync():
             for name, value in values.items():
                 self.set_trait(name, value)
+
+
+def fragment(*figures: Explorer, loader: str) -> str:
+    """HTML that shows figures on a page that is no notebook, such as the book's landing page.
+
+    Parameters
+    ----------
+    figures : Explorer
+        Their state is written into the page as it is now; the same state gives the same text.
+    loader : str
+        The address of ``bpkit-widgets.js``, seen from the page.
+
+    Returns
+    -------
+    str
+        Scripts that hold the state, name the places, and load the loader.
+    """
+    state, places = {}, []
+    for number, figure in enumerate(figures, 1):
+        # References to other widgets (its layout) are of use in Jupyter only, and their ids are random.
+        kept = {k: v for k, v in figure.get_state().items() if not str(v).startswith("IPY_MODEL_")}
+        state[f"explorer-{number}"] = {"model_name": "AnyModel", "model_module": "anywidget", "state": kept}
+        places.append({"version_major": 2, "version_minor": 0, "model_id": f"explorer-{number}"})
+    scripts = [_script("state", {"version_major": 2, "version_minor": 0, "state": state})]
+    scripts += [_script("view", place) for place in places]
+    return "\n".join([*scripts, f'<script src="{html.escape(loader)}"></script>'])
+
+
+def _script(kind: str, content: Any) -> str:
+    # "</script>" inside a text would end the element.
+    text = json.dumps(content, sort_keys=True).replace("</", "<\\/")
+    return f'<script type="application/vnd.jupyter.widget-{kind}+json">{text}</script>'
 
 
 def sentence(failure: BaseException) -> str:

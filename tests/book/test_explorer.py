@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 
-from bpkit.show.explorers import explorer
+from bpkit.show.explorers import explorer, fragment
 
 Open = Callable[..., Page]
 
@@ -263,6 +263,17 @@ def test_axe_finds_nothing(show: Callable[..., Locator], revealed: bool, dark: b
         summary.click()
     found = Axe().run(figure.page)
     assert found.violations_count == 0, found.generate_report()
+
+
+def test_a_figure_on_a_page_that_is_no_notebook(tmp_path: Path, page: Page) -> None:
+    (tmp_path / "loader.js").write_text(samples.LOADER.read_text(encoding="utf-8"), encoding="utf-8")
+    figures = fragment(explorer([samples.measurement()], revealed=True), loader="loader.js")
+    # The loader named twice must not draw twice.
+    text = f'<!doctype html><meta charset="utf-8"><title>t</title><script src="loader.js"></script>{figures}'
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    page.goto((tmp_path / "page.html").as_uri())
+    expect(page.locator(".bpkit-explorer .mark")).to_have_count(3)
+    expect(page.locator(".bpkit-explorer")).to_have_count(1)
 
 
 @pytest.fixture

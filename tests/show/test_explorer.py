@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("anywidget")
 
-from bpkit.show.explorers import MODULES, PARTS, Explorer, bundle, check, explorer
+from bpkit.show.explorers import MODULES, PARTS, Explorer, bundle, check, explorer, fragment
 
 
 def measurement(workers: tuple[int, ...] = (1, 2), machine: str = "sample") -> dict[str, Any]:
@@ -211,3 +211,9 @@ def test_every_word_is_in_the_catalogue() -> None:
 
 def test_check_takes_the_written_form() -> None:
     assert check(Scaling(), "it") == measurement(machine="mine")
+
+
+def test_a_fragment_is_the_same_each_time_and_closes_no_script() -> None:
+    one, two = (fragment(explorer(measurement(machine="</script>")), loader="x.js") for _ in range(2))
+    assert one == two
+    assert one.count("</script>") == 3 and one.endswith('<script src="x.js"></script>')

@@ -17,7 +17,8 @@ function drawBar({ segments, note, under, kind }, y, scale, limit) {
     at += wide;
     return rect;
   });
-  const stripe = under > 0 ? svg("rect", { class: "part hidden-communication", x: LEFT, y: y + BAR - 4, width: scale(under) - LEFT, height: 4 }) : null;
+  const stripe = under > 0 ? svg("rect", {
+    class: "part hidden-communication", x: LEFT, y: y + BAR - 4, width: scale(under) - LEFT, height: 4 }) : null;
   const words = label(Math.min(at + 6, limit), y + BAR - 3.5, note, { class: `value ${kind}` });
   return svg("g", { class: `bar ${kind}` }, ...rects, stripe, words);
 }
@@ -43,7 +44,8 @@ function drawRows(canvas, width, rows, chosen, noteWidth) {
 function rowsOf(view, barOf) {
   return view.counts.map((workers) => ({
     workers,
-    bars: view.barred.filter((one) => one.at(workers)).map((one) => ({ kind: one.kind, ...barOf(one.at(workers), one) })),
+    bars: view.barred.filter((one) => one.at(workers))
+      .map((one) => ({ kind: one.kind, ...barOf(one.at(workers), one) })),
   }));
 }
 
@@ -72,7 +74,8 @@ function bytesBar(point) {
   return { segments: [{ name: counted(point) ? "bytes" : "payload", value }], note: sayBytes(value) };
 }
 
-const throughputBar = (point) => ({ segments: [{ name: "plain", value: point.throughput }], note: number(Math.round(point.throughput)) });
+const throughputBar = ({ throughput }) => ({
+  segments: [{ name: "plain", value: throughput }], note: number(Math.round(throughput)) });
 
 function accuracyBar(point, one) {
   const value = point.time_to_accuracy_s;

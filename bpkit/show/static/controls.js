@@ -41,13 +41,14 @@ function groupSelect(onChange) {
 }
 
 function scalingSwitch(id, onChange) {
-  const radios = ["strong", "weak"].map((mode) => html("input", { type: "radio", name: `bpkit-scaling-${id}`, value: mode, ...KEEP_KEYS }));
-  const labels = radios.map((radio) => html("label", {}, radio, say(`${radio.value}Hint`)));
+  const radio = (mode) => html("input", { type: "radio", name: `bpkit-scaling-${id}`, value: mode, ...KEEP_KEYS });
+  const radios = ["strong", "weak"].map(radio);
+  const labels = radios.map((one) => html("label", {}, one, say(`${one.value}Hint`)));
   const root = html("fieldset", { class: "bpkit-switch" }, html("legend", {}, say("scaling")), ...labels);
-  for (const radio of radios) radio.addEventListener("change", () => onChange(radio.value));
+  for (const one of radios) one.addEventListener("change", () => onChange(one.value));
   return { root, draw(view) {
     root.hidden = view.modes.length < 2;
-    for (const radio of radios) radio.checked = radio.value === view.mode;
+    for (const one of radios) one.checked = one.value === view.mode;
   } };
 }
 
@@ -66,16 +67,19 @@ function aboutRun(view) {
   const { machine, experiment } = view.series[0].measurement;
   const batch = say(view.mode === "weak" ? "batchWeak" : "batchStrong", { n: number(experiment.batch) });
   const run = say("experiment", { ...experiment, scaling: say(view.mode), batch });
-  const { name, cpu, cores } = machine;
+  const { name, cpu } = machine;
+  const cores = sayCount("cores", machine.cores);
   const date = (machine.date ?? "").slice(0, 10).replaceAll("-", "\u2011"); // not parted at the end of a line
   // A machine that nobody named is called after its processor already.
-  return `${run}. ${say(name.includes(cpu) ? "machine" : "machineLong", { name, cpu, cores: sayCount("cores", cores), date })}.`;
+  return `${run}. ${say(name.includes(cpu) ? "machine" : "machineLong", { name, cpu, cores, date })}.`;
 }
 
 function predictionInput(workers, onPredict) {
-  const input = html("input", { type: "number", min: "0.05", max: String(2 * workers), step: "0.05", inputmode: "decimal", ...KEEP_KEYS });
+  const input = html("input", {
+    type: "number", min: "0.05", max: String(2 * workers), step: "0.05", inputmode: "decimal", ...KEEP_KEYS });
   input.addEventListener("input", () => onPredict(workers, input.value === "" ? null : Number(input.value)));
-  const root = html("label", {}, html("span", {}, sayCount("workers", workers)), input, html("span", { "aria-hidden": "true" }, "×"));
+  const times = html("span", { "aria-hidden": "true" }, "×");
+  const root = html("label", {}, html("span", {}, sayCount("workers", workers)), input, times);
   return { root, workers, input };
 }
 
@@ -84,7 +88,8 @@ function askPanel(onPredict, onShow) {
   const problem = html("p", { class: "bpkit-problem", role: "alert" });
   const show = html("button", { type: "button", class: "bpkit-main" }, say("show"));
   const skip = html("button", { type: "button" }, say("skip"));
-  const root = html("div", {}, html("p", {}, say("predictHint")), inputs, html("p", { class: "bpkit-buttons" }, show, skip), problem);
+  const buttons = html("p", { class: "bpkit-buttons" }, show, skip);
+  const root = html("div", {}, html("p", {}, say("predictHint")), inputs, buttons, problem);
   let fields = [];
   let view = null;
   const complain = (key) => {
@@ -142,7 +147,8 @@ export function measurePanel(model, live) {
   const bar = html("progress", { max: "1", value: "0", "aria-label": say("progressLabel") });
   const status = html("span", { role: "status" });
   const problem = html("p", { class: "bpkit-problem", role: "alert" });
-  const root = html("div", { class: "bpkit-measure" }, html("div", { class: "bpkit-buttons" }, measure, stop, bar, status), problem);
+  const row = html("div", { class: "bpkit-buttons" }, measure, stop, bar, status);
+  const root = html("div", { class: "bpkit-measure" }, row, problem);
   let waiting = null;
   measure.addEventListener("click", () => {
     status.textContent = say("phaseStarting");

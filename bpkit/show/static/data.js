@@ -46,17 +46,18 @@ export function viewOf(model, live) {
   const mode = modes.includes(model.get("scaling")) ? model.get("scaling") : modes[0] ?? "strong";
   const recorded = group?.modes[mode];
   const owned = ownSeries(own, mode);
-  const series = [...(recorded ? [seriesOf(recorded, "recorded", say("recorded", { machine: group.machine.name }))] : []), ...owned];
+  const name = say("recorded", { machine: group?.machine.name });
+  const series = [...(recorded ? [seriesOf(recorded, "recorded", name)] : []), ...owned];
   // Bars are drawn for the recorded run and for the reader's latest; earlier ones stay in the curve.
   const barred = series.filter((one) => one.kind === "recorded" || one === owned.at(-1));
-  const counts = [...new Set(series.flatMap((one) => one.points.map((point) => point.workers)))].sort((a, b) => a - b);
-  const asked = counts.length ? counts : [...model.get("measure_workers")].sort((a, b) => a - b);
+  const found = series.flatMap((one) => one.points.map((point) => point.workers));
+  const counts = [...new Set(found.length ? found : model.get("measure_workers"))].sort((a, b) => a - b);
   return {
-    groups, group, modes, mode, series, barred, counts: asked, live,
+    groups, group, modes, mode, series, barred, counts, live,
     judge: owned.at(-1) ?? series[0] ?? null,
-    chosen: nearest(asked, model.get("workers")),
+    chosen: nearest(counts, model.get("workers")),
     prediction: model.get("prediction")[mode] ?? {},
     revealed: model.get("revealed"),
-    predictable: asked.filter((n) => n > 1),
+    predictable: counts.filter((n) => n > 1),
   };
 }

@@ -10,7 +10,8 @@ function accuracySentence(point, experiment) {
   if (point.time_to_accuracy_s != null) {
     const time = saySeconds(point.time_to_accuracy_s);
     if (!target) return say("sayTime", { time });
-    return say("sayReached", { target: sayPercent(target), time, steps: sayCount("steps", point.steps_to_accuracy ?? 0) });
+    const steps = sayCount("steps", point.steps_to_accuracy ?? 0);
+    return say("sayReached", { target: sayPercent(target), time, steps });
   }
   return target ? say("sayNotReached", { target: sayPercent(target) }) : say("sayNotMeasured");
 }
@@ -25,16 +26,18 @@ export function describePoint(one, workers) {
   const point = one.at(workers);
   const count = sayCount("workers", workers);
   if (!point) return say("noPoint", { name: one.name, workers: count });
-  const parts = PARTS.filter((name) => point.parts[name] > 0).map((name) => part(name, point.parts[name], point.step_s.median)).join(", ");
+  const step = point.step_s.median;
+  const parts = PARTS.filter((name) => point.parts[name] > 0).map((name) => part(name, point.parts[name], step));
+  const accuracy = accuracySentence(point, one.measurement.experiment);
   const sentence = say("say", {
     workers: count, name: one.name, speedup: sayTimes(point.speedup), ideal: sayTimes(workers),
-    efficiency: sayPercent(point.efficiency), step: saySeconds(point.step_s.median), parts,
+    efficiency: sayPercent(point.efficiency), step: saySeconds(step), parts: parts.join(", "),
   });
   return sentence
     + (point.simulated ? say("saySimulated") : "")
-    + (point.hidden_communication > 0 ? say("sayHidden", { hidden: saySeconds(point.hidden_communication, point.step_s.median) }) : "")
+    + (point.hidden_communication > 0 ? say("sayHidden", { hidden: saySeconds(point.hidden_communication, step) }) : "")
     + bytesSentence(point)
-    + say("sayThroughput", { throughput: number(Math.round(point.throughput)), accuracy: accuracySentence(point, one.measurement.experiment) });
+    + say("sayThroughput", { throughput: number(Math.round(point.throughput)), accuracy });
 }
 
 function describeHidden(view) {
@@ -60,11 +63,13 @@ export function describeError(view) {
   const set = view.predictable.filter((n) => n in view.prediction && view.judge?.at(n));
   if (!set.length) return [say("predictedNothing")];
   const off = set.map((n) => Math.abs(view.prediction[n] / view.judge.at(n).speedup - 1));
-  const sentences = set.map((n) => say("predictedOne", {
-    workers: sayCount("workers", n), predicted: sayTimes(view.prediction[n]), measured: sayTimes(view.judge.at(n).speedup),
-    verdict: verdict(view.prediction[n], view.judge.at(n).speedup),
-  }));
-  const mean = set.length > 1 ? [say("predictedMean", { percent: sayPercent(off.reduce((a, b) => a + b) / off.length) })] : [];
+  const sentences = set.map((n) => {
+    const [predicted, measured] = [view.prediction[n], view.judge.at(n).speedup];
+    return say("predictedOne", { workers: sayCount("workers", n), predicted: sayTimes(predicted),
+      measured: sayTimes(measured), verdict: verdict(predicted, measured) });
+  });
+  const percent = sayPercent(off.reduce((a, b) => a + b) / off.length);
+  const mean = set.length > 1 ? [say("predictedMean", { percent })] : [];
   return [...sentences, ...mean, say("comparedWith", { name: view.judge.name })];
 }
 
@@ -75,7 +80,8 @@ const QUANTITIES = [
   ["rowSpread", (p) => (p.step_s.q1 == null ? "" : `${saySeconds(p.step_s.q1)} – ${saySeconds(p.step_s.q3)}`)],
   ...PARTS.map((name) => [name, (p) => saySeconds(p.parts[name] ?? 0, p.step_s.median)]),
   ["rowHidden", (p) => saySeconds(p.hidden_communication ?? 0, p.step_s.median)],
-  ["rowBytes", (p) => (p.bytes_sent == null ? say("notCounted", { bytes: sayBytes(p.payload_bytes ?? 0) }) : sayBytes(p.bytes_sent))],
+  ["rowBytes", (p) => (p.bytes_sent != null ? sayBytes(p.bytes_sent)
+    : say("notCounted", { bytes: sayBytes(p.payload_bytes ?? 0) }))],
   ["rowThroughput", (p) => number(Math.round(p.throughput))],
   ["rowAccuracy", (p) => (p.time_to_accuracy_s == null ? "–" : saySeconds(p.time_to_accuracy_s))],
 ];
@@ -83,7 +89,8 @@ const QUANTITIES = [
 /** One table a run: a row a quantity, a column a worker count, the chosen one marked. */
 export function tableOfRun(one, chosen) {
   const mark = (point) => (point.workers === chosen ? { class: "chosen" } : {});
-  const head = html("tr", {}, html("td"), ...one.points.map((p) => html("th", { scope: "col", ...mark(p) }, sayCount("workers", p.workers))));
+  const columns = one.points.map((p) => html("th", { scope: "col", ...mark(p) }, sayCount("workers", p.workers)));
+  const head = html("tr", {}, html("td"), ...columns);
   const rows = QUANTITIES.map(([key, read]) => html("tr", {}, html("th", { scope: "row" }, say(key)),
     ...one.points.map((p) => html("td", mark(p), read(p)))));
   return html("table", {}, html("caption", {}, one.name), html("thead", {}, head), html("tbody", {}, ...rows));

@@ -4,14 +4,16 @@ const SVG = "http://www.w3.org/2000/svg";
 function fill(element, attributes, children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value === true ? "" : value);
+    else if (value !== false && value != null) element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  element.append(...children.flat().filter((child) => child != null));
   return element;
 }
 
-export const html = (tag, attributes = {}, ...children) => fill(document.createElement(tag), attributes, children);
-export const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS(SVG, tag), attributes, children);
+export const html = (tag, attributes = {}, ...children) =>
+  fill(document.createElement(tag), attributes, children);
+export const svg = (tag, attributes = {}, ...children) =>
+  fill(document.createElementNS(SVG, tag), attributes, children);
 
 /** Text inside a drawing. */
 export function label(x, y, content, attributes = {}) {
@@ -51,8 +53,13 @@ export function panel(name, title, alt) {
   return { root, canvas, heading, width: () => Math.max(220, Math.floor(root.clientWidth)) };
 }
 
+/** A box in which what is too wide or too long is scrolled, with the keyboard too. */
+export function scrolling(name, ...children) {
+  return html("div", { class: "bpkit-scroll", tabindex: "0", role: "region", "aria-label": name }, ...children);
+}
+
 /** A legend: swatches with words, drawn as HTML so that it wraps. */
 export function legend(entries) {
-  return html("ul", { class: "bpkit-legend" },
-    ...entries.map(([kind, words]) => html("li", {}, html("i", { class: `bpkit-swatch ${kind}`, "aria-hidden": "true" }), words)));
+  const swatch = (kind) => html("i", { class: `bpkit-swatch ${kind}`, "aria-hidden": "true" });
+  return html("ul", { class: "bpkit-legend" }, ...entries.map(([kind, words]) => html("li", {}, swatch(kind), words)));
 }

@@ -1,6 +1,6 @@
 // The explorer of one scaling experiment: builds the parts once and draws them whenever the model changes.
 import { say } from "./text.js";
-import { html } from "./dom.js";
+import { html, scrolling } from "./dom.js";
 import { viewOf } from "./data.js";
 import { describe, tableOfRun } from "./describe.js";
 import { speedupPanel } from "./speedup.js";
@@ -24,7 +24,7 @@ function predict(model, mode, workers, speedup) {
 
 function textEquivalent() {
   const sentences = html("div", { class: "bpkit-words", role: "status" });
-  const tables = html("div", { class: "bpkit-scroll", tabindex: "0", role: "region", "aria-label": say("table") });
+  const tables = scrolling(say("table"));
   const more = html("details", { class: "bpkit-more" }, html("summary", {}, say("table")), tables);
   return { root: html("div", {}, sentences, more), draw(view) {
     const said = describe(view);
@@ -41,11 +41,12 @@ function textEquivalent() {
 function build(model, live, view) {
   const id = Math.random().toString(36).slice(2, 10);
   const mode = () => view().mode;
+  const forget = () => ({ prediction: { ...model.get("prediction"), [mode()]: {} } });
   const speedup = speedupPanel((n, value) => predict(model, mode(), n, value));
   const form = predictionForm({
     onPredict: (n, value) => predict(model, mode(), n, value),
-    onShow: (kept) => write(model, { revealed: true, ...(kept ? {} : { prediction: { ...model.get("prediction"), [mode()]: {} } }) }),
-    onAgain: () => write(model, { revealed: false, prediction: { ...model.get("prediction"), [mode()]: {} } }),
+    onShow: (kept) => write(model, { revealed: true, ...(kept ? {} : forget()) }),
+    onAgain: () => write(model, { revealed: false, ...forget() }),
   });
   const answer = [partsPanel(), bytesPanel(), throughputPanel(), accuracyPanel(), timelinePanel(id)];
   const [parts, bytes, throughput, accuracy, timeline] = answer;

@@ -1,5 +1,5 @@
 // The speedup curve against the ideal line, and the prediction that the reader drags into it.
-import { say, sayCount, number } from "./text.js";
+import { say, number } from "./text.js";
 import { svg, label, linear, ticks, redraw, panel, legend } from "./dom.js";
 
 const MARGIN = { left: 36, right: 14, top: 10, bottom: 36 };
@@ -22,7 +22,8 @@ function axes(view, { width, height, top, x, y }) {
   ]);
   const counts = view.counts.map((n) => label(x(n), base + 17, number(n),
     { "text-anchor": "middle", class: n === view.chosen ? "tick chosen" : "tick" }));
-  const caption = label((MARGIN.left + width - MARGIN.right) / 2, height - 4, say("axisWorkers"), { "text-anchor": "middle", class: "tick" });
+  const caption = label((MARGIN.left + width - MARGIN.right) / 2, height - 4, say("axisWorkers"),
+    { "text-anchor": "middle", class: "tick" });
   return [...lines.flat(), ...counts, caption];
 }
 
@@ -40,7 +41,8 @@ function curve(one, { x, y, top }, chosen) {
   const marks = one.points.map((point) => svg("circle", {
     class: `mark ${one.kind}${point.simulated ? " simulated" : ""}`, cx: x(point.workers), cy: y(point.speedup),
     r: point.workers === chosen ? 6 : 4.5, "data-workers": point.workers, "data-speedup": point.speedup }));
-  const line = svg("path", { class: `curve ${classes}`, d: path(one.points.map((p) => [x(p.workers), y(p.speedup)])) });
+  const line = svg("path", {
+    class: `curve ${classes}`, d: path(one.points.map((p) => [x(p.workers), y(p.speedup)])) });
   return svg("g", { class: "series" }, line, ...one.points.map(error), ...marks);
 }
 
@@ -52,16 +54,18 @@ function predicted(view, { x, y }) {
   const diamonds = shown.map((n) => {
     const value = view.prediction[n] ?? n;
     const r = view.revealed ? 5 : 7;
-    return svg("path", { class: `diamond prediction${n in view.prediction ? "" : " unset"}`, "data-workers": n, "data-speedup": value,
+    return svg("path", {
+      class: `diamond prediction${n in view.prediction ? "" : " unset"}`, "data-workers": n, "data-speedup": value,
       d: `M${x(n)},${y(value) - r}l${r},${r}l${-r},${r}l${-r},${-r}z` });
   });
   return [line, ...diamonds].filter(Boolean);
 }
 
 function entries(view) {
-  const shown = view.revealed ? view.series.map((one) => [`line ${one.kind}${one.simulated ? " simulated" : ""}`, one.name]) : [];
-  const guess = !view.revealed || Object.keys(view.prediction).length ? [["line prediction", say("prediction")]] : [];
-  return [...shown, ...guess, ["line ideal", say("ideal")]];
+  const lines = view.series.map((one) => [`line ${one.kind}${one.simulated ? " simulated" : ""}`, one.name]);
+  const guessed = !view.revealed || Object.keys(view.prediction).length > 0;
+  return [...(view.revealed ? lines : []), ...(guessed ? [["line prediction", say("prediction")]] : []),
+    ["line ideal", say("ideal")]];
 }
 
 /** The panel. `onPredict(workers, speedup)` is called while the reader drags. */
@@ -95,9 +99,10 @@ export function speedupPanel(onPredict) {
     view = next;
     geometry = plane(view, width());
     const { x, y, most, height } = geometry;
+    const at = x(view.chosen);
     canvas.classList.toggle("predicting", !view.revealed);
     redraw(canvas, geometry.width, height, ...axes(view, geometry),
-      svg("line", { class: "guide", x1: x(view.chosen), x2: x(view.chosen), y1: MARGIN.top, y2: height - MARGIN.bottom }),
+      svg("line", { class: "guide", x1: at, x2: at, y1: MARGIN.top, y2: height - MARGIN.bottom }),
       svg("path", { class: "curve ideal", d: path([[x(0), y(0)], [x(most), y(most)]]) }),
       view.revealed ? view.series.map((one) => curve(one, geometry, view.chosen)) : null,
       predicted(view, geometry));

@@ -60,9 +60,9 @@ const CATALOGUES = {
     communication: "communication",
     update: "update",
     other: "loss and other",
-    wait: "waiting for a peer",
+    wait: "blocked by communication",
     event: "rank {rank}: {cell}, {length} from {start}",
-    eventWait: "; {wait} of it waiting",
+    eventWait: "; for {wait} of it the rank is blocked",
     // prediction
     predictTitle: "Your prediction first",
     predictDone: "Your prediction",
@@ -82,8 +82,8 @@ const CATALOGUES = {
     hiddenPrediction: "Your prediction so far: {list}.",
     hiddenNone: "You have predicted nothing yet.",
     // text equivalent
-    say: "{workers} ({name}): {speedup} as fast as the best serial run; ideal is {ideal}, so the efficiency is {efficiency}. "
-      + "A step takes {step}: {parts}. ",
+    say: "{workers} ({name}): {speedup} as fast as the best serial run; ideal is {ideal}, so the efficiency "
+      + "is {efficiency}. A step takes {step}: {parts}. ",
     sayHidden: "Another {hidden} of communication is hidden under compute. ",
     sayBytes: "Each worker sends {bytes} a step. ",
     sayNotCounted: "Bytes sent are not counted ({algorithm}); the payload is {payload} a step. ",
@@ -104,10 +104,11 @@ const CATALOGUES = {
     rowBytes: "bytes sent, a worker and step",
     rowThroughput: "samples a second",
     rowAccuracy: "time to target accuracy",
+    columnRank: "rank",
     columnAction: "action",
     columnStart: "start",
     columnEnd: "end",
-    columnWait: "waiting",
+    columnWait: "blocked",
     // measuring
     measure: "Measure on this machine",
     measureAgain: "Measure again",
@@ -123,7 +124,8 @@ const CATALOGUES = {
     noAnswer: "The kernel does not answer. Run the cell of this figure again.",
     noKernel: "This page shows recorded runs. To measure on your own machine, clone the project, type "
       + "“make lab”, and run this figure there.",
-    noNetwork: "To measure here, give the figure a network and data: bp.show.explorer(..., network=net, data=data).",
+    noNetwork: "To measure here, give the figure a network and data: "
+      + "bp.show.explorer(..., network=net, data=data).",
     machine: "{name}; {date}",
     machineLong: "{name}; {cpu}, {cores}; {date}",
     "cores.one": "{n} core",
@@ -152,7 +154,8 @@ export function sayCount(key, n) {
 }
 
 export function number(x, digits = 3) {
-  return new Intl.NumberFormat(language(), { maximumSignificantDigits: Math.max(digits, wholeDigits(x)) }).format(x);
+  const maximumSignificantDigits = Math.max(digits, wholeDigits(x));
+  return new Intl.NumberFormat(language(), { maximumSignificantDigits }).format(x);
 }
 
 // A count such as 12,345 keeps its digits; only what stands after the point is rounded.
@@ -166,10 +169,10 @@ export const sayPercent = (x) => `${number(Math.round(100 * x))}${NBSP}%`;
 
 /** A duration given in seconds. Figures that are compared share the unit and the decimals of `like`. */
 export function saySeconds(s, like = s) {
-  const [scale, unit] = Math.abs(like) >= 1 ? [1, "s"] : Math.abs(like) >= 1e-3 || like === 0 ? [1e3, "ms"] : [1e6, "µs"];
-  const decimals = like === 0 ? 0 : Math.max(0, 2 - Math.floor(Math.log10(Math.abs(like) * scale)));
-  const rounded = new Intl.NumberFormat(language(), { maximumFractionDigits: decimals }).format(s * scale);
-  return `${rounded}${NBSP}${unit}`;
+  const size = Math.abs(like) || 1e-3;
+  const [scale, unit] = [[1, "s"], [1e3, "ms"], [1e6, "µs"]].find(([k]) => size * k >= 1) ?? [1e6, "µs"];
+  const maximumFractionDigits = Math.max(0, 2 - Math.floor(Math.log10(size * scale)));
+  return `${new Intl.NumberFormat(language(), { maximumFractionDigits }).format(s * scale)}${NBSP}${unit}`;
 }
 
 /** An amount of bytes, in decimal units. */
