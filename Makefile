@@ -63,8 +63,8 @@ format: $(DEV)
 	@$(VENV)/bin/ruff check --fix .
 
 freeze: $(DEV) $(BENCH)
-	@{ sed -n '/^#/p' constraints.txt; $(PY) -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//'; \
-	   grep -E '^(appnope|setuptools)==' constraints.txt; } | sort -fu > build/constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; { grep -E '^(appnope|setuptools)==' constraints.txt; \
+	   $(PY) -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//'; } | sort -fu; } > build/constraints.txt
 	@mv build/constraints.txt constraints.txt
 
 clean:

@@ -1,0 +1,143 @@
+"""The tools that the Makefile calls."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import v4
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import check_widget_state  # noqa: E402
+import find_browser  # noqa: E402
+import notebooks  # noqa: E402
+
+MODEL, LAYOUT, STRAY = "a" * 32, "b" * 32, "c" * 32
+
+
+def shown(n: int = 3, measured: float = 0.5) -> nbformat.NotebookNode:
+    """A notebook that shows one widget, with ids as a kernel would give them, and holds one that nothing shows."""
+    view = v4.new_output("display_data", {notebooks.VIEW: {"model_id": MODEL}, "text/plain": "Figure"})
+    streams = [v4.new_output("stream", name="stdout", text=text) for text in ("one\n", "two\n")]
+    book = v4.new_notebook(cells=[v4.new_code_cell("figure", outputs=[*streams, view])])
+    book.cells[0].metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+    state = {MODEL: {"model_name": "AnyModel", "state": {"n": n, "own": measured, "layout": f"IPY_MODEL_{LAYOUT}"}},
+             LAYOUT: {"model_name": "LayoutModel", "state": {"width": None}},
+             STRAY: {"model_name": "LayoutModel", "state": {}}}
+    book.metadata["widgets"] = {notebooks.STATE: {"state": state, "version_major": 2, "version_minor": 0}}
+    return book
+
+
+def test_normalised_notebooks_depend_on_content_alone() -> None:
+    book = notebooks.normalise(shown())
+    other = shown()
+    other.cells[0]["id"] = book.cells[0]["id"]
+    text = nbformat.writes(other).replace(MODEL, "d" * 32).replace(LAYOUT, "0" * 31 + "e")
+    assert notebooks.normalise(nbformat.reads(text, as_version=4)) == book
+    assert notebooks.normalise(copy.deepcopy(book)) == book
+    assert sorted(notebooks.states(book)) == [f"{0:032x}", f"{1:032x}"]
+    assert "execution" not in book.cells[0].metadata
+    assert [output["output_type"] for output in book.cells[0].outputs] == ["stream", "display_data"]
+    assert book.cells[0].outputs[0]["text"] == "one\ntwo\n"
+
+
+def test_cells_get_different_ids() -> None:
+    book = v4.new_notebook(cells=[v4.new_markdown_cell(str(number)) for number in range(5)])
+    ids = [cell["id"] for cell in notebooks.normalise(book).cells]
+    assert len(set(ids)) == 5
+
+
+def test_widget_states_that_agree() -> None:
+    assert check_widget_state.faults(notebooks.normalise(shown()), notebooks.normalise(shown())) == []
+
+
+def test_widget_states_that_differ_name_the_field() -> None:
+    committed, fresh = notebooks.normalise(shown(n=3)), notebooks.normalise(shown(n=4))
+    (fault,) = check_widget_state.faults(committed, fresh)
+    assert "field n is 3, in a fresh run 4" in fault
+
+
+def test_measured_fields_are_masked_only_where_named() -> None:
+    committed, fresh = notebooks.normalise(shown(measured=1.0)), notebooks.normalise(shown(measured=2.0))
+    assert len(check_widget_state.faults(committed, fresh)) == 1
+    committed.metadata["bpkit"] = {"measured": ["own"]}
+    assert check_widget_state.faults(committed, fresh) == []
+
+
+def test_a_view_without_a_saved_state_is_a_fault() -> None:
+    """This is what JupyterLab's own Save leaves."""
+    committed = notebooks.normalise(shown())
+    del committed.metadata["widgets"]
+    faults = check_widget_state.faults(committed, notebooks.normalise(shown()))
+    assert any("never save from JupyterLab" in fault for fault in faults)
+
+
+def test_a_browser_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stub = tmp_path / "chromium"
+    stub.write_text("#!/bin/sh\nexit 1\n")
+    stub.chmod(0o755)
+    monkeypatch.setenv("BPKIT_BROWSER", str(stub))
+    with pytest.raises(RuntimeError, match="does not start.*BPKIT_NO_BROWSER=1"):
+        find_browser.find_or_install()
+
+
+@pytest.mark.parametrize(("python", "message"), [
+    ("{old}", "bpkit needs Python 3.11 or newer, but .*old is 3.9, and no newer one was found"),
+    ("/no/such/python", "no Python was found"),
+    ("{bare}", "has no venv module"),
+])
+def test_setup_says_what_is_wrong_with_python(tmp_path: Path, python: str, message: str) -> None:
+    """Stand-ins for an interpreter that is too old and for one without venv."""
+    for name, body in {"old": "echo '3.9 old'", "bare": "[ \"$1\" = -c ] && exit 1; echo '3.12 tested'"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    chosen = python.format(old=tmp_path / "old", bare=tmp_path / "bare")
+    environment = dict(os.environ, PYTHON=chosen)
+    run = subprocess.run(["sh", str(ROOT / "tools/setup.sh"), "venv", "course", "stamp"], cwd=tmp_path,
+                         env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1
+    assert re.search(message, run.stderr), run.stderr
+    assert not (tmp_path / "stamp").exists()
+
+
+def test_unknown_stages_and_benchmarks_are_named() -> None:
+    for tool in ("test", "bench"):
+        run = subprocess.run([sys.executable, f"tools/{tool}.py", "nonsense"], cwd=ROOT, capture_output=True,
+                             text=True, timeout=60)
+        assert run.returncode == 2
+        assert "nonsense" in run.stdout
+
+
+def test_lab_answers_with_its_token_and_not_without() -> None:
+    process = subprocess.Popen([sys.executable, "tools/lab.py", "--no-browser"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    try:
+        seen = ""
+        while not (found := re.search(r"http://127\.0\.0\.1:(\d+)/lab/tree/chapters/README\.md\?token=(\w+)", seen)):
+            line = process.stdout.readline()
+            assert line, f"JupyterLab ended:\n{seen}"
+            seen += line
+        with urllib.request.urlopen(found[0], timeout=30) as response:
+            assert response.status == 200
+        contents = f"http://127.0.0.1:{found[1]}/api/contents/chapters/README.md"
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(contents, timeout=30)
+        with urllib.request.urlopen(f"{contents}?token={found[2]}", timeout=30) as response:
+            assert b"The map of the course" in response.read()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        watchdog.cancel()
