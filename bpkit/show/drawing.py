@@ -34,6 +34,8 @@ TEXT: Final = {
     "hidden_communication": "hidden communication, under way meanwhile",
     "timeline_alt": "Timeline of step {0}, {1} ranks, {2}.",
     "timeline_rank": "Rank {0}: {1}; blocked for {2}.",
+    "breakdown_bar": "{0}: {1}, of it {2}",
+    "speedup_point": "{0:.2f} with {1}",
     "breakdown_alt": "Where the time of a step goes. {0}",
     "speedup_alt": "Speedup by number of workers. {0}",
     "plan_alt": "Plan {0}, in the order of its rows. {1}",

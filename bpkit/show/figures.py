@@ -141,8 +141,11 @@ def breakdown(what: Report | Scaling) -> Drawing:
         hidden = any(bar.hidden_communication > 0 for _, bar in bars)
         _legend(axes, [*names, *["hidden_communication"] * hidden])
     words = [
-        f"{label}: {table.seconds(bar.parts.total)}, of it "
-        + ", ".join(f"{TEXT[name]} {table.seconds(getattr(bar.parts, name))}" for name in names)
+        TEXT["breakdown_bar"].format(
+            label,
+            table.seconds(bar.parts.total),
+            ", ".join(f"{TEXT[name]} {table.seconds(getattr(bar.parts, name))}" for name in names),
+        )
         for label, bar in bars
     ]
     figure.alt = TEXT["breakdown_alt"].format("; ".join(words) + ".")
@@ -189,7 +192,7 @@ def speedup(*measured: Scaling, names: Sequence[str] | None = None) -> Drawing:
         axes.set_xticks(sorted({p.workers for m in measured for p in m.points}))
         axes.legend()
     words = [
-        f"{name}: " + ", ".join(f"{p.speedup:.2f} with {p.workers}" for p in one.points)
+        f"{name}: " + ", ".join(TEXT["speedup_point"].format(p.speedup, p.workers) for p in one.points)
         for one, name in zip(measured, shown, strict=True)
     ]
     figure.alt = TEXT["speedup_alt"].format("; ".join(words) + ".")

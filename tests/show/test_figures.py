@@ -1,0 +1,137 @@
+"""The figures: what is drawn, what is said in words, and that the same figure is the same file."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import bpkit as bp
+from bpkit.measure import Parts, Point, Scaling, Spread
+
+from ..measure.made import repeated, result
+
+
+def scaling() -> Scaling:
+    """A made measurement of 1 and 2 workers."""
+    points = []
+    for n, speedup in ((1, 1.0), (2, 1.6)):
+        step = 1e-3 / speedup
+        points.append(
+            Point(
+                workers=n, batch=8, step_s=Spread(step, 0.9 * step, 1.2 * step, (step,)), throughput=8 / step,
+                speedup=speedup, efficiency=speedup / n, parts=Parts(0.6 * step, 0.1 * step, 0.2 * step, 0.1 * step),
+                hidden_communication=0.1 * step * (n - 1), bytes_sent=None, payload_bytes=100, algorithm="made",
+                time_to_accuracy_s=None, steps_to_accuracy=None, final_loss=0.1, timeline=(),
+            )
+        )  # fmt: skip
+    experiment = {"scaling": "strong", "network": "mlp 4-6-3", "plan": "p", "backend": "shm", "data": "d", "batch": 8}
+    return Scaling({"name": "made"}, {**experiment, "target_accuracy": None}, tuple(points))
+
+
+def figures() -> dict[str, Any]:
+    """One of each."""
+    made = result(repeated())
+    return {
+        "timeline": bp.show.timeline(made),
+        "report": bp.show.breakdown(bp.report(made)),
+        "scaling": bp.show.breakdown(scaling()),
+        "speedup": bp.show.speedup(scaling()),
+        "plan": bp.show.plan(made.plan),
+    }
+
+
+def test_figures_are_text_on_a_transparent_ground_and_reproducible() -> None:
+    first, second = figures(), figures()
+    for name, figure in first.items():
+        drawn = figure.svg()
+        assert drawn == second[name].svg(), name
+        assert "<text" in drawn and "<dc:date>" not in drawn
+        assert 'role="img"><title>' in drawn and figure.alt.split(".")[0] in drawn
+        assert not re.search(r"fill: #(fff|ffffff|000|000000)\b(?!.*<text)", drawn.split("axes_1")[0]), name
+
+
+def test_a_notebook_gets_svg_and_words_without_figures_in_the_text() -> None:
+    data, metadata = figures()["timeline"]._repr_mimebundle_()
+    assert data["text/plain"] == "<Drawing>" and data["image/svg+xml"].count("<svg") == 1
+    assert metadata["image/svg+xml"]["alt"].startswith("Timeline of step")
+
+
+def test_timeline_draws_lanes_waits_and_labels() -> None:
+    figure = bp.show.timeline(repeated(), step=1)
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["rank 0", "rank 1"]
+    hatched = [bar for bar in axes.collections if bar.get_hatch()]
+    assert len(hatched) == 4  # two waits on each rank
+    assert len(axes.collections) == 9 + 4
+    assert {text.get_text() for text in axes.texts} >= {"1F0", "1B0", "0B0"}
+    words = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert words == ["forward", "backward", "communication", "update", "blocked by communication"]
+    # The update's bar is its work: it starts after the wait.
+    left, right = (axes.collections[i].get_paths()[0].get_extents().intervalx for i in (0, 1))
+    assert left == pytest.approx([0, 30]) and right == pytest.approx([30, 60])
+
+
+def test_timeline_of_some_ranks_and_of_a_simulated_trace() -> None:
+    trace = repeated()
+    assert len(bp.show.timeline(trace, ranks=[1]).axes[0].get_yticks()) == 1
+    figure = bp.show.timeline(bp.trace.Trace(**{**vars(trace), "simulated": True}))
+    assert "simulated" in figure.svg() and "(simulated)" in bp.show.alt_text(figure)
+    assert "simulated" not in bp.show.timeline(trace).svg()
+
+
+def test_timeline_refuses_what_is_not_there() -> None:
+    with pytest.raises(ValueError, match="step 9 is not in the trace, which has steps 0 to 2"):
+        bp.show.timeline(repeated(), step=9)
+    with pytest.raises(ValueError, match="rank 5 is not in the trace, which has ranks 0 to 1"):
+        bp.show.timeline(repeated(), ranks=[0, 5])
+
+
+def test_breakdown_stacks_to_the_step_time() -> None:
+    axes = figures()["scaling"].axes[0]
+    whole = [patch.get_width() for patch in axes.patches if patch.get_height() > 0.5]
+    assert sum(whole[:4]) == pytest.approx(1.0) and sum(whole[4:]) == pytest.approx(0.625)  # ms
+    assert len(axes.patches) == 9  # and one stripe of hidden communication
+    assert "2: 625 us, of it compute 375 us" in figures()["scaling"].alt
+    assert [label.get_text() for label in figures()["report"].axes[0].get_yticklabels()] == [
+        "mean of ranks", "rank 0", "rank 1",
+    ]  # fmt: skip
+
+
+def test_speedup_has_the_ideal_line_and_every_point() -> None:
+    axes = figures()["speedup"].axes[0]
+    assert axes.lines[0].get_xydata().tolist() == [[1, 1], [2, 2]]
+    assert axes.lines[1].get_ydata().tolist() == [1.0, 1.6]
+    assert "1.60 with 2" in figures()["speedup"].alt
+    with pytest.raises(ValueError, match="at least one measurement"):
+        bp.show.speedup()
+    with pytest.raises(ValueError, match="1 measurements but 2 names"):
+        bp.show.speedup(scaling(), names=["a", "b"])
+
+
+def test_plan_draws_each_action() -> None:
+    plan = bp.plan.data_parallel(2, buckets=2)
+    axes = bp.show.plan(plan).axes[0]
+    assert [t.get_text().replace("\n", "") for t in axes.texts] == [str(action) for action in plan.rows[0]]
+
+
+def test_show_loads_neither_matplotlib_nor_widgets() -> None:
+    code = "import sys, bpkit.show as show; show.__all__; print({'matplotlib', 'anywidget'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = bp.show.nothing
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n.startswith("bpkit.show.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r'bp\.show\.timeline needs matplotlib: pip install "bpkit\[course\]"'
+    ):
+        _ = bp.show.timeline

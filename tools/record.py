@@ -1,0 +1,54 @@
+"""Record how training scales on this machine, for the pages that have no kernel.
+
+    python tools/record.py --out book/measurements/NAME.json [--name "what readers call this machine"]
+
+Writes one file an experiment, NAME-small-strong.json and so on, each in the format of bp.scaling, which
+bp.show.explorer reads, alone or as a folder.  It takes about a minute; let nothing else run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import bpkit as bp
+
+
+def experiments(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is recorded: the chapter's network, and one whose compute outweighs its communication."""
+    plan = partial(bp.plan.data_parallel, buckets=3)
+    short: dict[str, Any] = {"steps": 4, "warmup": 1, "repetitions": 2, "target": None} if quick else {}
+    small = bp.nn.mlp([64, 512, 512, 10], seed=0)
+    large = bp.nn.mlp([64, 1024, 1024, 1024, 10], seed=0)
+    for scaling in ("strong", "weak"):
+        yield f"small-{scaling}", {"network": small, "scaling": scaling, "batch": 256, "plan": plan, **short}
+    # Digits has 1,437 training samples: four times 256 is the largest weak batch.
+    for scaling, batch in (("strong", 1024), ("weak", 256)):
+        settings = {"steps": 10, "warmup": 3, "repetitions": 5, "target": None, **short}
+        yield f"large-{scaling}", {"network": large, "scaling": scaling, "batch": batch, "plan": plan, **settings}
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description="Record how training scales on this machine.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="what the files are called: NAME.json gives NAME-small-strong.json, ..."
+    )
+    parser.add_argument("--name", help="what readers shall call this machine")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to try this tool")
+    given = parser.parse_args()
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    data, start = bp.data.digits(), time.monotonic()
+    for label, settings in experiments(given.quick):
+        measured = bp.scaling(data=data, workers=[1, 2, 4], name=given.name, **settings)
+        path = measured.save(given.out.with_name(f"{given.out.stem}-{label}.json"))
+        print(f"{measured}\n{path}\n", flush=True)
+    print(f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
