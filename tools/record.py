@@ -9,6 +9,7 @@ bp.show.explorer reads, alone or as a folder.  It takes about a minute; let noth
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--name", help="what readers shall call this machine")
     parser.add_argument("--quick", action="store_true", help="a few steps, to try this tool")
     given = parser.parse_args()
+    if os.getloadavg()[0] > 0.5:
+        print(f"the load of this machine is {os.getloadavg()[0]:.1f}: others compute too, and the figures will show it")
     given.out.parent.mkdir(parents=True, exist_ok=True)
     data, start = bp.data.digits(), time.monotonic()
     for label, settings in experiments(given.quick):

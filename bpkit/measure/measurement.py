@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bpkit.measure import table
-from bpkit.measure.report import Parts, Spread
+from bpkit.measure.reports import Parts, Spread
 
 FORMAT = "bpkit-scaling/1"
 

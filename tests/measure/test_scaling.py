@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import threading
 from pathlib import Path
@@ -12,15 +11,13 @@ import numpy as np
 import pytest
 
 import bpkit as bp
-from bpkit.measure import FORMAT, Scaling
+from bpkit.measure import FORMAT, Scaling, experiment
 from bpkit.plan import Plan
 from bpkit.run.cluster import TrainResult
 from bpkit.run.errors import Stopped
 
 from .made import PERIOD, repeated, result, trace
 
-# `bpkit.measure.scaling` names the function; this is its module.
-MODULE = importlib.import_module("bpkit.measure.scaling")
 POINT = {
     "workers", "batch", "step_s", "throughput", "speedup", "efficiency", "parts", "hidden_communication", "bytes_sent",
     "payload_bytes", "algorithm", "time_to_accuracy_s", "steps_to_accuracy", "final_loss", "timeline",
@@ -65,7 +62,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeCluster]:
     """Put the fake in place of `Cluster`."""
     FakeCluster.calls, FakeCluster.closed = [], []
     FakeCluster.periods = {1: [3 * PERIOD, 2 * PERIOD, 4 * PERIOD], 2: [PERIOD]}
-    monkeypatch.setattr(MODULE, "Cluster", FakeCluster)
+    monkeypatch.setattr(experiment, "Cluster", FakeCluster)
     return FakeCluster
 
 

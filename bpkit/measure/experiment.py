@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from bpkit.data import Dataset
-from bpkit.measure.machine import machine
+from bpkit.measure.host import machine
 from bpkit.measure.measurement import Event, Point, Scaling
-from bpkit.measure.report import Report, Spread, summarize
+from bpkit.measure.reports import Report, Spread, summarize
 from bpkit.measure.steps import Steps
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
