@@ -60,6 +60,9 @@ class Block:
         ``(ranks, 2)`` int64.
     waits : numpy.ndarray
         ``(ranks, 2)`` int64: index into `OPERATIONS`, rank waited for (-1: unknown).
+    received : numpy.ndarray
+        ``(ranks, ranks)`` int64: messages that the first rank has received from the second, where the
+        transport cannot know when it may let go of what it has sent.
     room : numpy.ndarray
         One int64 for the answer of the rank that allocates shared memory.
     """
@@ -71,11 +74,12 @@ class Block:
         self.room = table[0, :1]
         self.marks = table[1:, :2]
         self.waits = table[1:, 2:4]
+        self.received = np.frombuffer(buffer, np.int64, ranks * ranks, table.nbytes).reshape(ranks, ranks)
 
     @classmethod
     def size(cls, ranks: int) -> int:
         """Bytes of the block."""
-        return 8 * cls.WIDTH * (ranks + 1)
+        return 8 * (cls.WIDTH * (ranks + 1) + ranks * ranks)
 
     def waiting(self, rank: int) -> str:
         """What a rank waits in, as text; empty when it does not wait."""

@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 
 from .barrier import OPERATIONS, Block
-from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, Comm, Handle, check_message
+from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, Comm, Handle, check_message, part_bounds
 from .errors import CommunicationError, PeerTimeout
 
 PACKET = 4096
+_HELD = 4096  # packets to one rank that may be under way where nobody tells us what it has received
 _HEAD = struct.Struct(f"<{2 + MAX_DIMS}q")
 
 
@@ -49,6 +50,24 @@ class _Posted(Handle):
             self._finished = True
 
 
+class _Then(Handle):
+    """Posted work, and what this rank does with the result."""
+
+    def __init__(self, posted: Handle, then: Callable[[], Any]) -> None:
+        self._posted, self._then, self._finished = posted, then, False
+
+    def poll(self) -> bool:
+        if not self._finished and self._posted.poll():
+            self.wait()
+        return self._finished
+
+    def wait(self) -> None:
+        if not self._finished:
+            self._posted.wait()
+            self._then()
+            self._finished = True
+
+
 class DistributedComm(Comm):
     """One rank's end of a torch.distributed process group (see `Comm`).
 
@@ -71,7 +90,7 @@ class DistributedComm(Comm):
         super().__init__(rank, size, block, device)
         self._timeout = timeout
         self._waited = 0
-        self._held: deque[tuple[Any, torch.Tensor]] = deque()
+        self._held: list[deque[tuple[int, Any, torch.Tensor]]] = [deque() for _ in range(size)]
         if device != "cpu":
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
@@ -106,9 +125,15 @@ class DistributedComm(Comm):
     # Messages
 
     def _post(self, packet: torch.Tensor, to: int) -> None:
-        self._held.append((dist.isend(packet, to), packet))
-        while self._held and self._held[0][0].is_completed():
-            self._held.popleft()
+        """Send a packet, and keep it until its receiver has it.
+
+        A send's `is_completed` of gloo stays false until somebody waits, and a wait that times out breaks
+        the connection; so the receiver's count tells which waits return at once.
+        """
+        held, received = self._held[to], int(self.block.received[to, self.rank])
+        while held and (held[0][0] < received or len(held) > _HELD):
+            self.run("send", to, held.popleft()[1].wait)
+        held.append((self.sent_to[to], dist.isend(packet, to), packet))
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         self.check_peer(to, "send")
@@ -149,11 +174,11 @@ class DistributedComm(Comm):
         if target is not tensor:
             tensor.copy_(target)
         self.received_from[source] += 1
+        self.block.received[self.rank, source] = self.received_from[source]
         return tensor
 
     def finish(self) -> None:
-        while self._held:
-            self.run("send", -1, self._held.popleft()[0].wait)
+        """Nothing to do: gloo delivers on its own threads, and the caller compares the counts."""
 
     # Collectives
 
@@ -186,6 +211,27 @@ class DistributedComm(Comm):
             raise ValueError("post_all_reduce: the tensor must be contiguous")
         return _Posted(self, dist.all_reduce(tensor.detach(), async_op=True))
 
+    def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
+        # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
+        lo, hi = self.bounds(tensor.numel())
+        part = tensor.view(-1)[lo:hi]
+        return _Then(self.post_all_reduce(tensor), lambda: out.add_(part) if add else out.copy_(part))
+
+    def post_all_gather(self, tensor: torch.Tensor) -> Handle:
+        every, width = self._padded(tensor.view(-1))
+        mine = every[self.rank * width : (self.rank + 1) * width].clone()
+        work = dist.all_gather_into_tensor(every, mine, async_op=True)
+        return _Then(_Posted(self, work), lambda: self._unpad(every, width, tensor.view(-1)))
+
+    def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        self.sent += tensor.numel() * tensor.element_size()
+        return _Posted(self, dist.isend(tensor, to))
+
+    def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
+        into = torch.empty_like(tensor) if add else tensor
+        posted = _Posted(self, dist.irecv(into, source))
+        return _Then(posted, lambda: tensor.add_(into)) if add else posted
+
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
         self.all_reduce(tensor)
@@ -196,16 +242,22 @@ class DistributedComm(Comm):
         return self._in_place(tensor, "all_gather", self._gather)
 
     def _gather(self, memory: torch.Tensor) -> None:
-        """Gather parts of possibly unequal size: all are padded to the largest."""
-        flat, n = memory.view(-1), memory.numel()
-        width = -(-n // self.size)
-        lo, hi = self.bounds(n)
-        mine = flat.new_zeros(width)
-        mine[: hi - lo] = flat[lo:hi]
-        every = flat.new_empty(width * self.size)
+        every, width = self._padded(memory.view(-1))
+        mine = every[self.rank * width : (self.rank + 1) * width].clone()
         dist.all_gather_into_tensor(every, mine)
+        self._unpad(every, width, memory.view(-1))
+
+    def _padded(self, flat: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Room for parts of possibly unequal size, all padded to the largest, with this rank's in its place."""
+        width = -(-flat.numel() // self.size)
+        lo, hi = self.bounds(flat.numel())
+        every = flat.new_zeros(width * self.size)
+        every[self.rank * width : self.rank * width + hi - lo] = flat[lo:hi]
+        return every, width
+
+    def _unpad(self, every: torch.Tensor, width: int, flat: torch.Tensor) -> None:
         for rank in range(self.size):
-            lo, hi = rank * n // self.size, (rank + 1) * n // self.size
+            lo, hi = part_bounds(flat.numel(), self.size, rank)
             flat[lo:hi] = every[rank * width : rank * width + hi - lo]
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:

@@ -100,7 +100,7 @@ def _answer(comm: Comm, call: Received, channel: Connection) -> None:
 def _failure(error: BaseException) -> tuple[str, Parcel]:
     """An error as text, and as an object where it can be pickled."""
     kinds: dict[type, str] = {PeerTimeout: "stuck", CommunicationError: "lost"}
-    kind = kinds.get(type(error), "raised")
+    kind = "lost" if "Connection closed by peer" in str(error) else kinds.get(type(error), "raised")
     text = "".join(traceback.format_exception(error)).rstrip()
     try:
         parcel = Parcel([(text, str(error)), error])
