@@ -7,8 +7,8 @@ import datetime
 import json
 import os
 import platform
+import random
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,36 +28,15 @@ def arguments(description: str) -> argparse.Namespace:
 def interleave(runs: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
     """Call each run in turn, `repetitions` times over, and return the seconds that each call reports.
 
-    Turns rotate, so that what the machine does meanwhile hits all alike.
+    Turns are shuffled, so that none always follows the same neighbour.
     """
     names = list(runs)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    for r in range(repetitions):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
+    order = random.Random(0)
+    for _ in range(repetitions):
+        for name in order.sample(names, len(names)):
             samples[name].append(runs[name]())
     return samples
-
-
-def timed(step: Callable[[], object], times: int) -> Callable[[], float]:
-    """Return a run of `times` steps that reports the seconds of one."""
-
-    def run() -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            step()
-        return (time.perf_counter() - start) / times
-
-    return run
-
-
-def repeat_for(step: Callable[[], object], seconds: float) -> int:
-    """Return how often `step` fits into `seconds`, at least once; the first call warms up."""
-    step()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds / 4:
-        step()
-        count += 1
-    return max(1, 4 * count)
 
 
 def row(
