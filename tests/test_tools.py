@@ -92,6 +92,16 @@ def test_a_browser_that_does_not_start_is_refused(monkeypatch: pytest.MonkeyPatc
         find_browser.find_or_install()
 
 
+def test_where_no_browser_can_be_had_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    monkeypatch.delenv("BPKIT_BROWSER", raising=False)
+    monkeypatch.setattr(find_browser, "candidates", lambda: iter([None, "/no/such/browser"]))
+    monkeypatch.setattr(find_browser, "quietly", lambda *command: bool(tried.append(" ".join(command))))
+    with pytest.raises(RuntimeError, match="apt install chromium.*BPKIT_NO_BROWSER=1"):
+        find_browser.find_or_install()
+    assert tried[-1].endswith("playwright install chromium")
+
+
 @pytest.mark.parametrize(("python", "message"), [
     ("{old}", "bpkit needs Python 3.11 or newer, but .*old is 3.9, and no newer one was found"),
     ("/no/such/python", "no Python was found"),

@@ -67,7 +67,7 @@ def install() -> None:
         os.environ.setdefault("DEBIAN_FRONTEND", "noninteractive")
         quietly("apt-get", "update", "-q")
         quietly("apt-get", "install", "-q", "-y", "--no-install-recommends", "chromium")
-        if answers(shutil.which("chromium")):
+        if any(answers(path) for path in candidates()):
             return
     quietly(sys.executable, "-m", "playwright", "install", "chromium")
 
