@@ -124,7 +124,7 @@ def setup() -> None:
     except ImportError:
         return
     if get_ipython() is not None:
-        set_matplotlib_formats("svg", metadata={"Date": None}, transparent=True)
+        set_matplotlib_formats("svg", metadata={"Date": None})
 
 
 def _escaped(text: str) -> str:

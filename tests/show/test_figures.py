@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import bpkit as bp
 from bpkit.measure import Parts, Point, Scaling, Spread
 
 from ..measure.made import repeated, result
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def scaling() -> Scaling:
@@ -118,6 +121,22 @@ def test_plan_draws_each_action() -> None:
     plan = bp.plan.data_parallel(2, buckets=2)
     axes = bp.show.plan(plan).axes[0]
     assert [t.get_text().replace("\n", "") for t in axes.texts] == [str(action) for action in plan.rows[0]]
+
+
+def test_a_kernel_shows_each_figure_once_as_svg() -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    cells = [
+        "import bpkit as bp",
+        "bp.show.plan(bp.plan.data_parallel(2))",
+        "bp.show.setup(); import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.show()",
+        "bp.show.plan(bp.plan.serial())",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbclient.NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": ROOT}}
+    ).execute()
+    kinds = [[set(o["data"]) for o in cell.outputs if "data" in o] for cell in notebook.cells]
+    assert kinds[1:] == [[{"image/svg+xml", "text/plain"}]] * 3
 
 
 def test_show_loads_neither_matplotlib_nor_widgets() -> None:
