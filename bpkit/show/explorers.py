@@ -235,9 +235,10 @@ def _script(kind: str, content: Any) -> str:
 
 def sentence(failure: BaseException) -> str:
     """One line that names an error; the whole of it stays in `Explorer.failure`."""
-    text = str(failure).strip().splitlines()
-    first = text[0] if text else "no message was given"
-    return f"{type(failure).__name__}: {first[:300]}"
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()] or ["no message was given"]
+    # A worker's error is a heading with a colon, and its traceback, whose last line says what was wrong.
+    text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return f"{type(failure).__name__}: {text[:300]}"
 
 
 def check(measurement: Any, source: str) -> dict[str, Any]:
@@ -256,7 +257,8 @@ def check(measurement: Any, source: str) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{source} has no {' and no '.join(missing)}")
     for point in measurement["points"]:
-        lacking = {"workers", "step_s", "throughput", "speedup", "efficiency", "parts"} - point.keys()
+        there = point.keys() | point.get("parts", {}).keys()
+        lacking = {"workers", "step_s", "throughput", "speedup", "efficiency", *PARTS} - there
         if lacking:
             workers = point.get("workers", "?")
             raise ValueError(f"{source}: the point for {workers} workers lacks {sorted(lacking)}")

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("anywidget")
 
-from bpkit.show.explorers import MODULES, PARTS, Explorer, bundle, check, explorer, fragment
+from bpkit.show.explorers import MODULES, PARTS, Explorer, bundle, check, explorer, fragment, sentence
 
 
 def measurement(workers: tuple[int, ...] = (1, 2), machine: str = "sample") -> dict[str, Any]:
@@ -157,6 +157,12 @@ def test_an_error_is_one_sentence_and_the_next_run_works() -> None:
     figure.measure()
     assert figure.wait(5)
     assert (figure.error, len(figure.own)) == ("", 1)
+
+
+def test_a_worker_s_traceback_is_told_by_its_last_line() -> None:
+    message = "rank 1 raised in train():\nTraceback (most recent call last):\n  ...\nKeyError: 'w'\n"
+    assert sentence(RuntimeError(message)) == "RuntimeError: rank 1 raised in train(): KeyError: 'w'"
+    assert sentence(ValueError()) == "ValueError: no message was given"
 
 
 def test_a_result_in_another_form_is_named() -> None:
