@@ -196,9 +196,8 @@ def explain(function: Any, args: tuple, error: BaseException) -> str:
     """Why a call cannot be sent: names the function and the object that cannot be pickled."""
     name = getattr(function, "__qualname__", repr(function))
     why = f"{type(error).__name__}: {error}"
-    if "cloudpickle" not in sys.modules and (
-        getattr(function, "__module__", "") == "__main__" or "<" in name
-    ):
+    of_a_cell = getattr(function, "__module__", "") == "__main__" or "<" in name
+    if of_a_cell and not sys.modules.get("cloudpickle"):
         return (f"cannot send {name}() to the workers: it is defined in a cell, a script or another "
                 "function. Install cloudpickle (pip install cloudpickle), or put it into a module")
     for place, value in _named_parts(function, args):

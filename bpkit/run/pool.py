@@ -198,8 +198,8 @@ class Pool:
     def _start(self) -> None:
         if self._closed:
             raise RuntimeError("this pool is closed; make a new one")
-        if self._running and self._running.dead():
-            self._end()  # somebody killed a resting worker
+        if self._running and (self._running.dead() or connection.wait(self._running.channels, 0)):
+            self._end()  # somebody killed a resting worker: its channel is at its end
         if self._running is None:
             running = Workers(self.workers, self.backend, self.threads_per_worker, self.timeout,
                               self.start_method)
