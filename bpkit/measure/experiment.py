@@ -18,7 +18,7 @@ from bpkit.measure.reports import Report, Spread, summarize
 from bpkit.measure.steps import Steps
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
-from bpkit.plan import Plan, data_parallel, serial
+from bpkit.plan import Plan, compile, data_parallel, serial
 from bpkit.run.cluster import Cluster, TrainResult
 from bpkit.run.errors import Stopped
 from bpkit.run.progress import somebody_looks
@@ -108,6 +108,8 @@ def scaling(
         raise ValueError("scaling takes either lr=... or optimizer=..., not both")
     plans = {n: _plan(plan, n) for n in counts}
     optimizer = optimizer or (SGD(0.1, momentum=0.9) if lr is None else SGD(lr))
+    for made in plans.values():
+        compile(made, network)  # refuses a plan that does not fit, before anything starts
     runs: dict[int, list[TrainResult]] = {n: [] for n in counts}
     reached: dict[int, TrainResult] = {}
     with ExitStack() as stack:

@@ -142,7 +142,7 @@ def test_two_workers_parts_sum_to_the_step_time() -> None:
 
 
 def test_a_sleeping_worker_is_the_other_ones_exposed_communication() -> None:
-    pause = 0.01
+    pause = 0.03
 
     # Defined here, so that the class itself travels to the workers.
     @dataclass(frozen=True)

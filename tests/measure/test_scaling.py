@@ -152,6 +152,15 @@ def test_progress_rises_to_one(fake: type[FakeCluster]) -> None:
     assert any("repetition 2 of 3, 2 workers: step 3 of 6" in text for _, text in told)
 
 
+def test_a_bar_where_somebody_looks(fake: type[FakeCluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    tqdm = pytest.importorskip("tqdm.auto")
+    drawn: list[int] = []
+    monkeypatch.setattr(experiment, "somebody_looks", lambda: True)
+    monkeypatch.setattr(tqdm.tqdm, "update", lambda bar, n=1: drawn.append(n) or setattr(bar, "n", bar.n + n))
+    measure(progress=None)
+    assert sum(drawn) == 100 and min(drawn) >= 0
+
+
 def test_stop_ends_it_and_closes_the_workers(fake: type[FakeCluster]) -> None:
     stop = threading.Event()
 
@@ -180,6 +189,7 @@ def test_stop_ends_it_and_closes_the_workers(fake: type[FakeCluster]) -> None:
         ({"batch": 1000, "scaling": "weak"}, "global batch of 2000 .weak scaling, 2 workers. is larger than digits"),
         ({"lr": 0.1, "optimizer": bp.optim.SGD(0.1)}, "not both"),
         ({"plan": lambda n: bp.plan.data_parallel(n + 1)}, "a plan for 3 workers"),
+        ({"plan": lambda n: bp.plan.data_parallel(n, buckets=9)}, "9 stages, but the network has only"),
     ],
 )
 def test_bad_input_is_refused_before_anything_starts(
