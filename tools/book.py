@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,13 +37,21 @@ def digest() -> str:
 
 
 def build(force: bool = False) -> bool:
-    """Build where needed; return whether the book stands."""
+    """Build where needed, one build at a time; return whether the book stands."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    with (OUTPUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return build_alone(force)
+
+
+def build_alone(force: bool) -> bool:
+    """Build where needed, with nobody else building."""
     stamp = OUTPUT / "digest"
     wanted = digest()
     if not force and (HTML / "index.html").exists() and stamp.exists() and stamp.read_text() == wanted:
         return True
-    OUTPUT.mkdir(parents=True, exist_ok=True)
     stamp.unlink(missing_ok=True)
+    start = time.time() - 1
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", ".",
                "-W", "-n", "--all", "--toc", "book/_toc.yml", "--path-output", str(OUTPUT)]
     log = OUTPUT / "log.txt"
@@ -54,6 +64,9 @@ def build(force: bool = False) -> bool:
         print("\n".join(warned + lines[start : start + 4]))
         print(f"The book was not built. Log: {log.relative_to(ROOT)}")
         return False
+    for page in HTML.rglob("*.html"):  # all pages were written anew; what is older is of a chapter that is gone
+        if page.stat().st_mtime < start and "_static" not in page.parts:
+            page.unlink()
     stamp.write_text(wanted)
     print(f"The book: {(HTML / 'index.html').relative_to(ROOT)}")
     return True
