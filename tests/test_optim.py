@@ -124,11 +124,11 @@ def test_bad_options(make, text: str) -> None:  # type: ignore[no-untyped-def]
 
 def test_digits_reach_97_percent() -> None:
     """The plain serial loop, in four lines."""
-    net, data = nn.mlp([64, 256, 256, 10]), digits()
+    net, data = nn.mlp([64, 512, 512, 10]), digits()
     optimizer = optim.SGD(lr=0.1, momentum=0.9)
     state = optimizer.state(net.flat_parameters)
     for step in range(150):
-        x, t = data.batch(step, 128)
+        x, t = data.batch(step, 256)
         _, dy = net.loss.value_and_gradient(net.forward(x), t)
         net.backward(dy)
         optimizer.update(net.flat_parameters, net.flat_gradients, state, step, 1 / net.loss.terms(t))

@@ -333,9 +333,12 @@ class Network:
         stage.load(self._parameters[counts[start] : counts[stop]])
         return stage
 
-    def copy(self) -> Network:
-        """Return a network with the same values in buffers of its own, without kept activations."""
-        other = self._stage(0, len(self.layers))
+    def copy(self, device: str | torch.device | None = None) -> Network:
+        """Return a network with the same values in buffers of its own (on `device`), without kept activations."""
+        define = (self.layers, self.input_shape, self.loss, self.seed, self.dtype)
+        other = Network.__new__(Network)
+        other._define(*define, torch.device(device or self.device), self._first_leaf)
+        other.flat_parameters.copy_(self.flat_parameters)
         other.flat_gradients.copy_(self.flat_gradients)
         return other
 

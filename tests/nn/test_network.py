@@ -77,7 +77,7 @@ def test_copy_and_pickle_keep_values_and_masks_and_share_nothing() -> None:
     here = nn.Context(2, 1)
     dx, _ = by_hand(net, x, t, here)
     stage = net.split([2])[1]
-    for other in (net.copy(), pickle.loads(pickle.dumps(net))):
+    for other in (net.copy(), net.copy("cpu"), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other.flat_gradients, net.flat_gradients)
         assert torch.equal(by_hand(other, x, t, here)[0], dx)
         other.flat_parameters.zero_()
