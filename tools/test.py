@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import find_browser
+import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "test"
@@ -39,8 +40,8 @@ def commands(stage: str) -> list[list[str]]:
 
 
 def chapters() -> list[str]:
-    """The notebooks of the course, in order: the landing page, then the chapters."""
-    return [str(path.relative_to(ROOT)) for name in ("book", "chapters") for path in sorted((ROOT / name).glob("*.ipynb"))]
+    """The notebooks of the course, in order."""
+    return [str(path.relative_to(ROOT)) for path in notebooks.chapters()]
 
 
 def run_stage(stage: str, environment: dict[str, str]) -> tuple[bool, float]:
