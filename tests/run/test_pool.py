@@ -227,7 +227,8 @@ def test_what_cannot_be_pickled_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         return lock
 
     pool = Pool(2)
-    with pytest.raises(TypeError, match=r"cannot send .*hold\(\) to the workers: its variable 'lock' is a _thread.lock"):
+    with pytest.raises(TypeError, match=
+                       r"cannot send .*hold\(\) to the workers: its variable 'lock' is a _thread.lock"):
         pool.call(hold)
     with pytest.raises(TypeError, match=r"argument 2 is a _thread.lock, which cannot be pickled"):
         pool.call(rank_and_pid, 1, lock)
