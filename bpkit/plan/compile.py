@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import torch
+
 from bpkit.nn import Network
 from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.check import check
@@ -117,6 +119,13 @@ def compile(plan: Plan, network: Network, clip: bool = False) -> Program:
     return Program(
         plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)), tuple(map(peak_activations, plan.rows))
     )
+
+
+def compile_collective(plan: Plan, size: int, dtype: torch.dtype) -> Program:
+    """Check a collective by itself and resolve it for a buffer of `size` elements."""
+    check_once(plan)
+    rows = tuple(_instructions(row, {}, (size,), (), dtype.itemsize) for row in plan.rows)
+    return Program(plan, (), (size,), rows, tuple({} for _ in rows), (0,) * len(rows))
 
 
 def bucket_cuts(network: Network, megabytes: float) -> tuple[int, ...]:

@@ -31,6 +31,7 @@ class Holdings:
     gradients: dict[int, list[Contributions]] = field(default_factory=dict)  # by stage, then atom
     reduced: dict[int, list[Contributions]] = field(default_factory=dict)  # what scatters gave this rank's own part
     versions: dict[int, list[int | None]] = field(default_factory=dict)  # parameters: updates seen, None: not held
+    sharded: dict[int, bool] = field(default_factory=dict)  # whether the step begins with this rank's part only
     seen: dict[tuple[int, int | None], int] = field(default_factory=dict)  # version that each forward read
     averaged: set[int] = field(default_factory=set)  # stages whose parameters are the mean over data ranks
 
@@ -55,7 +56,8 @@ class Provenance:
             rank.gradients[stage] = [self._before(at.data, atom) for atom in range(len(self.atoms))]
             rank.reduced[stage] = [Counter({STALE: 1}) for _ in self.atoms]
             touching = [a.kind for a in rank.row if a.stage == stage and a.kind in ("F", "UNSHARD")]
-            sharded = touching[:1] == ["UNSHARD"]
+            sharded = touching[:1] == ["UNSHARD"] and self.plan.mesh.data > 1
+            rank.sharded[stage] = sharded
             rank.versions[stage] = [
                 0 if not sharded or self.owner(i) == at.data else None for i in range(len(self.atoms))
             ]
@@ -234,6 +236,8 @@ class Provenance:
             return
         for stage, versions in rank.versions.items():
             resharded = None in versions
+            if resharded and not rank.sharded[stage]:
+                self.fail(rank, end, f"stage {stage} ends sharded, and the next step begins with a read of the whole")
             for atom, version in enumerate(versions):
                 mine = not resharded or self.owner(atom) == rank.at.data
                 if mine and version != self.updates():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bpkit.data import Dataset, shard_sizes
+from bpkit.data import Dataset
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program, compile, data_parallel
+from bpkit.plan.compile import compile_collective
 from bpkit.run import memory
 from bpkit.run.pool import Pool
 from bpkit.run.progress import Progress
-from bpkit.run.training import Job, Outcome, gradients, join, train
+from bpkit.run.training import Job, Outcome, Shards, collective, gradients, join, shard_sizes_of, train
 from bpkit.trace import Trace
 
 
@@ -46,6 +48,8 @@ class TrainResult:
         Samples of a global batch.
     backend : str
         The transport that carried it.
+    memory : tuple of dict
+        For each rank, bytes of parameters, gradients and optimizer state.
     """
 
     network: Network
@@ -56,6 +60,7 @@ class TrainResult:
     program: Program
     batch: int
     backend: str
+    memory: tuple[dict[str, int], ...]
 
     @property
     def plan(self) -> Plan:
@@ -72,6 +77,33 @@ class TrainResult:
             f"<TrainResult: {self.plan.name} over {self.backend}, {len(self.losses)} steps, "
             f"loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}>"
         )
+
+
+@dataclass(frozen=True)
+class CollectiveResult:
+    """What a collective by itself gives.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        The buffer of each rank afterwards.
+    sent : tuple of int
+        Bytes that each rank sent in one run, counted at the send.
+    trace : Trace
+        One step a run.
+    program : Program
+    """
+
+    tensors: tuple[Tensor, ...]
+    sent: tuple[int, ...]
+    trace: Trace
+    program: Program
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """Duration of each run: last end minus first start over all ranks."""
+        steps = [self.trace.at_step(int(step)) for step in self.trace.steps]
+        return np.array([(step.end.max() - step.start.min()) / 1e9 for step in steps])
 
 
 class Cluster:
@@ -177,7 +209,7 @@ class Cluster:
         lr: float | None = None,
         optimizer: Optimizer | None = None,
         seed: int = 0,
-        shards: Sequence[float] | None = None,
+        shards: Shards | None = None,
         evaluate_every: int = 0,
         target: float | None = None,
         record: int = 200,
@@ -201,8 +233,9 @@ class Cluster:
         optimizer : Optimizer, optional
         seed : int
             Of the order of samples.
-        shards : sequence of float, optional
-            Samples (or weights) of each data rank in a global batch; even where None.  A rank may have none.
+        shards : sequence of float, or of such sequences, optional
+            Samples (or weights) of each data rank in a global batch; even where None.
+            A rank may have none.  A sequence of sequences is used step by step, in turn.
         evaluate_every : int
             Steps between evaluations on the test samples (0: none); their time is not counted.
         target : float, optional
@@ -278,6 +311,7 @@ class Cluster:
             job.program,
             job.batch,
             self.backend,
+            tuple(outcome.memory for outcome in outcomes),
         )
 
     def gradients(
@@ -287,7 +321,7 @@ class Cluster:
         targets: Tensor,
         plan: Plan | None = None,
         *,
-        shards: Sequence[float] | None = None,
+        shards: Shards | None = None,
         step: int = 0,
     ) -> Tensor:
         """What UPDATE would apply, after one step on the given global batch; for proofs.
@@ -320,6 +354,10 @@ class Cluster:
             raise ValueError("an empty batch has no gradient: give at least one sample")
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
+        if plan.holds != "all":
+            raise ValueError(
+                f"{plan.name} has no one gradient: its ranks apply different ones; compare weights after train"
+            )
         self._fits(plan, network, inputs, targets)
         program = compile(plan, network)
         self._room(program, network)
@@ -335,15 +373,45 @@ class Cluster:
             describe=_describer(program),
         )
         parts = network.split(program.cuts)
-        for rank, at in enumerate(plan.mesh.coordinates()):
-            first = found[plan.mesh.rank(at._replace(data=0))]
-            for stage, flat in found[rank].items():
-                if not torch.equal(flat, first[stage]):
-                    raise RuntimeError(
-                        f"{plan.name}: rank {rank} ends with another gradient of stage {stage} than data rank 0"
-                    )
-                parts[stage].flat_gradients.copy_(flat)
+        for stage, part in enumerate(parts):
+            part.flat_gradients.copy_(_overlaid(plan, stage, [pieces[stage] for pieces in found if stage in pieces]))
         return torch.cat([tensor.flatten() for part in parts for tensor in part.gradients()])
+
+    def collective(self, plan: Plan, tensors: Sequence[Tensor], repeat: int = 1) -> CollectiveResult:
+        """Run a collective by itself (see `bpkit.plan.collective`).
+
+        Parameters
+        ----------
+        plan : Plan
+            With another purpose than training.
+        tensors : sequence of Tensor
+            One a rank, 1-D, of one size and dtype.
+        repeat : int
+            Runs; each begins with the given tensors.
+
+        Raises
+        ------
+        ValueError
+            If the tensors do not fit each other or the plan; a rank is named.
+        """
+        if plan.purpose == "train" or plan.workers != self.workers:
+            raise ValueError(f"{plan.name} is not a collective by itself for {self.workers} workers")
+        if len(tensors) != self.workers:
+            raise ValueError(f"a collective of {self.workers} ranks needs as many tensors, not {len(tensors)}")
+        for rank, tensor in enumerate(tensors):
+            if tensor.ndim != 1 or tensor.shape != tensors[0].shape or tensor.dtype != tensors[0].dtype:
+                raise ValueError(
+                    f"rank {rank} has {tuple(tensor.shape)} of {tensor.dtype}, rank 0 has "
+                    f"{tuple(tensors[0].shape)} of {tensors[0].dtype}: all must be 1-D and alike"
+                )
+        size = len(tensors[0])
+        if plan.purpose == "all_to_all" and size % self.workers:
+            raise ValueError(f"{plan.name} exchanges equal parts: {self.workers} ranks do not divide {size} elements")
+        program = compile_collective(plan, size, tensors[0].dtype)
+        found = self._pool.call(collective, program, tensors, repeat, describe=_describer(program))
+        rows = [[str(step.action) for step in program.row(at)] for at in plan.mesh.coordinates()]
+        trace = Trace.collect([log for _, log, _ in found], rows)
+        return CollectiveResult(tuple(out for out, _, _ in found), tuple(sent for _, _, sent in found), trace, program)
 
     # -- checks before anything starts -------------------------------------------------------------------
 
@@ -380,10 +448,33 @@ def _optimizer(lr: float | None, optimizer: Optimizer | None) -> Optimizer:
     return SGD(lr) if optimizer is None else optimizer  # type: ignore[arg-type]
 
 
-def _shards(batch: int, plan: Plan, shards: Sequence[float] | None) -> tuple[float, ...] | None:
-    """Shares of the data ranks, checked."""
-    shard_sizes(batch, plan.mesh.data, shards)
-    return None if shards is None else tuple(shards)
+def _shards(batch: int, plan: Plan, shards: Shards | None) -> Shards | None:
+    """Shares of the data ranks, checked for every step."""
+    if shards is None:
+        return None
+    for step in range(len(shards) if isinstance(shards[0], Sequence) else 1):
+        sizes = shard_sizes_of(plan, batch, shards, step)
+        served = [data for data in plan.servers if sizes[data]]
+        if served:
+            raise ValueError(
+                f"{plan.name}: data rank {served[0]} only serves and takes no samples, not {sizes[served[0]]}"
+            )
+    return shards
+
+
+def _overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:
+    """One gradient from those of all ranks, which are NaN where another rank updates, and must agree elsewhere."""
+    whole = torch.full_like(pieces[0], math.nan)
+    for rank, piece in enumerate(pieces):
+        both = ~torch.isnan(piece) & ~torch.isnan(whole)
+        if not torch.equal(piece[both], whole[both]):
+            raise RuntimeError(
+                f"{plan.name}: replica {rank} ends with another gradient of stage {stage} than the others"
+            )
+        whole = torch.where(torch.isnan(piece), whole, piece)
+    if torch.isnan(whole).any():
+        raise FloatingPointError(f"{plan.name}: the gradient of stage {stage} is not a number")
+    return whole
 
 
 def _describer(program: Program) -> Callable[[int, int, int], str]:
@@ -397,7 +488,9 @@ def _describer(program: Program) -> Callable[[int, int, int], str]:
 
 
 def _same_bits(plan: Plan, outcomes: list[Outcome]) -> None:
-    """Data and tensor replicas of a stage must hold the same weights, to the bit."""
+    """Replicas of a stage must hold the same weights, to the bit (with an asynchronous server only its own count)."""
+    if plan.holds == "one":
+        return
     for rank, at in enumerate(plan.mesh.coordinates()):
         first = outcomes[plan.mesh.rank(at._replace(data=0))].digests
         for stage, digest in outcomes[rank].digests.items():

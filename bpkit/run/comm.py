@@ -25,7 +25,15 @@ def part_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
 
 
 class Handle(abc.ABC):
-    """A posted reduction."""
+    """Posted communication.
+
+    Attributes
+    ----------
+    passive : bool
+        Whether only `wait` ends it: `poll` never does.
+    """
+
+    passive = False
 
     @abc.abstractmethod
     def poll(self) -> bool:
@@ -34,6 +42,16 @@ class Handle(abc.ABC):
     @abc.abstractmethod
     def wait(self) -> None:
         """Block until it has finished."""
+
+
+class Done(Handle):
+    """Communication that has ended."""
+
+    def poll(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
 
 
 class Comm(abc.ABC):
@@ -48,6 +66,8 @@ class Comm(abc.ABC):
         ``"shm"``, ``"gloo"`` or ``"nccl"``.
     device : torch.device
         Where tensors for this transport live.
+    timeout : float
+        Seconds that this rank may wait for a peer.
     sent : int
         Payload bytes given to `send` so far. Collectives are not counted.
     mark : numpy.ndarray
@@ -58,10 +78,11 @@ class Comm(abc.ABC):
 
     name = ""
 
-    def __init__(self, rank: int, size: int, block: Block, device: str = "cpu") -> None:
+    def __init__(self, rank: int, size: int, block: Block, timeout: float, device: str = "cpu") -> None:
         self.rank, self.size = rank, size
         self.device = torch.device(device)
         self.sent = 0
+        self.timeout = timeout
         self.block = block
         self.mark: np.ndarray = block.marks[rank]
         self.cache: dict[Any, Any] = {}
@@ -96,6 +117,31 @@ class Comm(abc.ABC):
     @abc.abstractmethod
     def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
         """Start a sum over ranks; `tensor` must rest until the handle has finished."""
+
+    # What plans use besides: posted, with sizes that both sides know.
+
+    @abc.abstractmethod
+    def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
+        """Start a sum over ranks of this rank's part of `tensor`, put into `out` or added to it."""
+
+    @abc.abstractmethod
+    def post_all_gather(self, tensor: torch.Tensor) -> Handle:
+        """Start to fill the other ranks' parts of `tensor` (of `shared`: wait until all have written theirs)."""
+
+    @abc.abstractmethod
+    def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        """Start to send memory of `empty` without copying it; it must rest until the handle has finished."""
+
+    @abc.abstractmethod
+    def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
+        """Start to receive what `source` posts next, from the same place of its memory, or to add it."""
+
+    def shared(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        """Memory for `n` elements that is one for all ranks; None where ranks share no memory."""
+        return None
+
+    def progress(self) -> None:  # noqa: B027 - a transport with threads of its own needs none
+        """Move this rank's unfinished business along; never blocks."""
 
     @abc.abstractmethod
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:

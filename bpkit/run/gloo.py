@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from time import perf_counter_ns
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from .barrier import OPERATIONS, Block
-from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, Comm, Handle, check_message, part_bounds
+from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, Comm, Done, Handle, check_message, part_bounds
 from .errors import CommunicationError, PeerTimeout
 
 PACKET = 4096
@@ -47,6 +48,26 @@ class _Posted(Handle):
     def wait(self) -> None:
         if not self._finished:
             self._comm.run("post_all_reduce", -1, self._work.wait)
+            self._finished = True
+
+
+class _Message(Handle):
+    """A receive: gloo shows its end only to who waits for it."""
+
+    passive = True
+
+    def __init__(self, comm: DistributedComm, work: Any, source: int, then: Callable[[], Any] | None) -> None:
+        self._comm, self._work, self._source, self._then, self._finished = comm, work, source, then, False
+
+    def poll(self) -> bool:
+        return self._finished
+
+    def wait(self) -> None:
+        if not self._finished:
+            self._comm.run("recv", self._source, self._work.wait)
+            self._comm.count_received(self._source)
+            if self._then is not None:
+                self._then()
             self._finished = True
 
 
@@ -87,8 +108,7 @@ class DistributedComm(Comm):
                  path: str | None = None) -> None:
         self.name = backend
         device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
-        super().__init__(rank, size, block, device)
-        self._timeout = timeout
+        super().__init__(rank, size, block, timeout, device)
         self._waited = 0
         self._held: list[deque[tuple[int, Any, torch.Tensor]]] = [deque() for _ in range(size)]
         if device != "cpu":
@@ -116,7 +136,7 @@ class DistributedComm(Comm):
             text = str(error)
             if "imed out" in text or "imeout" in text:
                 whom = f" for rank {peer}" if peer >= 0 else ""
-                raise PeerTimeout(f"waited {self._timeout:g} s in {operation}{whom}") from error
+                raise PeerTimeout(f"waited {self.timeout:g} s in {operation}{whom}") from error
             raise CommunicationError(f"{self.name}: {operation} failed: {text}") from error
         finally:
             self._waited += perf_counter_ns() - start
@@ -173,9 +193,13 @@ class DistributedComm(Comm):
             self.run("recv", source, dist.recv, data[first:], source)
         if target is not tensor:
             tensor.copy_(target)
+        self.count_received(source)
+        return tensor
+
+    def count_received(self, source: int) -> None:
+        """Tell the sender, and the check after the call, that one more message has arrived."""
         self.received_from[source] += 1
         self.block.received[self.rank, source] = self.received_from[source]
-        return tensor
 
     def finish(self) -> None:
         """Nothing to do: gloo delivers on its own threads, and the caller compares the counts."""
@@ -224,13 +248,14 @@ class DistributedComm(Comm):
         return _Then(_Posted(self, work), lambda: self._unpad(every, width, tensor.view(-1)))
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        self._post(tensor.clone(), to)  # a copy, since gloo tells only who waits when the memory is free
         self.sent += tensor.numel() * tensor.element_size()
-        return _Posted(self, dist.isend(tensor, to))
+        self.sent_to[to] += 1
+        return Done()
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         into = torch.empty_like(tensor) if add else tensor
-        posted = _Posted(self, dist.irecv(into, source))
-        return _Then(posted, lambda: tensor.add_(into)) if add else posted
+        return _Message(self, dist.irecv(into, source), source, partial(tensor.add_, into) if add else None)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours

@@ -40,14 +40,14 @@ class Layout:
 
     def semaphore(self, kind: str, a: int, b: int) -> str:
         """Name of one semaphore: (b)arrier of rank a in round b; from rank a to rank b slots f(i)lled,
-        sl(o)ts free, (r)eady and (d)one of posted sums."""
+        sl(o)ts free, (r)eady and (d)one of posted sums, (m)essages ready and (t)aken without a copy."""
         return f"{self.name}-{kind}{a}.{b}"
 
     def semaphores(self) -> dict[str, int]:
         """Names of all semaphores and their first values."""
         ranks = range(self.ranks)
         values = {self.semaphore("b", r, k): 0 for r in ranks for k in range(self.rounds)}
-        for kind, value in (("i", 0), ("o", SLOTS), ("r", 0), ("d", 0)):
+        for kind, value in (("i", 0), ("o", SLOTS), ("r", 0), ("d", 0), ("m", 0), ("t", 0)):
             values |= {self.semaphore(kind, a, b): value for a in ranks for b in ranks if a != b}
         return values
 

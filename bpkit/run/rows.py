@@ -11,7 +11,8 @@ import torch
 
 _CACHE = 1 << 17  # bytes that one block of a sum takes of each row: they stay in the second-level cache
 
-Program = list[tuple[Callable[..., Any], tuple]]  # steps of a collective: functions and their arguments
+Step = tuple[Callable[..., Any], tuple]
+Program = list[Step]  # steps of a collective: functions and their arguments
 
 
 class Rows:
@@ -54,11 +55,46 @@ class Rows:
         return program
 
 
+    def sum_into(self, start: int, bounds: tuple[int, int], out: torch.Tensor, add: bool) -> Program:
+        """The sum of elements `bounds` over all rows, in rank order, put into `out` or added to it."""
+        lo, hi = bounds
+        step = max(_CACHE // out.element_size(), 1)
+        program: Program = []
+        for first in range(lo, hi, step):
+            n, at = min(step, hi - first), start + first * out.element_size()
+            into = out[first - lo : first - lo + n]
+            parts = [self.view(rank, at, n, out.dtype) for rank in range(len(self.tensors))]
+            if not add and len(parts) > 1:
+                program.append(_sum_of_two(parts[0], parts[1], into))
+                parts = parts[2:]
+            elif not add:
+                program.append((into.copy_, (parts.pop(),)))
+            program += [_addition(into, part) for part in parts]
+        return program
+
+    def addition(self, start: int, bounds: tuple[int, int], dtype: torch.dtype, source: int, target: int) -> Step:
+        """The addition of elements of one row to those of another."""
+        lo, hi = bounds
+        at, n = start + lo * dtype.itemsize, hi - lo
+        return _addition(self.view(target, at, n, dtype), self.view(source, at, n, dtype))
+
+    def copy(self, start: int, bounds: tuple[int, int], dtype: torch.dtype, source: int, target: int) -> Step:
+        """The copy of elements of one row to another."""
+        first, last = (start + bound * dtype.itemsize for bound in bounds)
+        return self.arrays[target][first:last].data.__setitem__, (slice(None), self.arrays[source][first:last].data)
+
+
 def _addition(total: torch.Tensor, other: torch.Tensor) -> tuple[Callable[..., Any], tuple]:
     if total.dtype == torch.bfloat16:  # numpy has no such type
         return total.add_, (other,)
     a, b = total.numpy(), other.numpy()
     return np.add, (a, b, a)
+
+
+def _sum_of_two(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Step:
+    if out.dtype == torch.bfloat16:
+        return (lambda: torch.add(a, b, out=out)), ()
+    return np.add, (a.numpy(), b.numpy(), out.numpy())
 
 
 def run_program(program: Program) -> None:

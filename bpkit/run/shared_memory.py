@@ -19,6 +19,7 @@ import torch
 from . import memory
 from .barrier import Barrier, Block, SemLock, Waiter, open_semaphore
 from .comm import Comm, Handle, part_bounds
+from .direct import Direct
 from .errors import NoRoom
 from .layout import Layout
 from .mailbox import Inbox, Outbox
@@ -35,13 +36,16 @@ class SharedMemoryComm(Comm):
     name = "shm"
 
     def __init__(self, rank: int, layout: Layout, fd: int, block: Block, timeout: float) -> None:
-        super().__init__(rank, layout.ranks, block)
+        super().__init__(rank, layout.ranks, block, timeout)
         self._layout = layout
         self._waiter = Waiter(rank, block.waits[rank], timeout)
         self._others = [r for r in range(self.size) if r != rank]
         self._join_barrier()
         self._join_mail(fd)
         self._posted = PostedSums(self._others, self._pairs("r"), self._pairs("d"), self._waiter, self.progress)
+        ends = [dict(zip(self._others, side, strict=True)) for kind in "mt" for side in self._pairs(kind)]
+        self._direct = Direct(*ends, waiter=self._waiter)
+        self._common: list[tuple[int, int]] = []  # addresses of `shared` memory
         self._blocks: list[tuple[int, int, Rows]] = []
         self._sums: dict[tuple, Program] = {}  # by address, length, type: valid while the memory lives
         self._allocations = 0
@@ -123,11 +127,14 @@ class SharedMemoryComm(Comm):
     # Memory of all ranks
 
     def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._empty(n, dtype, "empty")
+
+    def _empty(self, n: int, dtype: torch.dtype, operation: str) -> torch.Tensor:
         if n < 0:
             raise ValueError(f"empty: {n} elements")
         self._posted.settle()
         row = -(-max(n * dtype.itemsize, 1) // _LINE) * _LINE
-        rows = Rows(self._map(row * self.size), self.size, row)
+        rows = Rows(self._map(row * self.size, operation), self.size, row)
         if n == 0:
             return torch.empty(0, dtype=dtype)
         # Its own exporter: when the last tensor over it goes, so does the entry, and with it the mapping.
@@ -137,11 +144,19 @@ class SharedMemoryComm(Comm):
         weakref.finalize(own, self._forget, start).atexit = False
         return torch.frombuffer(own, dtype=dtype)
 
+    def shared(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        self._posted.settle()
+        size = -(-max(n * dtype.itemsize, 1) // _LINE) * _LINE
+        own = Rows(self._map(size), 1, size).arrays[0]
+        self._common.append((own.ctypes.data, own.ctypes.data + size))
+        weakref.finalize(own, self._common.remove, self._common[-1]).atexit = False
+        return torch.frombuffer(own, dtype=dtype)[:n]
+
     def _forget(self, start: int) -> None:
         self._blocks = [block for block in self._blocks if block[0] != start]
         self._sums = {}
 
-    def _map(self, size: int) -> mmap.mmap:
+    def _map(self, size: int, operation: str = "empty") -> mmap.mmap:
         """Map one new file of `size` bytes on every rank; its name is gone when this returns."""
         self._allocations += 1
         path = os.path.join(memory.directory(), f"{self._layout.name}-{self._allocations}")
@@ -153,11 +168,11 @@ class SharedMemoryComm(Comm):
                 self.block.room[0] = -1
             except NoRoom:
                 self.block.room[0] = memory.free_room()
-        self._barrier.cross("empty")
+        self._barrier.cross(operation)
         free = int(self.block.room[0])
         if free < 0 and self.rank != 0:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._barrier.cross("empty")
+        self._barrier.cross(operation)
         if free >= 0:
             raise memory.no_room(what, size, free)
         if self.rank == 0:
@@ -222,10 +237,48 @@ class SharedMemoryComm(Comm):
             finished = PostedSum(self._posted, [], 0)
             finished.finished = True
             return finished
+        return self._post(program)
+
+    def _post(self, program: Program) -> Handle:
         posted = self._posted.post(program)
         self._waiter.progress = self.progress
         self.progress()
         return posted
+
+    def _in_rows(self, tensor: torch.Tensor, operation: str) -> tuple[Rows, int]:
+        found = self._find(tensor)
+        if found is None:
+            raise ValueError(f"{operation}: the tensor must lie in memory of comm.empty")
+        return found
+
+    def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
+        key = (tensor.data_ptr(), tensor.numel(), out.data_ptr(), add)
+        program = self._sums.get(key)
+        if program is None:
+            rows, start = self._in_rows(tensor, "post_reduce_scatter")
+            program = rows.sum_into(start, self.bounds(tensor.numel()), out, add)
+            self._sums[key] = program
+        return self._post(program)
+
+    def post_all_gather(self, tensor: torch.Tensor) -> Handle:
+        if any(low <= tensor.data_ptr() < high for low, high in self._common):
+            return self._post([])  # the parts are where they belong: only wait until all are written
+        rows, start = self._in_rows(tensor, "post_all_gather")
+        bounds = [part_bounds(tensor.numel(), self.size, rank) for rank in self._others]
+        return self._post([rows.copy(start, b, tensor.dtype, rank, self.rank)
+                           for rank, b in zip(self._others, bounds, strict=True)])
+
+    def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        self._in_rows(tensor, "post_send")
+        self.sent += tensor.numel() * tensor.element_size()
+        return self._direct.send(to)
+
+    def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
+        rows, start = self._in_rows(tensor, "post_recv")
+        bounds = (0, tensor.numel())
+        program = [rows.addition(start, bounds, tensor.dtype, source, self.rank) if add
+                   else rows.copy(start, bounds, tensor.dtype, source, self.rank)]
+        return self._direct.recv(source, program)
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         self.check_tensor(tensor, "reduce_scatter")
@@ -270,12 +323,12 @@ class SharedMemoryComm(Comm):
     # Private tensors go through two scratch rows in turn: whoever writes into one again has passed a
     # barrier that all reach only after they have read it.
 
-    def _room(self, size: int) -> int:
+    def _room(self, size: int, operation: str) -> int:
         """Bytes of one scratch row, made larger for `size` bytes; the same on every rank."""
         want = min(1 << max(size - 1, 4095).bit_length(), _SCRATCH)
         if self._scratch is None or self._scratch.numel() < 2 * want:
             self._stages = {}
-            self._scratch = self.empty(2 * want, torch.uint8)
+            self._scratch = self._empty(2 * want, torch.uint8, operation)
         return self._scratch.numel() // 2
 
     def _stage(self, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, Program, torch.Tensor]:
@@ -296,7 +349,8 @@ class SharedMemoryComm(Comm):
         flat = tensor.detach().reshape(-1)
         if flat.numel() == 0:
             return tensor
-        for piece in flat.split(self._room(flat.numel() * flat.element_size()) // flat.element_size()):
+        most = self._room(flat.numel() * flat.element_size(), operation) // flat.element_size()
+        for piece in flat.split(most) if most < flat.numel() else (flat,):
             own, program, total = self._stage(piece.numel(), piece.dtype)
             own.copy_(piece)
             self._barrier.cross(operation)
@@ -310,7 +364,7 @@ class SharedMemoryComm(Comm):
     def _spread_private(self, tensor: torch.Tensor, operation: str, bounds: list[tuple[int, int]]) -> torch.Tensor:
         flat = tensor.detach().reshape(-1)
         most, size = max(hi - lo for lo, hi in bounds), flat.element_size()
-        width = self._room(most * size) // size if most else 1
+        width = self._room(most * size, operation) // size if most else 1
         for done in range(0, most, width):
             pieces = [flat[min(lo + done, hi) : min(lo + done + width, hi)] for lo, hi in bounds]
             self._stage(1, torch.uint8)

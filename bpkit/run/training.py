@@ -15,9 +15,14 @@ from bpkit.nn import Network
 from bpkit.nn.losses import Loss
 from bpkit.optim import Optimizer
 from bpkit.plan.compile import Program
+from bpkit.plan.plan import Plan
+from bpkit.run.buffers import Buffers, OneBuffer
 from bpkit.run.comm import Comm
-from bpkit.run.executor import Executor
+from bpkit.run.executor import Executor, StepData
+from bpkit.run.verbs import Verbs
 from bpkit.trace import Log
+
+Shards = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Job:
     batch: int
     steps: int
     seed: int
-    shards: tuple[float, ...] | None
+    shards: Shards | None
     record: int
     evaluate_every: int
     target: float | None
@@ -54,6 +59,8 @@ class Outcome:
     digests : dict
         A digest of the bits of each stage's parameters.
     accuracies : list of (step, test accuracy)
+    memory : dict
+        Bytes of parameters, gradients and optimizer state on this rank.
     """
 
     losses: list[float]
@@ -62,94 +69,146 @@ class Outcome:
     parameters: dict[int, Tensor]
     digests: dict[int, str]
     accuracies: list[tuple[int, float]]
+    memory: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's rows of the global batch, and the factors that its merge gives them."""
+    """A rank's rows of the global batch, and the factors that the plan gives them.
+
+    Parameters
+    ----------
+    low, high : int
+        Rows of the global batch.
+    weights : tuple of float
+        Factor of each microbatch's loss, in LOSS.
+    scale : float
+        Factor of the gradient, in UPDATE.
+    share : float
+        Factor of the weighted loss in the reported loss.
+    """
 
     low: int
     high: int
-    weight: float
+    weights: tuple[float, ...]
     scale: float
+    share: float
 
 
-def cut(merge: str, targets: Tensor, loss: Loss, sizes: Sequence[int], index: int) -> Shard:
+def shard_sizes_of(plan: Plan, samples: int, shards: Shards | None, step: int = 0) -> list[int]:
+    """Samples of each data rank in a global batch; ranks that only serve have none.
+
+    Parameters
+    ----------
+    shards : sequence of float, sequence of such sequences, optional
+        Sizes or weights, for all steps or for each step in turn.
+    """
+    if shards and isinstance(shards[0], Sequence):
+        return shard_sizes_of(plan, samples, shards[step % len(shards)], step)  # type: ignore[arg-type]
+    if shards is not None:
+        return shard_sizes(samples, plan.mesh.data, shards)  # type: ignore[arg-type]
+    even = iter(shard_sizes(samples, plan.mesh.data - len(plan.servers)))
+    return [0 if data in plan.servers else next(even) for data in range(plan.mesh.data)]
+
+
+def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: int) -> Shard:
     """The shard of data rank `index` of a global batch.
 
     Parameters
     ----------
-    merge : str
-        See `bpkit.plan.MERGES`.
     targets : Tensor
         Of the whole global batch.
     sizes : sequence of int
         Samples of each data rank.
     """
     low = sum(sizes[:index])
-    high = low + sizes[index]
-    if merge == "mean":
-        return Shard(low, high, 1.0, 1.0 / max(1, loss.terms(targets)))
-    own = max(1, loss.terms(targets[low:high]))
-    return Shard(low, high, 1.0 / own, 1.0 / len(sizes) if merge == "mean-of-means" else 1.0)
+    own = targets[low : low + sizes[index]]
+    m, ranks = plan.microbatches, len(sizes) - len(plan.servers)
+    if plan.holds != "all":
+        weights = tuple(1.0 / max(1, loss.terms(part)) for part in own.tensor_split(m))
+        return Shard(low, low + len(own), weights, 1.0, 1.0 / (ranks * m))
+    if plan.merge == "mean":
+        scale = 1.0 / max(1, loss.terms(targets))
+        return Shard(low, low + len(own), (1.0,) * m, scale, scale)
+    scale = 1.0 / ranks if plan.merge == "mean-of-means" else 1.0
+    return Shard(low, low + len(own), (1.0 / max(1, loss.terms(own)),) * m, scale, scale)
+
+
+class Runner:
+    """One rank's buffers, bound row and executor."""
+
+    def __init__(self, comm: Comm, program: Program, network: Network, optimizer: Optimizer,
+                 captured: dict[int, Tensor] | None = None) -> None:  # fmt: skip
+        self.plan, self.network = program.plan, network
+        self.buffers = Buffers(program, network, comm, optimizer)
+        self.step = StepData()
+        self.executor = Executor(program.row(self.buffers.at), Verbs(self.buffers, self.step, captured).bind(), comm)
+
+    def run(self, number: int, inputs: Tensor, targets: Tensor, everyone: Tensor, sizes: Sequence[int],
+            log: Log, line: int) -> float:  # fmt: skip
+        """Run one step on this rank's shard; its share of the reported loss.
+
+        Parameters
+        ----------
+        inputs, targets : Tensor
+            This rank's samples.
+        everyone : Tensor
+            Targets of the whole global batch.
+        """
+        shard = cut(self.plan, everyone, self.network.loss, sizes, self.buffers.at.data)
+        self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
+        self.step.weights, self.step.scale = shard.weights, shard.scale
+        self.executor.run(number, log, line)
+        return self.step.loss * shard.share
 
 
 def train(comm: Comm, job: Job) -> Outcome:
     """Run all steps of a job on one rank."""
-    executor = Executor(job.program, job.network, comm, job.optimizer)
-    sizes = shard_sizes(job.batch, job.program.plan.mesh.data, job.shards)
+    runner = Runner(comm, job.program, job.network, job.optimizer)
+    buffers, plan = runner.buffers, job.program.plan
     recorded = min(job.steps, job.record)
-    log = Log.empty(range(job.steps - recorded, job.steps), max(1, len(executor.row)))
+    log = Log.empty(range(job.steps - recorded, job.steps), len(buffers.row))
     losses, starts, accuracies, paused = [], [], [], 0
     comm.barrier()
     for step in range(job.steps):
         starts.append(perf_counter_ns() - paused)
         rows = job.data.indices(step, job.batch, job.seed)
-        targets = job.data.targets[rows]
-        shard = cut(job.program.plan.merge, targets, job.network.loss, sizes, executor.at.data)
-        mine = rows[shard.low : shard.high]
+        everyone = job.data.targets[rows]
+        sizes = shard_sizes_of(plan, job.batch, job.shards, step)
+        low = sum(sizes[: buffers.at.data])
+        mine = slice(low, low + sizes[buffers.at.data])
         line = max(0, step - (job.steps - recorded))
         log.steps[line] = step
-        loss = executor.run(
-            step,
-            job.data.inputs[mine],
-            targets[shard.low : shard.high],
-            shard.low,
-            shard.weight,
-            shard.scale,
-            log,
-            line,
-        )
-        losses.append(loss * shard.scale)
+        losses.append(runner.run(step, job.data.inputs[rows[mine]], everyone[mine], everyone, sizes, log, line))
         if job.evaluate_every and (step + 1) % job.evaluate_every == 0:
             began = perf_counter_ns()
-            accuracies.append((step + 1, evaluate(comm, executor, job)))
+            accuracies.append((step + 1, evaluate(comm, buffers, job)))
             paused += perf_counter_ns() - began
             if job.target is not None and accuracies[-1][1] >= job.target:
                 log = log.until(line)
                 break
     starts.append(perf_counter_ns() - paused)
-    digests = {s: _digest(net.flat_parameters) for s, net in executor.stages.items()}
-    first = executor.at.data == executor.at.tensor == 0
-    parameters = {s: net.flat_parameters.clone() for s, net in executor.stages.items()} if first else {}
-    return Outcome(losses, starts, log, parameters, digests, accuracies)
+    parameters = {stage: buffers.whole(stage) for stage in buffers.stages}
+    digests = {stage: _digest(flat) for stage, flat in parameters.items()}
+    first = buffers.at.data == buffers.at.tensor == 0
+    return Outcome(losses, starts, log, parameters if first else {}, digests, accuracies, buffers.memory())
 
 
-def evaluate(comm: Comm, executor: Executor, job: Job) -> float:
+def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
     """Test accuracy, computed by rank 0 from the stages of all pipeline ranks; the same number on every rank."""
-    plan, at = job.program.plan, executor.at
+    plan, at = job.program.plan, buffers.at
+    own = {stage: buffers.whole(stage) for stage in buffers.stages}
     if at.pipeline and at.data == at.tensor == 0:
-        for net in executor.stages.values():
-            comm.send(net.flat_parameters, 0)
+        for flat in own.values():
+            comm.send(flat, 0)
     result = torch.zeros(1, dtype=torch.float64)
     if comm.rank == 0:
         parts = job.network.split(job.program.cuts)
         for stage, part in enumerate(parts):
-            if plan.place[stage] == 0:
-                part.flat_parameters.copy_(executor.stages[stage].flat_parameters)
+            if stage in own:
+                part.flat_parameters.copy_(own[stage])
             else:
-                source = plan.mesh.rank(at._replace(pipeline=plan.place[stage]))
-                comm.recv(part.flat_parameters, source)
+                comm.recv(part.flat_parameters, plan.mesh.rank(at._replace(pipeline=plan.place[stage])))
         result[0] = join(job.network, parts).accuracy(job.data.test_inputs, job.data.test_targets)
     return float(comm.broadcast(result, 0)) if comm.size > 1 else float(result)
 
@@ -161,25 +220,30 @@ def join(network: Network, stages: Sequence[Network]) -> Network:
     return whole
 
 
-def gradients(
-    comm: Comm,
-    program: Program,
-    network: Network,
-    inputs: Tensor,
-    targets: Tensor,
-    optimizer: Optimizer,
-    shards: tuple[float, ...] | None,
-    step: int,
-) -> dict[int, Tensor]:
-    """Run one step up to UPDATE; what each UPDATE would have applied, by stage."""
+def gradients(comm: Comm, program: Program, network: Network, inputs: Tensor, targets: Tensor, optimizer: Optimizer,
+              shards: Shards | None, step: int) -> dict[int, Tensor]:  # fmt: skip
+    """Run one step up to UPDATE; what each UPDATE would have applied, by stage (NaN where another rank updates)."""
     captured: dict[int, Tensor] = {}
-    executor = Executor(program, network, comm, optimizer, captured)
-    sizes = shard_sizes(len(inputs), program.plan.mesh.data, shards)
-    shard = cut(program.plan.merge, targets, network.loss, sizes, executor.at.data)
-    part = slice(shard.low, shard.high)
-    log = Log.empty([step], len(executor.row))
-    executor.run(step, inputs[part], targets[part], shard.low, shard.weight, shard.scale, log, 0)
+    runner = Runner(comm, program, network, optimizer, captured)
+    sizes = shard_sizes_of(program.plan, len(inputs), shards, step)
+    low = sum(sizes[: runner.buffers.at.data])
+    mine = slice(low, low + sizes[runner.buffers.at.data])
+    log = Log.empty([step], len(runner.buffers.row))
+    runner.run(step, inputs[mine], targets[mine], targets, sizes, log, 0)
     return captured
+
+
+def collective(comm: Comm, program: Program, inputs: Sequence[Tensor], repeat: int) -> tuple[Tensor, Log, int]:
+    """Run a collective by itself `repeat` times; the result, the log, and the bytes that one run sent."""
+    buffers = OneBuffer(program, comm, inputs[comm.rank].dtype)
+    executor = Executor(program.row(buffers.at), Verbs(buffers, StepData()).bind(), comm)
+    log = Log.empty(range(repeat), len(buffers.row))
+    buffer, before = buffers.gradients[0], comm.sent
+    for line in range(repeat):
+        buffer.copy_(inputs[comm.rank])
+        comm.barrier()
+        executor.run(line, log, line)
+    return buffer.clone(), log, (comm.sent - before) // repeat
 
 
 def _digest(tensor: Tensor) -> str:

@@ -1,0 +1,196 @@
+"""Where a rank's parameters, gradients and optimizer state lie, as a plan needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bpkit.nn import Network
+from bpkit.optim import Optimizer
+from bpkit.plan.actions import Action
+from bpkit.plan.compile import Program
+from bpkit.plan.plan import Plan, scatters
+from bpkit.run.comm import Comm, Handle
+
+
+@dataclass
+class Buffers:
+    """The memory of one rank for one run of a plan.
+
+    Gradients are born where they are reduced.  Parameters that a plan gathers lie once in memory of all ranks,
+    where there is such memory, so that gathering moves nothing; elsewhere each rank keeps its part (level 3 of ZeRO)
+    or the whole.
+
+    Attributes
+    ----------
+    stages : dict of int to Network
+        This rank's stages.
+    gradients : dict of int to Tensor
+        Flat gradient of each stage; stages may share buffers in turn.
+    reduced : dict of int to Tensor
+        This rank's part of the reduced gradient, where the plan scatters.
+    masters : dict of int to Tensor
+        The parameters that this rank updates: its part where the plan scatters, else the whole.
+    """
+
+    program: Program
+    network: Network
+    comm: Comm
+    optimizer: Optimizer
+    stages: dict[int, Network] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    reduced: dict[int, Tensor] = field(default_factory=dict)
+    masters: dict[int, Tensor] = field(default_factory=dict)
+    gathered_parts: bool = False  # whether whole parameters exist only between UNSHARD and RESHARD
+    one_copy: bool = False  # whether parameters are one for all ranks of the host
+
+    def __post_init__(self) -> None:
+        plan = self.program.plan
+        self.at = plan.mesh.coordinate(self.comm.rank)
+        self.row = plan.row(self.at)
+        parts = self.network.split(self.program.cuts)
+        self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
+        kinds = {action.kind for row in plan.rows for action in row}
+        if plan.mesh.data > 1:
+            self._place_gradients(plan)
+            self._place_parameters(plan, kinds)
+        for stage, net in self.stages.items():
+            self.gradients[stage] = net.flat_gradients
+            self._own_part(stage, net)
+        self.state = {stage: self.optimizer.state(self.masters[stage]) for stage in self.stages}
+
+    # -- placing -----------------------------------------------------------------------------------------
+
+    def _rooms(self, plan: Plan, count: int) -> Callable[[int], tuple[int, int]]:
+        """Where each stage lies in a block of this rank: by itself, or sharing one of `count` buffers in turn.
+
+        Every rank reserves as much as the rank that needs most, so that places mean the same on all.
+        """
+        sizes = self.program.sizes
+        if count:
+            widths = [max((sizes[s] for s in range(plan.stages) if s % count == i), default=0) for i in range(count)]
+            starts = [sum(widths[:i]) for i in range(count + 1)]
+            self._most = starts[-1]
+            return lambda stage: (starts[stage % count], starts[stage % count] + sizes[stage])
+        places: dict[int, tuple[int, int]] = {}
+        self._most = 0
+        for pipeline in range(plan.mesh.pipeline):
+            low = 0
+            for stage in plan.owned(pipeline):
+                places[stage] = (low, low + sizes[stage])
+                low += sizes[stage]
+            self._most = max(self._most, low)
+        return places.__getitem__
+
+    def _place_gradients(self, plan: Plan) -> None:
+        place = self._rooms(plan, plan.gradient_buffers)
+        block = self.comm.empty(self._most, self.network.dtype)
+        for stage, net in self.stages.items():
+            net.bind(gradients=block[slice(*place(stage))])
+
+    def _place_parameters(self, plan: Plan, kinds: set[str]) -> None:
+        if "UNSHARD" in kinds:
+            place = self._rooms(plan, 0)
+            block = self.comm.shared(self._most, self.network.dtype)
+            self.one_copy = block is not None
+            if block is None:
+                self.gathered_parts = "RESHARD" in kinds
+                place = self._rooms(plan, plan.parameter_buffers)
+                block = torch.zeros(self._most, dtype=self.network.dtype, device=self.network.device)
+        elif kinds & {"SEND_P", "AVERAGE"}:
+            place = self._rooms(plan, 0)
+            block = self.comm.empty(self._most, self.network.dtype)
+        else:
+            return
+        for stage, net in self.stages.items():
+            if self.gathered_parts:
+                self.masters[stage] = net.flat_parameters[slice(*self.own_bounds(net.flat_size))].clone()
+            net.bind(parameters=block[slice(*place(stage))])
+        if self.one_copy:
+            self.comm.barrier()  # everybody has written the same initial values
+
+    def own_bounds(self, size: int) -> tuple[int, int]:
+        """This rank's part of a flat buffer."""
+        data, index = self.program.plan.mesh.data, self.at.data
+        return index * size // data, (index + 1) * size // data
+
+    def _own_part(self, stage: int, net: Network) -> None:
+        """What this rank updates, and where its part of a scattered gradient goes."""
+        low, high = 0, net.flat_size
+        if scatters(self.row, stage):
+            low, high = self.own_bounds(net.flat_size)
+            once = sum(a.kind == "SCATTER_GRAD" and a.stage == stage for a in self.row) == 1
+            shared = bool(self.program.plan.gradient_buffers)
+            in_place = once and not shared  # the part of its own gradient buffer is free for the result
+            self.reduced[stage] = (
+                net.flat_gradients[low:high] if in_place else torch.zeros_like(net.flat_gradients[low:high])
+            )
+        if not self.gathered_parts:
+            self.masters[stage] = net.flat_parameters[low:high]
+
+    # -- using -------------------------------------------------------------------------------------------
+
+    def update_of(self, action: Action) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Parameters, gradient and optimizer state that an UPDATE works on."""
+        stage = action.stage
+        weights, state = self.masters[stage], self.state[stage]
+        gradient = self.reduced.get(stage, self.gradients[stage])
+        if action.part is not None:
+            if stage in self.reduced:  # a hand-written part must be the rank's own
+                return weights, gradient, state
+            part = slice(*action.part.bounds(len(weights)))
+            return weights[part], gradient[part], tuple(tensor[part] for tensor in state)
+        return weights, gradient, state
+
+    def gather(self, stage: int) -> Handle:
+        """Start to make a stage's parameters whole."""
+        flat = self.stages[stage].flat_parameters
+        if self.gathered_parts:
+            flat[slice(*self.own_bounds(len(flat)))] = self.masters[stage]
+        return self.comm.post_all_gather(flat)
+
+    def whole(self, stage: int) -> Tensor:
+        """A stage's parameters after the last step, whole; all ranks of the data axis call it in the same order."""
+        if self.gathered_parts:
+            self.gather(stage).wait()
+        return self.stages[stage].flat_parameters.clone()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that hold parameters, gradients and optimizer state on this rank, shared memory included.
+
+        Parameters that are one for all ranks of the host are divided by the number of ranks.
+        """
+
+        def distinct(tensors: list[Tensor]) -> int:
+            return sum(
+                {t.data_ptr(): t.numel() * t.element_size() for t in sorted(tensors, key=len) if len(t)}.values()
+            )
+
+        parameters = distinct([net.flat_parameters for net in self.stages.values()])
+        if self.gathered_parts:
+            parameters += distinct(list(self.masters.values()))
+        if self.one_copy:
+            parameters //= self.program.plan.mesh.data
+        whole = [net.flat_gradients for net in self.stages.values()]
+        extra = [r for s, r in self.reduced.items() if not _inside(r, self.gradients[s])]
+        state = [tensor for tensors in self.state.values() for tensor in tensors]
+        return {"parameters": parameters, "gradients": distinct(whole) + distinct(extra), "optimizer": distinct(state)}
+
+
+def _inside(part: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor lies in another's memory."""
+    return whole.data_ptr() <= part.data_ptr() < whole.data_ptr() + whole.numel() * whole.element_size()
+
+
+class OneBuffer(Buffers):
+    """The buffer of a collective by itself."""
+
+    def __init__(self, program: Program, comm: Comm, dtype: torch.dtype) -> None:
+        self.program, self.comm = program, comm
+        self.at = program.plan.mesh.coordinate(comm.rank)
+        self.row = program.plan.row(self.at)
+        self.stages, self.reduced, self.masters = {}, {}, {}
+        self.gradients = {0: comm.empty(program.sizes[0], dtype)}

@@ -1,0 +1,274 @@
+"""What each kind of action does on a rank: closures that the executor calls."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bpkit.optim import clip_factor
+from bpkit.plan.actions import Action
+from bpkit.run.buffers import Buffers
+from bpkit.run.executor import Receive, Runner, StepData, assign_slots
+
+
+@dataclass
+class Verbs:
+    """Binds the actions of one row to a rank's buffers.
+
+    Parameters
+    ----------
+    buffers : Buffers
+    step : StepData
+        Filled before each step.
+    captured : dict, optional
+        Where UPDATE puts what it would apply, by stage, instead of applying it.
+    """
+
+    buffers: Buffers
+    step: StepData
+    captured: dict[int, Tensor] | None = None
+    _edges: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
+    _inbox: defaultdict[int, deque[Receive]] = field(default_factory=lambda: defaultdict(deque))
+
+    def __post_init__(self) -> None:
+        self._slots = assign_slots(self.buffers.row)
+        self._updates = 0
+
+    def bind(self) -> list[Runner]:
+        """One callable an action of the row.
+
+        Raises
+        ------
+        NotImplementedError
+            If the row holds a kind that this version does not run.
+        """
+        makers: dict[str, Callable[[Action, int], Runner]] = {
+            "ZERO": self._zero, "F": self._forward, "LOSS": self._loss, "B": self._backward, "I": self._input_half,
+            "W": self._weight_half, "UPDATE": self._update, "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter,
+            "UNSHARD": self._unshard, "RESHARD": self._reshard, "AVERAGE": self._average, "NORM": self._norm,
+            "SEND_F": self._send_edge, "SEND_B": self._send_edge, "RECV_F": self._receive_edge,
+            "RECV_B": self._receive_edge, "SEND_G": self._send_part, "ADD_G": self._receive_part,
+            "RECV_G": self._receive_part, "SEND_P": self._send_part, "RECV_P": self._receive_part, "SWAP_G": self._swap,
+        }  # fmt: skip
+        for action in self.buffers.row:
+            if action.kind not in makers:
+                raise NotImplementedError(f"{action}: this version cannot run {action.kind} on workers")
+        return [makers[action.kind](action, index) for index, action in enumerate(self.buffers.row)]
+
+    # -- gradients: the first backward after a ZERO or a scatter overwrites, so no pass is spent on zeros ---------
+
+    def _touch(self, stage: int, after: int) -> str:
+        """The kind of the next action on a stage's gradient; empty at the end of the row."""
+        kinds = ("B", "W", "SCATTER_GRAD", "REDUCE_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "UPDATE", "ZERO")
+        row = self.buffers.row[after + 1 :]
+        return next((a.kind for a in row if a.stage == stage and a.kind in kinds), "")
+
+    def _overwrites(self, stage: int, index: int) -> bool:
+        """Whether a backward is the first to touch the gradient since it was emptied."""
+        for action in reversed(self.buffers.row[:index]):
+            if action.stage == stage and action.kind in ("ZERO", "SCATTER_GRAD"):
+                return True
+            if action.stage == stage and action.kind in ("B", "W"):
+                return False
+        return False
+
+    def _zero(self, action: Action, index: int) -> Runner:
+        gradients = self.buffers.gradients[action.stage]
+        if self._touch(action.stage, index) in ("B", "W", "ZERO"):
+            return lambda: None
+        return gradients.zero_
+
+    # -- compute -----------------------------------------------------------------------------------------
+
+    def _forward(self, action: Action, index: int) -> Runner:
+        s, mb = action.stage, action.mb or 0
+        forward, slot, edges, step = self.buffers.stages[s].forward, self._slots[s, mb], self._edges, self.step
+        if s == 0:
+
+            def first() -> None:
+                edges["A", 1, mb] = forward(step.inputs[mb], slot, step.contexts[mb])
+
+            return first
+
+        def run() -> None:
+            edges["A", s + 1, mb] = forward(edges["A", s, mb], slot, step.contexts[mb])
+
+        return run
+
+    def _loss(self, action: Action, index: int) -> Runner:
+        s, mb = action.stage, action.mb or 0
+        loss, edges, step = self.buffers.network.loss, self._edges, self.step
+
+        def value_and_gradient() -> None:
+            value, gradient = loss.value_and_gradient(edges["A", s + 1, mb], step.targets[mb])
+            weight = step.weights[mb]
+            step.loss += float(value) * weight
+            edges["D", s + 1, mb] = gradient if weight == 1.0 else gradient.mul_(weight)
+
+        return value_and_gradient
+
+    def _backward(self, action: Action, index: int) -> Runner:
+        s, mb = action.stage, action.mb or 0
+        backward, slot, edges = self.buffers.stages[s].backward, self._slots[s, mb], self._edges
+        adds = not self._overwrites(s, index)
+        if s == 0:
+            return lambda: backward(edges["D", 1, mb], slot, adds)
+
+        def run() -> None:
+            gradient = backward(edges["D", s + 1, mb], slot, adds, True)
+            assert gradient is not None
+            edges["D", s, mb] = gradient
+
+        return run
+
+    def _input_half(self, action: Action, index: int) -> Runner:
+        s, mb = action.stage, action.mb or 0
+        net, slot, edges = self.buffers.stages[s], self._slots[s, mb], self._edges
+
+        def run() -> None:
+            gradient = net.backward_input(edges["D", s + 1, mb], slot, s > 0)
+            if gradient is not None:
+                edges["D", s, mb] = gradient
+
+        return run
+
+    def _weight_half(self, action: Action, index: int) -> Runner:
+        net, slot = self.buffers.stages[action.stage], self._slots[action.stage, action.mb or 0]
+        adds = not self._overwrites(action.stage, index)
+        return lambda: net.backward_weight(slot, adds)
+
+    def _update(self, action: Action, index: int) -> Runner:
+        weights, gradient, state = self.buffers.update_of(action)
+        optimizer, step = self.buffers.optimizer, self.step
+        if self.captured is not None:
+            return self._capture(action, gradient)
+        number = sum(a.kind == "UPDATE" and a.stage == action.stage for a in self.buffers.row[:index])
+        each = sum(a.kind == "UPDATE" and a.stage == action.stage for a in self.buffers.row)
+
+        if self.buffers.program.plan.holds != "all":
+            return lambda: optimizer.update(weights, gradient, state, step.number * each + number, step.scale)
+        if optimizer.clip is None:
+            return lambda: optimizer.update(weights, gradient, state, step.number, step.scale)
+        return lambda: optimizer.update(weights, gradient, state, step.number, step.scale * self._clipping())
+
+    def _capture(self, action: Action, gradient: Tensor) -> Runner:
+        assert self.captured is not None
+        net = self.buffers.stages[action.stage]
+        whole = self.captured.setdefault(action.stage, torch.full_like(net.flat_parameters, math.nan))
+        low = 0
+        if action.part is not None:
+            low = action.part.bounds(net.flat_size)[0]
+        elif action.stage in self.buffers.reduced:
+            low = self.buffers.own_bounds(net.flat_size)[0]
+        into = whole[low : low + len(gradient)]
+        return lambda: torch.mul(gradient, self.step.scale * self._clipping(), out=into)
+
+    def _clipping(self) -> float:
+        clip = self.buffers.optimizer.clip
+        return 1.0 if clip is None else clip_factor(math.sqrt(self.step.squares) * self.step.scale, clip)
+
+    # -- collectives -------------------------------------------------------------------------------------
+
+    def _reduce(self, action: Action, index: int) -> Runner:
+        gradients, comm = self.buffers.gradients[action.stage], self.buffers.comm
+        return lambda: comm.post_all_reduce(gradients)
+
+    def _scatter(self, action: Action, index: int) -> Runner:
+        gradients, reduced = self.buffers.gradients[action.stage], self.buffers.reduced[action.stage]
+        comm, row = self.buffers.comm, self.buffers.row
+        adds = any(a.kind == "SCATTER_GRAD" and a.stage == action.stage for a in row[:index])
+        empty = self._touch(action.stage, index) == "SCATTER_GRAD"  # nobody writes before the next scatter
+
+        if self.buffers.program.plan.mesh.data == 1:
+            return lambda: (reduced.add_(gradients) if adds else reduced.copy_(gradients)) is None or None
+        if not empty:
+            return lambda: comm.post_reduce_scatter(gradients, reduced, adds)
+
+        def scatter_and_empty() -> None:
+            comm.post_reduce_scatter(gradients, reduced, adds).wait()
+            gradients.zero_()
+
+        return scatter_and_empty
+
+    def _unshard(self, action: Action, index: int) -> Runner:
+        if self.buffers.program.plan.mesh.data == 1:
+            return lambda: None
+        return lambda: self.buffers.gather(action.stage)
+
+    def _reshard(self, action: Action, index: int) -> Runner:
+        return lambda: None  # the buffer is free for the next stage: that is all
+
+    def _average(self, action: Action, index: int) -> Runner:
+        flat, comm, n = self.buffers.masters[action.stage], self.buffers.comm, self.buffers.program.plan.mesh.data
+
+        def average() -> None:
+            if n > 1:
+                comm.all_reduce(flat).div_(n)
+
+        return average
+
+    def _norm(self, action: Action, index: int) -> Runner:
+        buffers, step, mesh = self.buffers, self.step, self.buffers.program.plan.mesh
+        gradients = [buffers.reduced.get(stage, buffers.gradients[stage]) for stage in buffers.stages]
+        split = mesh.pipeline * mesh.tensor > 1
+        scattered = bool(buffers.reduced) and mesh.data > 1
+
+        def norm() -> None:
+            squares = torch.stack([torch.dot(g, g) for g in gradients]).sum().double().reshape(1)
+            if split or scattered:
+                buffers.comm.all_reduce(squares)
+            step.squares = float(squares) / (1 if scattered or not split else mesh.data)
+
+        return norm
+
+    # -- messages ----------------------------------------------------------------------------------------
+
+    def _send_edge(self, action: Action, index: int) -> Runner:
+        forward, mb = action.kind == "SEND_F", action.mb or 0
+        key = ("A", action.stage + 1, mb) if forward else ("D", action.stage, mb)
+        to, edges, comm = self._neighbour(action.stage + (1 if forward else -1)), self._edges, self.buffers.comm
+        return lambda: comm.send(edges.pop(key), to)
+
+    def _receive_edge(self, action: Action, index: int) -> Runner:
+        forward, mb = action.kind == "RECV_F", action.mb or 0
+        key = ("A", action.stage, mb) if forward else ("D", action.stage + 1, mb)
+        source, edges, comm = self._neighbour(action.stage - (1 if forward else -1)), self._edges, self.buffers.comm
+        inbox = self._inbox[source]
+
+        def take() -> None:
+            edges[key] = comm.recv(None, source)
+
+        return lambda: Receive(take, inbox)
+
+    def _neighbour(self, stage: int) -> int:
+        """The rank that holds a stage, on this rank's data and tensor coordinates."""
+        plan = self.buffers.program.plan
+        return plan.mesh.rank(self.buffers.at._replace(pipeline=plan.place[stage]))
+
+    def _part(self, action: Action) -> tuple[Tensor, int]:
+        whole = self.buffers.gradients if action.kind.endswith("G") else self.buffers.masters
+        flat = whole[action.stage]
+        low, high = (0, len(flat)) if action.part is None else action.part.bounds(len(flat))
+        return flat[low:high], self.buffers.program.plan.mesh.rank(self.buffers.at._replace(data=action.peer or 0))
+
+    def _send_part(self, action: Action, index: int) -> Runner:
+        (part, to), comm = self._part(action), self.buffers.comm
+        return (lambda: comm.post_send(part, to)) if len(part) else (lambda: None)
+
+    def _receive_part(self, action: Action, index: int) -> Runner:
+        (part, source), comm, adds = self._part(action), self.buffers.comm, action.kind == "ADD_G"
+        return (lambda: comm.post_recv(part, source, adds)) if len(part) else (lambda: None)
+
+    def _swap(self, action: Action, index: int) -> Runner:
+        (part, peer), comm = self._part(action), self.buffers.comm
+
+        def swap() -> None:
+            comm.send(part, peer)
+            comm.recv(part, peer)
+
+        return swap
