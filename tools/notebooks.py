@@ -10,7 +10,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
-CHAPTERS = ROOT / "chapters"
+FOLDERS = (ROOT / "book", ROOT / "chapters")
 VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
 #: Seconds that one cell may take.
@@ -18,8 +18,8 @@ TIMEOUT = 300
 
 
 def chapters() -> list[Path]:
-    """The notebooks of the course, in order."""
-    return sorted(CHAPTERS.glob("*.ipynb"))
+    """The notebooks of the course, in order: the landing page, then the chapters."""
+    return [path for folder in FOLDERS for path in sorted(folder.glob("*.ipynb"))]
 
 
 def read(path: Path) -> Any:

@@ -106,7 +106,8 @@ def notebook(lab: tuple[str, str, Path], browser: Browser) -> Iterator[Callable[
         context.set_default_timeout(30_000)
         contexts.append(context)
         page = context.new_page()
-        page.goto(f"{url}/lab/tree/{name}?token={token}")
+        # A workspace of its own: JupyterLab would open the notebooks of the last one too.
+        page.goto(f"{url}/lab/workspaces/steps{steps}/tree/{name}?token={token}")
         page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
         run_all(page)
         return page

@@ -13,8 +13,9 @@ from playwright.sync_api import Page
 ROOT = Path(__file__).resolve().parents[2]
 # Pages by name: the built ones are known only after the build, and a test needs its name before.
 PAGES = sorted(
-    [str(path.relative_to(ROOT).with_suffix(".html")) for path in (ROOT / "book").glob("*.md")]
-    + [str(path.relative_to(ROOT).with_suffix(".html")) for path in (ROOT / "chapters").glob("*.ipynb")]
+    str(path.relative_to(ROOT).with_suffix(".html"))
+    for pattern in ("book/*.md", "book/*.ipynb", "chapters/*.ipynb")
+    for path in ROOT.glob(pattern)
 ) + ["search.html", "genindex.html"]
 # The rule is experimental, hence off by default. `preload` would ask for style sheets by wrong addresses.
 AXE = {"preload": False, "rules": {"label-content-name-mismatch": {"enabled": True}}}
