@@ -199,7 +199,7 @@ WRONG_RINGS = [
     (uses_all_reduce, "not all_reduce"),
     (sends_too_often, "never received: rank 0 sent 5 messages to rank 1"),
     (everyone_to_everyone, "sends to ranks [1, 2]"),
-    (does_nothing, "lacks what rank 1 and 2 gave"),
+    (does_nothing, "lacks what ranks 1 and 2 gave"),
     (42, "a function, ring_all_reduce(comm, tensor)"),
     (None, "None"),
     (lambda: None, "TypeError"),

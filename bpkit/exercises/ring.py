@@ -180,8 +180,8 @@ def _contents(values: Tensor, low: int, n: int) -> str:
     counts = [int(total) // BASE**rank % BASE for rank in range(n)]
     lacks = [str(rank) for rank, count in enumerate(counts) if count == 0]
     often = [f"{rank} ({count} times)" for rank, count in enumerate(counts) if count > 1]
-    words = [f"it lacks what rank {' and '.join(lacks)} gave"] * bool(lacks)
-    words += [f"it holds too often what rank {' and '.join(often)} gave"] * bool(often)
+    words = [f"it lacks what rank{'s' * (len(lacks) > 1)} {' and '.join(lacks)} gave"] * bool(lacks)
+    words += [f"it holds too often what rank{'s' * (len(often) > 1)} {' and '.join(often)} gave"] * bool(often)
     return " and ".join(words)
 
 

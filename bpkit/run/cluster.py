@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bpkit.data import Dataset
@@ -22,88 +18,9 @@ from bpkit.plan.compile import compile_collective
 from bpkit.run import memory
 from bpkit.run.pool import Pool
 from bpkit.run.progress import Progress
-from bpkit.run.training import Job, Outcome, Shards, collective, gradients, join, shard_sizes_of, train
+from bpkit.run.results import CollectiveResult, TrainResult, assemble, overlaid
+from bpkit.run.training import Job, Outcome, Shards, collective, gradients, shard_sizes_of, train
 from bpkit.trace import Trace
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a training run gives.
-
-    Parameters
-    ----------
-    network : Network
-        A trained copy; the network that was given is as it was.
-    losses : ndarray, shape (steps,)
-        Loss of each step before its update, by the plan's merge (``mean``: the mean loss of the global batch).
-    step_times : ndarray, shape (steps,)
-        Seconds from the start of a step to the start of the next, mean over ranks; evaluations are left out.
-    trace : Trace
-        The last recorded steps.
-    accuracies : tuple of (step, accuracy)
-        Test accuracy after so many steps, where it was asked for.
-    program : Program
-        The compiled plan that ran.
-    batch : int
-        Samples of a global batch.
-    backend : str
-        The transport that carried it.
-    memory : tuple of dict
-        For each rank, bytes of parameters, gradients and optimizer state.
-    """
-
-    network: Network
-    losses: NDArray[np.float64]
-    step_times: NDArray[np.float64]
-    trace: Trace
-    accuracies: tuple[tuple[int, float], ...]
-    program: Program
-    batch: int
-    backend: str
-    memory: tuple[dict[str, int], ...]
-
-    @property
-    def plan(self) -> Plan:
-        """The plan that ran."""
-        return self.program.plan
-
-    @property
-    def workers(self) -> int:
-        """Number of ranks."""
-        return self.plan.workers
-
-    def __repr__(self) -> str:
-        return (
-            f"<TrainResult: {self.plan.name} over {self.backend}, {len(self.losses)} steps, "
-            f"loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}>"
-        )
-
-
-@dataclass(frozen=True)
-class CollectiveResult:
-    """What a collective by itself gives.
-
-    Parameters
-    ----------
-    tensors : tuple of Tensor
-        The buffer of each rank afterwards.
-    sent : tuple of int
-        Bytes that each rank sent in one run, counted at the send.
-    trace : Trace
-        One step a run.
-    program : Program
-    """
-
-    tensors: tuple[Tensor, ...]
-    sent: tuple[int, ...]
-    trace: Trace
-    program: Program
-
-    @property
-    def seconds(self) -> NDArray[np.float64]:
-        """Duration of each run: last end minus first start over all ranks."""
-        steps = [self.trace.at_step(int(step)) for step in self.trace.steps]
-        return np.array([(step.end.max() - step.start.min()) / 1e9 for step in steps])
 
 
 class Cluster:
@@ -286,33 +203,7 @@ class Cluster:
             outcomes: list[Outcome] = self._pool.call(
                 train, job, watch=bar.watch, describe=_describer(program), stop=stop
             )
-        return self._result(job, outcomes)
-
-    def _result(self, job: Job, outcomes: list[Outcome]) -> TrainResult:
-        plan, mesh = job.program.plan, job.program.plan.mesh
-        _same_bits(plan, outcomes)
-        parts = job.network.split(job.program.cuts)
-        for outcome in outcomes:
-            for stage, flat in outcome.parameters.items():
-                parts[stage].flat_parameters.copy_(flat)
-        loss_ranks = [
-            rank for rank, at in enumerate(mesh.coordinates()) if at.pipeline == plan.place[-1] and at.tensor == 0
-        ]
-        losses = np.sum([outcomes[rank].losses for rank in loss_ranks], axis=0)
-        starts = np.array([outcome.starts for outcome in outcomes], dtype=float)
-        rows = [[str(step.action) for step in job.program.row(at)] for at in mesh.coordinates()]
-        trace = Trace.collect([outcome.log for outcome in outcomes], rows)
-        return TrainResult(
-            join(job.network, parts),
-            losses,
-            np.diff(starts, axis=1).mean(axis=0) / 1e9,
-            trace,
-            tuple(outcomes[0].accuracies),
-            job.program,
-            job.batch,
-            self.backend,
-            tuple(outcome.memory for outcome in outcomes),
-        )
+        return assemble(job, outcomes, self.backend)
 
     def gradients(
         self,
@@ -374,7 +265,7 @@ class Cluster:
         )
         parts = network.split(program.cuts)
         for stage, part in enumerate(parts):
-            part.flat_gradients.copy_(_overlaid(plan, stage, [pieces[stage] for pieces in found if stage in pieces]))
+            part.flat_gradients.copy_(overlaid(plan, stage, [pieces[stage] for pieces in found if stage in pieces]))
         return torch.cat([tensor.flatten() for part in parts for tensor in part.gradients()])
 
     def collective(self, plan: Plan, tensors: Sequence[Tensor], repeat: int = 1) -> CollectiveResult:
@@ -462,21 +353,6 @@ def _shards(batch: int, plan: Plan, shards: Shards | None) -> Shards | None:
     return shards
 
 
-def _overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:
-    """One gradient from those of all ranks, which are NaN where another rank updates, and must agree elsewhere."""
-    whole = torch.full_like(pieces[0], math.nan)
-    for rank, piece in enumerate(pieces):
-        both = ~torch.isnan(piece) & ~torch.isnan(whole)
-        if not torch.equal(piece[both], whole[both]):
-            raise RuntimeError(
-                f"{plan.name}: replica {rank} ends with another gradient of stage {stage} than the others"
-            )
-        whole = torch.where(torch.isnan(piece), whole, piece)
-    if torch.isnan(whole).any():
-        raise FloatingPointError(f"{plan.name}: the gradient of stage {stage} is not a number")
-    return whole
-
-
 def _describer(program: Program) -> Callable[[int, int, int], str]:
     """Names what a rank was doing, for error messages."""
 
@@ -485,16 +361,3 @@ def _describer(program: Program) -> Callable[[int, int, int], str]:
         return str(row[index].action) if 0 <= index < len(row) else "between steps"
 
     return describe
-
-
-def _same_bits(plan: Plan, outcomes: list[Outcome]) -> None:
-    """Replicas of a stage must hold the same weights, to the bit (with an asynchronous server only its own count)."""
-    if plan.holds == "one":
-        return
-    for rank, at in enumerate(plan.mesh.coordinates()):
-        first = outcomes[plan.mesh.rank(at._replace(data=0))].digests
-        for stage, digest in outcomes[rank].digests.items():
-            if digest != first[stage]:
-                raise RuntimeError(
-                    f"{plan.name}: rank {rank} ends with other weights of stage {stage} than data rank 0"
-                )

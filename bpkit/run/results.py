@@ -1,0 +1,153 @@
+"""What runs give back, and what is put together from the answers of all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bpkit.nn import Network
+from bpkit.plan import Plan, Program
+from bpkit.run.training import Job, Outcome, join
+from bpkit.trace import Trace
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training run gives.
+
+    Parameters
+    ----------
+    network : Network
+        A trained copy; the network that was given is as it was.
+    losses : ndarray, shape (steps,)
+        Loss of each step before its update, by the plan's merge (``mean``: the mean loss of the global batch).
+    step_times : ndarray, shape (steps,)
+        Seconds from the start of a step to the start of the next, mean over ranks; evaluations are left out.
+    trace : Trace
+        The last recorded steps.
+    accuracies : tuple of (step, accuracy)
+        Test accuracy after so many steps, where it was asked for.
+    program : Program
+        The compiled plan that ran.
+    batch : int
+        Samples of a global batch.
+    backend : str
+        The transport that carried it.
+    memory : tuple of dict
+        For each rank, bytes of parameters, gradients and optimizer state.
+    """
+
+    network: Network
+    losses: NDArray[np.float64]
+    step_times: NDArray[np.float64]
+    trace: Trace
+    accuracies: tuple[tuple[int, float], ...]
+    program: Program
+    batch: int
+    backend: str
+    memory: tuple[dict[str, int], ...] = ()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that ran."""
+        return self.program.plan
+
+    @property
+    def workers(self) -> int:
+        """Number of ranks."""
+        return self.plan.workers
+
+    def __repr__(self) -> str:
+        return (
+            f"<TrainResult: {self.plan.name} over {self.backend}, {len(self.losses)} steps, "
+            f"loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}>"
+        )
+
+
+@dataclass(frozen=True)
+class CollectiveResult:
+    """What a collective by itself gives.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        The buffer of each rank afterwards.
+    sent : tuple of int
+        Bytes that each rank sent in one run, counted at the send.
+    trace : Trace
+        One step a run.
+    program : Program
+    """
+
+    tensors: tuple[Tensor, ...]
+    sent: tuple[int, ...]
+    trace: Trace
+    program: Program
+
+    @property
+    def seconds(self) -> NDArray[np.float64]:
+        """Duration of each run: last end minus first start over all ranks."""
+        steps = [self.trace.at_step(int(step)) for step in self.trace.steps]
+        return np.array([(step.end.max() - step.start.min()) / 1e9 for step in steps])
+
+
+def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
+    """One result from the answers of all ranks."""
+    plan, mesh = job.program.plan, job.program.plan.mesh
+    same_bits(plan, outcomes)
+    parts = job.network.split(job.program.cuts)
+    for outcome in outcomes:
+        for stage, flat in outcome.parameters.items():
+            parts[stage].flat_parameters.copy_(flat)
+    loss_ranks = [
+        rank for rank, at in enumerate(mesh.coordinates()) if at.pipeline == plan.place[-1] and at.tensor == 0
+    ]
+    losses = np.sum([outcomes[rank].losses for rank in loss_ranks], axis=0)
+    starts = np.array([outcome.starts for outcome in outcomes], dtype=float)
+    rows = [[str(step.action) for step in job.program.row(at)] for at in mesh.coordinates()]
+    trace = Trace.collect([outcome.log for outcome in outcomes], rows)
+    return TrainResult(
+        join(job.network, parts),
+        losses,
+        np.diff(starts, axis=1).mean(axis=0) / 1e9,
+        trace,
+        tuple(outcomes[0].accuracies),
+        job.program,
+        job.batch,
+        backend,
+        tuple(outcome.memory for outcome in outcomes),
+    )
+
+
+def overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:
+    """One gradient from those of all ranks, which are NaN where another rank updates, and must agree elsewhere."""
+    whole = torch.full_like(pieces[0], math.nan)
+    for rank, piece in enumerate(pieces):
+        both = ~torch.isnan(piece) & ~torch.isnan(whole)
+        if not torch.equal(piece[both], whole[both]):
+            raise RuntimeError(
+                f"{plan.name}: replica {rank} ends with another gradient of stage {stage} than the others"
+            )
+        whole = torch.where(torch.isnan(piece), whole, piece)
+    if torch.isnan(whole).any():
+        raise FloatingPointError(f"{plan.name}: the gradient of stage {stage} is not a number")
+    return whole
+
+
+def same_bits(plan: Plan, outcomes: list[Outcome]) -> None:
+    """Replicas of a stage must hold the same weights, to the bit (with an asynchronous server only its own count)."""
+    if plan.holds == "one":
+        return
+    for rank, at in enumerate(plan.mesh.coordinates()):
+        first = outcomes[plan.mesh.rank(at._replace(data=0))].digests
+        for stage, digest in outcomes[rank].digests.items():
+            if digest != first[stage]:
+                raise RuntimeError(
+                    f"{plan.name}: rank {rank} ends with other weights of stage {stage} than data rank 0"
+                )
