@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +79,9 @@ class OpenMPI:
         return str(beside) if beside.exists() else shutil.which("mpirun") or ""
 
     def _missing(self) -> str:
-        try:
-            from mpi4py import MPI as found
-
-            del found
-        except Exception as error:
-            return f"mpi4py cannot be used ({error})"
+        # Not imported here: that would make this process a rank of its own, which leaves a file behind.
+        if find_spec("mpi4py") is None:
+            return "mpi4py is not installed"
         return "" if self._mpirun() else "there is no mpirun"
 
     def seconds(self, n: int, times: int) -> float:
