@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,15 @@ class Verdict:
         return self.passed
 
     def __repr__(self) -> str:
-        return f"{'Right' if self.passed else 'Not yet'}: {self.sentence}"
+        return f"{self._word}: {self.sentence}"
+
+    def _repr_html_(self) -> str:
+        # So that a notebook wraps the sentence.
+        return f"<p><strong>{self._word}:</strong> {escape(self.sentence)}</p>"
+
+    @property
+    def _word(self) -> str:
+        return "Right" if self.passed else "Not yet"
 
 
 class Wrong(Exception):
