@@ -108,7 +108,7 @@ def test_an_interrupt_ends_the_workers_and_leaves_a_usable_pool(tmp_path: Path) 
     process = start(tmp_path, text)
     assert process.stdout is not None and process.stdout.readline() == "go\n"
     workers = family(process.pid)
-    for pid in [process.pid, *workers]:  # a terminal interrupts them all
+    for pid in [*workers, process.pid]:  # a terminal interrupts them all; the workers ignore it
         os.kill(pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert [line for line in out.splitlines() if line != "go"] == ["interrupted []", "[0, 1, 2]"], err
