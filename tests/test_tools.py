@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -129,6 +131,19 @@ def test_unknown_stages_and_benchmarks_are_named() -> None:
         assert "nonsense" in run.stdout
 
 
+def opened(url: str) -> int:
+    """The status of a page; JupyterLab prints its address a moment before it listens."""
+    for _ in range(50):
+        try:
+            with urllib.request.urlopen(url, timeout=30) as response:
+                return response.status
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ConnectionRefusedError):
+                raise
+            time.sleep(0.2)
+    raise AssertionError(f"nobody listens at {url}")
+
+
 def test_lab_answers_with_its_token_and_not_without() -> None:
     process = subprocess.Popen([sys.executable, "tools/lab.py", "--no-browser"], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
@@ -140,8 +155,7 @@ def test_lab_answers_with_its_token_and_not_without() -> None:
             line = process.stdout.readline()
             assert line, f"JupyterLab ended:\n{seen}"
             seen += line
-        with urllib.request.urlopen(found[0], timeout=30) as response:
-            assert response.status == 200
+        assert opened(found[0]) == 200
         contents = f"http://127.0.0.1:{found[1]}/api/contents/chapters/README.md"
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(contents, timeout=30)

@@ -14,7 +14,6 @@ from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.check import check
 from bpkit.plan.hazards import hazards
 from bpkit.plan.mesh import Coordinate
-from bpkit.plan.passes import clip as add_norm
 from bpkit.plan.plan import Plan
 
 
@@ -159,10 +158,11 @@ def check_once(plan: Plan) -> None:
 
 
 def _with_norm(plan: Plan) -> Plan:
-    """The plan with a NORM in each row, between the last gradient and the first update."""
-    bare = plan.with_rows([[a for a in row if a.kind != "UPDATE"] for row in plan.rows])
-    updates = [[a for a in row if a.kind == "UPDATE"] for row in plan.rows]
-    rows = [list(row) + tail for row, tail in zip(add_norm(bare).rows, updates, strict=True)]
+    """The plan with a NORM in each row, before its first update."""
+    rows = []
+    for row in plan.rows:
+        first = next((i for i, action in enumerate(row) if action.kind == "UPDATE"), len(row))
+        rows.append([*row[:first], Action(min(a.stage for a in row), "NORM"), *row[first:]])
     return replace(plan.with_rows(rows), name=f"{plan.name} with clipping")
 
 

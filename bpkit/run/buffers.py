@@ -13,7 +13,7 @@ from bpkit.optim import Optimizer
 from bpkit.plan.actions import Action
 from bpkit.plan.compile import Program
 from bpkit.plan.plan import Plan, scatters
-from bpkit.run.comm import Comm, Handle
+from bpkit.run.comm import Comm, Done, Handle
 
 
 @dataclass
@@ -44,6 +44,8 @@ class Buffers:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     reduced: dict[int, Tensor] = field(default_factory=dict)
     masters: dict[int, Tensor] = field(default_factory=dict)
+    _apart: dict[int, Tensor] = field(default_factory=dict)  # those of `reduced` that need memory of their own
+    _padding: dict[int, Tensor] = field(default_factory=dict)  # where other stages leave values in shared buffers
     gathered_parts: bool = False  # whether whole parameters exist only between UNSHARD and RESHARD
     one_copy: bool = False  # whether parameters are one for all ranks of the host
 
@@ -123,11 +125,13 @@ class Buffers:
         if scatters(self.row, stage):
             low, high = self.own_bounds(net.flat_size)
             once = sum(a.kind == "SCATTER_GRAD" and a.stage == stage for a in self.row) == 1
-            shared = bool(self.program.plan.gradient_buffers)
-            in_place = once and not shared  # the part of its own gradient buffer is free for the result
-            self.reduced[stage] = (
-                net.flat_gradients[low:high] if in_place else torch.zeros_like(net.flat_gradients[low:high])
-            )
+            if once and not self.program.plan.gradient_buffers:
+                # The sum may lie where gradients lay: in shared memory in rank 0's row, where it is added up.
+                rows = self.comm.peers(net.flat_gradients)
+                self.reduced[stage] = (rows[0] if rows else net.flat_gradients)[low:high]
+            else:
+                self.reduced[stage] = self._apart[stage] = torch.zeros_like(net.flat_gradients[low:high])
+                self._padding[stage] = _padding(net)[low:high].nonzero().flatten()
         if not self.gathered_parts:
             self.masters[stage] = net.flat_parameters[low:high]
 
@@ -145,9 +149,16 @@ class Buffers:
             return weights[part], gradient[part], tuple(tensor[part] for tensor in state)
         return weights, gradient, state
 
+    def clean(self, stage: int) -> None:
+        """Make the padding of a reduced gradient zero again, where stages share gradient buffers."""
+        if stage in self._padding and len(self._padding[stage]):
+            self.reduced[stage][self._padding[stage]] = 0.0
+
     def gather(self, stage: int) -> Handle:
         """Start to make a stage's parameters whole."""
         flat = self.stages[stage].flat_parameters
+        if not len(flat):
+            return Done()
         if self.gathered_parts:
             flat[slice(*self.own_bounds(len(flat)))] = self.masters[stage]
         return self.comm.post_all_gather(flat)
@@ -156,6 +167,8 @@ class Buffers:
         """A stage's parameters after the last step, whole; all ranks of the data axis call it in the same order."""
         if self.gathered_parts:
             self.gather(stage).wait()
+        elif self.one_copy:
+            self.comm.barrier()  # everybody has updated its part
         return self.stages[stage].flat_parameters.clone()
 
     def memory(self) -> dict[str, int]:
@@ -175,14 +188,17 @@ class Buffers:
         if self.one_copy:
             parameters //= self.program.plan.mesh.data
         whole = [net.flat_gradients for net in self.stages.values()]
-        extra = [r for s, r in self.reduced.items() if not _inside(r, self.gradients[s])]
+        extra = list(self._apart.values())
         state = [tensor for tensors in self.state.values() for tensor in tensors]
         return {"parameters": parameters, "gradients": distinct(whole) + distinct(extra), "optimizer": distinct(state)}
 
 
-def _inside(part: Tensor, whole: Tensor) -> bool:
-    """Whether a tensor lies in another's memory."""
-    return whole.data_ptr() <= part.data_ptr() < whole.data_ptr() + whole.numel() * whole.element_size()
+def _padding(net: Network) -> Tensor:
+    """Ones where the flat gradient belongs to no tensor; the gradient is overwritten."""
+    net.flat_gradients.fill_(1.0)
+    for gradient in net.gradients():
+        gradient.zero_()
+    return net.flat_gradients.clone()
 
 
 class OneBuffer(Buffers):
@@ -192,5 +208,5 @@ class OneBuffer(Buffers):
         self.program, self.comm = program, comm
         self.at = program.plan.mesh.coordinate(comm.rank)
         self.row = program.plan.row(self.at)
-        self.stages, self.reduced, self.masters = {}, {}, {}
+        self.stages, self.reduced, self.masters, self._padding = {}, {}, {}, {}
         self.gradients = {0: comm.empty(program.sizes[0], dtype)}

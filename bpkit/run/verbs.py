@@ -150,6 +150,13 @@ class Verbs:
         number = sum(a.kind == "UPDATE" and a.stage == action.stage for a in self.buffers.row[:index])
         each = sum(a.kind == "UPDATE" and a.stage == action.stage for a in self.buffers.row)
 
+        if self.buffers.program.plan.shared:
+
+            def update() -> None:
+                self.buffers.clean(action.stage)
+                optimizer.update(weights, gradient, state, step.number, step.scale * self._clipping())
+
+            return update
         if self.buffers.program.plan.holds != "all":
             return lambda: optimizer.update(weights, gradient, state, step.number * each + number, step.scale)
         if optimizer.clip is None:
@@ -176,7 +183,7 @@ class Verbs:
 
     def _reduce(self, action: Action, index: int) -> Runner:
         gradients, comm = self.buffers.gradients[action.stage], self.buffers.comm
-        return lambda: comm.post_all_reduce(gradients)
+        return (lambda: comm.post_all_reduce(gradients)) if len(gradients) else (lambda: None)
 
     def _scatter(self, action: Action, index: int) -> Runner:
         gradients, reduced = self.buffers.gradients[action.stage], self.buffers.reduced[action.stage]
@@ -184,6 +191,8 @@ class Verbs:
         adds = any(a.kind == "SCATTER_GRAD" and a.stage == action.stage for a in row[:index])
         empty = self._touch(action.stage, index) == "SCATTER_GRAD"  # nobody writes before the next scatter
 
+        if not len(gradients):
+            return lambda: None
         if self.buffers.program.plan.mesh.data == 1:
             return lambda: (reduced.add_(gradients) if adds else reduced.copy_(gradients)) is None or None
         if not empty:
@@ -219,6 +228,8 @@ class Verbs:
         scattered = bool(buffers.reduced) and mesh.data > 1
 
         def norm() -> None:
+            for stage in buffers.stages:
+                buffers.clean(stage)
             squares = torch.stack([torch.dot(g, g) for g in gradients]).sum().double().reshape(1)
             if split or scattered:
                 buffers.comm.all_reduce(squares)
