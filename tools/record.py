@@ -29,7 +29,7 @@ def experiments(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"small-{scaling}", {"network": small, "scaling": scaling, "batch": 256, "plan": plan, **short}
     # Digits has 1,437 training samples: four times 256 is the largest weak batch.
     for scaling, batch in (("strong", 1024), ("weak", 256)):
-        settings = {"steps": 10, "warmup": 3, "repetitions": 5, "target": None, **short}
+        settings = {"steps": 10, "warmup": 3, "repetitions": 5, "evaluate_every": 10, **short}
         yield f"large-{scaling}", {"network": large, "scaling": scaling, "batch": batch, "plan": plan, **settings}
 
 
