@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
@@ -139,7 +140,7 @@ class Runner:
 
     def __init__(self, comm: Comm, program: Program, network: Network, optimizer: Optimizer,
                  captured: dict[int, Tensor] | None = None) -> None:  # fmt: skip
-        self.plan, self.network = program.plan, network
+        self.program, self.plan, self.network = program, program.plan, network
         self.buffers = Buffers(program, network, comm, optimizer)
         self.step = StepData()
         self.executor = Executor(program.row(self.buffers.at), Verbs(self.buffers, self.step, captured).bind(), comm)
@@ -159,7 +160,21 @@ class Runner:
         self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
         self.step.weights, self.step.scale = shard.weights, shard.scale
         self.executor.run(number, log, line)
+        if not math.isfinite(self.step.loss):
+            raise FloatingPointError(self._not_a_number(number))
         return self.step.loss * shard.share
+
+    def _not_a_number(self, number: int) -> str:
+        """Where a loss that is not finite shows: the last layer of this rank whose gradient is not a number either."""
+        for stage in sorted(self.buffers.stages, reverse=True):
+            net = self.buffers.stages[stage]
+            counts = [len(layer.parameters()) for layer in net.split(range(1, len(net.layers)))]
+            gradients, first = net.gradients(), (0, *self.program.cuts)[stage]
+            for layer in reversed(range(len(counts))):
+                own = gradients[sum(counts[:layer]) : sum(counts[: layer + 1])]
+                if not all(gradient.isfinite().all() for gradient in own):
+                    return f"step {number}: the loss is not a number, nor is the gradient of layer {first + layer}"
+        return f"step {number}: the loss is not a number, though the gradients of this rank are finite"
 
 
 def train(comm: Comm, job: Job) -> Outcome:
