@@ -17,7 +17,7 @@ import notebooks
 
 def main(names: list[str]) -> int:
     """Execute the named notebooks; return the exit code."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # as `make test` runs them
+    os.environ |= {"OMP_NUM_THREADS": "1", "BPKIT_PROGRESS": "0"}  # as `make test` runs them: nobody looks at a bar
     paths = [Path(name).resolve() for name in names] or notebooks.chapters()
     failed = False
     for path in paths:

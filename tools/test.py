@@ -77,7 +77,7 @@ def count_tests(stages: list[str]) -> Counter[str]:
 def prepare(stages: list[str]) -> tuple[dict[str, str], str]:
     """The environment of the stages, and what is missing ("" when nothing is)."""
     # One thread a process: the tests start workers, and results must not depend on the number of cores.
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    environment = dict(os.environ, OMP_NUM_THREADS="1", BPKIT_PROGRESS="0", PYDEVD_DISABLE_FILE_VALIDATION="1")
     if "browser" not in stages:
         return environment, ""
     if os.environ.get("BPKIT_NO_BROWSER") == "1":
