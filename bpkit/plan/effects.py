@@ -112,6 +112,8 @@ def _reduce(world: Provenance, members: Members, action: Action) -> None:
 
 
 def _scatter(world: Provenance, members: Members, action: Action) -> None:
+    if not any(counts for rank, _ in members for counts in rank.gradients[action.stage]):
+        world.fail(*members[0], "there is nothing to scatter: no rank has written this gradient")
     for atom in range(len(world.atoms)):
         total: Contributions = Counter()
         for rank, _ in members:

@@ -27,8 +27,8 @@ def zero(
 
     Volume a step, in parameters, times (n-1)/n, for k microbatches: level 1: 2; level 2: k + 1; level 3: 3k,
     less what two uses in a row save.  Memory a rank, with Psi parameters of b bytes and an optimizer that keeps K bytes
-    a parameter: level 1 ``2 b Psi + K Psi / n``; level 2 ``b Psi + (b + K) Psi / n`` and two unit gradients; level 3
-    ``(2 b + K) Psi / n``, two unit gradients and two units' parameters (all with `reshard` off).
+    a parameter: level 1 ``2 b Psi + (b + K) Psi / n``; level 2 ``b Psi + (b + K) Psi / n`` and two unit gradients;
+    level 3 ``(2 b + K) Psi / n``, two unit gradients and two units' parameters (all with `reshard` off).
 
     Parameters
     ----------

@@ -44,7 +44,6 @@ class Buffers:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     reduced: dict[int, Tensor] = field(default_factory=dict)
     masters: dict[int, Tensor] = field(default_factory=dict)
-    _apart: dict[int, Tensor] = field(default_factory=dict)  # those of `reduced` that need memory of their own
     _padding: dict[int, Tensor] = field(default_factory=dict)  # where other stages leave values in shared buffers
     gathered_parts: bool = False  # whether whole parameters exist only between UNSHARD and RESHARD
     one_copy: bool = False  # whether parameters are one for all ranks of the host
@@ -124,13 +123,8 @@ class Buffers:
         low, high = 0, net.flat_size
         if scatters(self.row, stage):
             low, high = self.own_bounds(net.flat_size)
-            once = sum(a.kind == "SCATTER_GRAD" and a.stage == stage for a in self.row) == 1
-            if once and not self.program.plan.gradient_buffers:
-                # The sum may lie where gradients lay: in shared memory in rank 0's row, where it is added up.
-                rows = self.comm.peers(net.flat_gradients)
-                self.reduced[stage] = (rows[0] if rows else net.flat_gradients)[low:high]
-            else:
-                self.reduced[stage] = self._apart[stage] = torch.zeros_like(net.flat_gradients[low:high])
+            self.reduced[stage] = torch.zeros_like(net.flat_gradients[low:high])
+            if self.program.plan.gradient_buffers:
                 self._padding[stage] = _padding(net)[low:high].nonzero().flatten()
         if not self.gathered_parts:
             self.masters[stage] = net.flat_parameters[low:high]
@@ -188,9 +182,12 @@ class Buffers:
         if self.one_copy:
             parameters //= self.program.plan.mesh.data
         whole = [net.flat_gradients for net in self.stages.values()]
-        extra = list(self._apart.values())
         state = [tensor for tensors in self.state.values() for tensor in tensors]
-        return {"parameters": parameters, "gradients": distinct(whole) + distinct(extra), "optimizer": distinct(state)}
+        return {
+            "parameters": parameters,
+            "gradients": distinct(whole) + distinct(list(self.reduced.values())),
+            "optimizer": distinct(state),
+        }
 
 
 def _padding(net: Network) -> Tensor:

@@ -31,9 +31,12 @@ class Handle(abc.ABC):
     ----------
     passive : bool
         Whether only `wait` ends it: `poll` never does.
+    polled : bool
+        Whether peers wait for this rank to `poll` it, so that the rank must not block on anything else.
     """
 
     passive = False
+    polled = False
 
     @abc.abstractmethod
     def poll(self) -> bool:

@@ -19,6 +19,8 @@ Pairs = Mapping[int, SemLock]  # by the other rank
 class _Message(Handle):
     """One message under way, at either end of it."""
 
+    polled = True
+
     def __init__(self, queue: deque[_Message], token: SemLock, peer: int, waiter: Waiter, operation: str) -> None:
         self._queue, self._token, self._peer = queue, token, peer
         self._waiter, self._operation = waiter, operation

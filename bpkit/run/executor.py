@@ -173,8 +173,8 @@ class Executor:
             if not left:
                 return
             first = self._pending[left[0]].posted
-            if first is not None and all(entry.posted is not None for entry in self._pending.values()):
-                first.wait()  # nothing else of this rank waits to be started: block
+            if first is not None and self._may_block():
+                first.wait()
             elif (message := self._message_for(left)) is not None:
                 message.wait()
             elif not moved:
@@ -182,6 +182,11 @@ class Executor:
                 spins += 1
                 os.sched_yield() if spins < _YIELDS else time.sleep(_NAP)
                 deadline = self._still_in_time(spins, deadline, left[0])
+
+    def _may_block(self) -> bool:
+        """Whether nothing else of this rank waits to be started or polled."""
+        handles = [entry.posted for entry in self._pending.values()]
+        return len(handles) == 1 or not any(handle is None or handle.polled for handle in handles)
 
     def _message_for(self, indices: Sequence[int]) -> Handle | None:
         """A message that only its reader takes, among all that must end first."""
@@ -206,14 +211,25 @@ class Executor:
 
 
 def assign_slots(row: Sequence[Action]) -> dict[tuple[int, int], int]:
-    """The lowest free slot for each (stage, microbatch), so that a stage keeps no more slots than its peak."""
+    """The lowest free slot for each (stage, microbatch), so that a stage keeps no more slots than its peak.
+
+    A slot holds what its stage gives to both neighbours, the output and the gradient of the input, which they keep
+    by reference; so it is free once the backward of the microbatch has run on it and on its neighbours in the row.
+    """
     taken: defaultdict[int, dict[int, int]] = defaultdict(dict)
     slots: dict[tuple[int, int], int] = {}
+    here = {action.stage for action in row if action.kind == "F"}
+    left = {(a.stage, a.mb) for a in row if a.kind in ("B", "W")}
     for action in row:
-        held = taken[action.stage]
-        if action.kind == "F" and action.mb is not None:
+        stage, mb = action.stage, action.mb
+        if action.kind == "F" and mb is not None:
+            held = taken[stage]
             slot = next(i for i in range(len(held) + 1) if i not in held.values())
-            slots[action.stage, action.mb] = held[action.mb] = slot
-        elif action.kind in ("B", "W") and action.mb is not None:
-            held.pop(action.mb, None)
+            slots[stage, mb] = held[mb] = slot
+        elif action.kind in ("B", "W") and mb is not None:
+            left.discard((stage, mb))
+            for near in (stage - 1, stage, stage + 1):
+                around = {near - 1, near, near + 1} & here
+                if not any((other, mb) in left for other in around):
+                    taken[near].pop(mb, None)
     return slots

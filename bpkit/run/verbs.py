@@ -15,6 +15,10 @@ from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
 from bpkit.run.executor import Receive, Runner, StepData, assign_slots
 
+_ON_GRADIENTS = frozenset(
+    {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "UPDATE"}
+)
+
 
 @dataclass
 class Verbs:
@@ -64,18 +68,14 @@ class Verbs:
 
     def _touch(self, stage: int, after: int) -> str:
         """The kind of the next action on a stage's gradient; empty at the end of the row."""
-        kinds = ("B", "W", "SCATTER_GRAD", "REDUCE_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "UPDATE", "ZERO")
         row = self.buffers.row[after + 1 :]
-        return next((a.kind for a in row if a.stage == stage and a.kind in kinds), "")
+        return next((a.kind for a in row if a.stage == stage and a.kind in _ON_GRADIENTS), "")
 
     def _overwrites(self, stage: int, index: int) -> bool:
         """Whether a backward is the first to touch the gradient since it was emptied."""
-        for action in reversed(self.buffers.row[:index]):
-            if action.stage == stage and action.kind in ("ZERO", "SCATTER_GRAD"):
-                return True
-            if action.stage == stage and action.kind in ("B", "W"):
-                return False
-        return False
+        row = self.buffers.row[:index]
+        last = next((a.kind for a in reversed(row) if a.stage == stage and a.kind in _ON_GRADIENTS), "")
+        return last in ("ZERO", "SCATTER_GRAD")
 
     def _zero(self, action: Action, index: int) -> Runner:
         gradients = self.buffers.gradients[action.stage]
