@@ -28,7 +28,7 @@ OPERATIONS = (
     "post_all_reduce",
 )  # fmt: skip
 
-_yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
 
 def create_semaphore(name: str, value: int = 0) -> SemLock:
@@ -136,7 +136,7 @@ class Waiter:
                     return
                 if self.progress:
                     self.progress()
-                _yield_core()
+                yield_core()
             self._block(check, semaphore, operation, peer)
         finally:
             self._note[0] = 0
@@ -147,7 +147,7 @@ class Waiter:
         start = perf_counter_ns()
         got = False
         for _ in range(tries):
-            _yield_core()
+            yield_core()
             got = semaphore.acquire(False)
             if got:
                 break

@@ -7,7 +7,6 @@ Communication is posted: it starts when what it waits for has ended, and whoever
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from bpkit.nn import Context
 from bpkit.plan.actions import Action
 from bpkit.plan.compile import Instruction
+from bpkit.run.barrier import yield_core
 from bpkit.run.comm import Comm, Handle
 from bpkit.run.errors import PeerTimeout
 from bpkit.trace import Log
@@ -180,7 +180,7 @@ class Executor:
             elif not moved:
                 self.comm.progress()
                 spins += 1
-                os.sched_yield() if spins < _YIELDS else time.sleep(_NAP)
+                yield_core() if spins < _YIELDS else time.sleep(_NAP)
                 deadline = self._still_in_time(spins, deadline, left[0])
 
     def _may_block(self) -> bool:
