@@ -173,11 +173,6 @@ def _points(
     )
 
 
-def _median(result: TrainResult) -> float:
-    """Median step time of one run, seconds."""
-    return float(np.median(Steps.of(result.trace).period.mean(axis=0)))
-
-
 def _point(
     results: list[TrainResult],
     found: Report,

@@ -9,8 +9,6 @@ from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
 from bpkit.plan.strategies import call_text, whole_number
 
-Use = tuple[int, list[Action]]  # a stage, and the compute actions in a run that need its parameters
-
 
 def zero(
     workers: int, level: int, units: int = 1, microbatches: int = 1, prefetch: bool = True, reshard: bool = True

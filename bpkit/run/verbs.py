@@ -41,7 +41,6 @@ class Verbs:
 
     def __post_init__(self) -> None:
         self._slots = assign_slots(self.buffers.row)
-        self._updates = 0
 
     def bind(self) -> list[Runner]:
         """One callable an action of the row.
