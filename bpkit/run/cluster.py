@@ -184,6 +184,8 @@ class Cluster:
             )
         self._fits(plan, network, data.inputs, data.targets)
         _shards(batch, plan, shards)
+        if optimizer.clip is not None and plan.holds != "all":
+            raise ValueError(f"{plan.name} has no one gradient whose norm could be clipped: do without clip")
         program = compile(plan, network, clip=optimizer.clip is not None)
         self._room(program, network)
         job = Job(
@@ -312,6 +314,7 @@ class Cluster:
                 f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), "
                 f"but this cluster has {self.workers}"
             )
+        _runnable(plan)
         if tuple(inputs.shape[1:]) != tuple(network.input_shape):
             raise ValueError(
                 f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
@@ -329,6 +332,16 @@ class Cluster:
         needed = self.workers * sum(program.sizes) * network.dtype.itemsize
         if self.backend == "shm" and needed > memory.free_room():
             raise memory.no_room(f"the gradient of {self.workers} workers", needed)
+
+
+def _runnable(plan: Plan) -> None:
+    """Refuse plans that can be written and checked, but not yet be run on workers."""
+    mesh = plan.mesh
+    if mesh.tensor > 1 or (mesh.data > 1 and mesh.pipeline > 1):
+        raise NotImplementedError(f"{plan.name}: workers run plans over the data axis or the pipeline axis, "
+                                  f"not yet over a mesh of {mesh}")  # fmt: skip
+    for action in (action for row in plan.rows for action in row if action.kind == "RECOMPUTE"):
+        raise NotImplementedError(f"{plan.name}: workers cannot run {action} yet")
 
 
 def _optimizer(lr: float | None, optimizer: Optimizer | None) -> Optimizer:

@@ -53,7 +53,8 @@ class Verbs:
         makers: dict[str, Callable[[Action, int], Runner]] = {
             "ZERO": self._zero, "F": self._forward, "LOSS": self._loss, "B": self._backward, "I": self._input_half,
             "W": self._weight_half, "UPDATE": self._update, "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter,
-            "UNSHARD": self._unshard, "RESHARD": self._reshard, "AVERAGE": self._average, "NORM": self._norm,
+            "UNSHARD": self._unshard, "AVERAGE": self._average, "NORM": self._norm,
+            "RESHARD": lambda action, index: lambda: None,  # its buffer is free for the next stage: that is all
             "SEND_F": self._send_edge, "SEND_B": self._send_edge, "RECV_F": self._receive_edge,
             "RECV_B": self._receive_edge, "SEND_G": self._send_part, "ADD_G": self._receive_part,
             "RECV_G": self._receive_part, "SEND_P": self._send_part, "RECV_P": self._receive_part, "SWAP_G": self._swap,
@@ -193,7 +194,12 @@ class Verbs:
         if not len(gradients):
             return lambda: None
         if self.buffers.program.plan.mesh.data == 1:
-            return lambda: (reduced.add_(gradients) if adds else reduced.copy_(gradients)) is None or None
+            keep = reduced.add_ if adds else reduced.copy_
+
+            def scatter_to_oneself() -> None:
+                keep(gradients)
+
+            return scatter_to_oneself
         if not empty:
             return lambda: comm.post_reduce_scatter(gradients, reduced, adds)
 
@@ -207,9 +213,6 @@ class Verbs:
         if self.buffers.program.plan.mesh.data == 1:
             return lambda: None
         return lambda: self.buffers.gather(action.stage)
-
-    def _reshard(self, action: Action, index: int) -> Runner:
-        return lambda: None  # the buffer is free for the next stage: that is all
 
     def _average(self, action: Action, index: int) -> Runner:
         flat, comm, n = self.buffers.masters[action.stage], self.buffers.comm, self.buffers.program.plan.mesh.data

@@ -7,7 +7,9 @@ import torch
 
 import bpkit as bp
 from bpkit.data import Dataset
+from bpkit.plan import Plan
 from bpkit.run import memory
+from tests.plan.hand_written import PIPELINE_HALVES, TENSOR
 
 
 @pytest.fixture
@@ -75,3 +77,15 @@ def test_a_small_shared_memory_is_named(cluster, monkeypatch):
     monkeypatch.setattr(memory, "free_room", lambda: 1000)
     with pytest.raises(RuntimeError, match=r"the gradient of 2 workers needs .* are free .*backend='gloo'"):
         cluster.train(NET, DATA, batch=32, steps=2, lr=0.1)
+
+
+def test_plans_that_workers_cannot_run_yet_are_refused(cluster):
+    with bp.Cluster(4) as four, pytest.raises(NotImplementedError, match="not yet over a mesh of data=2 pipeline=2"):
+        four.train(NET, DATA, Plan.parse(PIPELINE_HALVES), batch=32, steps=2, lr=0.1)
+    with pytest.raises(NotImplementedError, match="tensor=2"):
+        cluster.gradients(NET, DATA.inputs[:8], DATA.targets[:8], Plan.parse(TENSOR))
+
+
+def test_clipping_needs_one_gradient(cluster):
+    with pytest.raises(ValueError, match="no one gradient whose norm could be clipped"):
+        cluster.train(NET, DATA, bp.plan.local_sgd(2, 2), batch=32, steps=2, optimizer=bp.optim.SGD(0.1, clip=1.0))

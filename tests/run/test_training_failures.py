@@ -16,6 +16,8 @@ from bpkit.data import Dataset
 from bpkit.nn import CrossEntropy
 from bpkit.run import Stopped, WorkerDied, WorkerError
 
+from .pools import alive
+
 DATA = bp.data.digits()
 NETWORK = bp.nn.mlp([64, 256, 256, 10], seed=0)
 
@@ -50,15 +52,6 @@ def timer_start(timer: threading.Timer) -> float:
     """When the timer fired, at the earliest: it was started `interval` before."""
     timer.join()
     return time.monotonic() - timer.interval
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_raising_action_is_named_with_its_rank_and_traceback():
