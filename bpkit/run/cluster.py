@@ -15,11 +15,11 @@ from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program, compile, data_parallel
 from bpkit.plan.compile import compile_collective
-from bpkit.run import memory
+from bpkit.run import checks
 from bpkit.run.pool import Pool
 from bpkit.run.progress import Progress
 from bpkit.run.results import CollectiveResult, TrainResult, assemble, overlaid
-from bpkit.run.training import Job, Outcome, Shards, collective, gradients, shard_sizes_of, train
+from bpkit.run.training import Job, Outcome, Shards, collective, gradients, train
 from bpkit.trace import Trace
 
 
@@ -172,7 +172,7 @@ class Cluster:
             If a worker raises, ends, waits too long, or the run was stopped.
         """
         plan = data_parallel(self.workers) if plan is None else plan
-        optimizer = _optimizer(lr, optimizer)
+        optimizer = checks.make_optimizer(lr, optimizer)
         if steps < 1 or record < 1:
             raise ValueError(f"train needs at least one step and one recorded step, not {steps} and {record}")
         if target is not None and evaluate_every < 1:
@@ -182,12 +182,12 @@ class Cluster:
             raise ValueError(
                 f"{data.name} has {len(data)} training samples for {self.workers} workers: use fewer workers"
             )
-        self._fits(plan, network, data.inputs, data.targets)
-        _shards(batch, plan, shards)
+        checks.fits(plan, network, data.inputs, data.targets, self.workers)
+        checks.checked_shards(batch, plan, shards)
         if optimizer.clip is not None and plan.holds != "all":
             raise ValueError(f"{plan.name} has no one gradient whose norm could be clipped: do without clip")
         program = compile(plan, network, clip=optimizer.clip is not None)
-        self._room(program, network)
+        checks.room(program, network, self.backend)
         job = Job(
             program,
             network,
@@ -196,7 +196,7 @@ class Cluster:
             batch,
             steps,
             seed,
-            _shards(batch, plan, shards),
+            checks.checked_shards(batch, plan, shards),
             record,
             evaluate_every,
             target,
@@ -251,9 +251,9 @@ class Cluster:
             raise ValueError(
                 f"{plan.name} has no one gradient: its ranks apply different ones; compare weights after train"
             )
-        self._fits(plan, network, inputs, targets)
+        checks.fits(plan, network, inputs, targets, self.workers)
         program = compile(plan, network)
-        self._room(program, network)
+        checks.room(program, network, self.backend)
         found: list[dict[int, Tensor]] = self._pool.call(
             gradients,
             program,
@@ -261,7 +261,7 @@ class Cluster:
             inputs,
             targets,
             SGD(),
-            _shards(len(inputs), plan, shards),
+            checks.checked_shards(len(inputs), plan, shards),
             step,
             describe=_describer(program),
         )
@@ -305,65 +305,6 @@ class Cluster:
         rows = [[str(step.action) for step in program.row(at)] for at in plan.mesh.coordinates()]
         trace = Trace.collect([log for _, log, _ in found], rows)
         return CollectiveResult(tuple(out for out, _, _ in found), tuple(sent for _, _, sent in found), trace, program)
-
-    # -- checks before anything starts -------------------------------------------------------------------
-
-    def _fits(self, plan: Plan, network: Network, inputs: Tensor, targets: Tensor) -> None:
-        if plan.workers != self.workers:
-            raise ValueError(
-                f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), "
-                f"but this cluster has {self.workers}"
-            )
-        _runnable(plan)
-        if tuple(inputs.shape[1:]) != tuple(network.input_shape):
-            raise ValueError(
-                f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
-                f"which takes {tuple(network.input_shape)}"
-            )
-        if inputs.dtype != network.dtype:
-            raise TypeError(
-                f"inputs are {inputs.dtype} but the network computes in {network.dtype}: "
-                "load the data with the same dtype"
-            )
-        network.loss.check(targets, network.output_shape)
-
-    def _room(self, program: Program, network: Network) -> None:
-        """Refuse gradients that do not fit in shared memory, before anything starts."""
-        needed = self.workers * sum(program.sizes) * network.dtype.itemsize
-        if self.backend == "shm" and needed > memory.free_room():
-            raise memory.no_room(f"the gradient of {self.workers} workers", needed)
-
-
-def _runnable(plan: Plan) -> None:
-    """Refuse plans that can be written and checked, but not yet be run on workers."""
-    mesh = plan.mesh
-    if mesh.tensor > 1 or (mesh.data > 1 and mesh.pipeline > 1):
-        raise NotImplementedError(f"{plan.name}: workers run plans over the data axis or the pipeline axis, "
-                                  f"not yet over a mesh of {mesh}")  # fmt: skip
-    for action in (action for row in plan.rows for action in row if action.kind == "RECOMPUTE"):
-        raise NotImplementedError(f"{plan.name}: workers cannot run {action} yet")
-
-
-def _optimizer(lr: float | None, optimizer: Optimizer | None) -> Optimizer:
-    if (lr is None) == (optimizer is None):
-        raise ValueError(
-            "train takes either lr=..., for plain SGD, or optimizer=..., for example bp.optim.SGD(0.1, momentum=0.9)"
-        )
-    return SGD(lr) if optimizer is None else optimizer  # type: ignore[arg-type]
-
-
-def _shards(batch: int, plan: Plan, shards: Shards | None) -> Shards | None:
-    """Shares of the data ranks, checked for every step."""
-    if shards is None:
-        return None
-    for step in range(len(shards) if isinstance(shards[0], Sequence) else 1):
-        sizes = shard_sizes_of(plan, batch, shards, step)
-        served = [data for data in plan.servers if sizes[data]]
-        if served:
-            raise ValueError(
-                f"{plan.name}: data rank {served[0]} only serves and takes no samples, not {sizes[served[0]]}"
-            )
-    return shards
 
 
 def _describer(program: Program) -> Callable[[int, int, int], str]:

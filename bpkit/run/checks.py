@@ -1,0 +1,72 @@
+"""What is checked before anything starts, with a sentence for what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from bpkit.nn import Network
+from bpkit.optim import SGD, Optimizer
+from bpkit.plan import Plan, Program
+from bpkit.run import memory
+from bpkit.run.training import Shards, shard_sizes_of
+
+
+def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers: int) -> None:
+    """Refuse a plan for other workers, and samples that do not fit the network."""
+    if plan.workers != workers:
+        raise ValueError(
+            f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), but this cluster has {workers}"
+        )
+    _runnable(plan)
+    if tuple(inputs.shape[1:]) != tuple(network.input_shape):
+        raise ValueError(
+            f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
+            f"which takes {tuple(network.input_shape)}"
+        )
+    if inputs.dtype != network.dtype:
+        raise TypeError(
+            f"inputs are {inputs.dtype} but the network computes in {network.dtype}: load the data with the same dtype"
+        )
+    network.loss.check(targets, network.output_shape)
+
+
+def room(program: Program, network: Network, backend: str) -> None:
+    """Refuse gradients that do not fit in shared memory, before anything starts."""
+    needed = program.plan.workers * sum(program.sizes) * network.dtype.itemsize
+    if backend == "shm" and needed > memory.free_room():
+        raise memory.no_room(f"the gradient of {program.plan.workers} workers", needed)
+
+
+def _runnable(plan: Plan) -> None:
+    """Refuse plans that can be written and checked, but not yet be run on workers."""
+    mesh = plan.mesh
+    if mesh.tensor > 1 or (mesh.data > 1 and mesh.pipeline > 1):
+        raise NotImplementedError(f"{plan.name}: workers run plans over the data axis or the pipeline axis, "
+                                  f"not yet over a mesh of {mesh}")  # fmt: skip
+    for action in (action for row in plan.rows for action in row if action.kind == "RECOMPUTE"):
+        raise NotImplementedError(f"{plan.name}: workers cannot run {action} yet")
+
+
+def make_optimizer(lr: float | None, optimizer: Optimizer | None) -> Optimizer:
+    """Plain SGD at a learning rate, or the optimizer given."""
+    if (lr is None) == (optimizer is None):
+        raise ValueError(
+            "train takes either lr=..., for plain SGD, or optimizer=..., for example bp.optim.SGD(0.1, momentum=0.9)"
+        )
+    return SGD(lr) if optimizer is None else optimizer  # type: ignore[arg-type]
+
+
+def checked_shards(batch: int, plan: Plan, shards: Shards | None) -> Shards | None:
+    """Shares of the data ranks, checked for every step."""
+    if shards is None:
+        return None
+    for step in range(len(shards) if isinstance(shards[0], Sequence) else 1):
+        sizes = shard_sizes_of(plan, batch, shards, step)
+        served = [data for data in plan.servers if sizes[data]]
+        if served:
+            raise ValueError(
+                f"{plan.name}: data rank {served[0]} only serves and takes no samples, not {sizes[served[0]]}"
+            )
+    return shards
