@@ -90,7 +90,7 @@ class Report:
         over ranks; median and quartiles over steps.  Unlike last end minus first start it is right for steps
         that overlap.
     throughput : float
-        Samples a second: batch / median step time.
+        Samples a second: samples of a step / median step time (an asynchronous server's plan is one long step).
     parts : Parts
         The median step time in four parts, averaged over ranks.  A part is its share of a rank's period, taken
         over the half of the steps nearest to the median (an interruption should not shape the picture), times
@@ -214,7 +214,7 @@ def summarize(results: Sequence[TrainResult], optimizer: Optimizer | None = None
         batch=result.batch,
         steps=len(periods),
         step_s=spread,
-        throughput=result.batch / spread.median,
+        throughput=result.samples / spread.median,
         parts=Parts.mean([r.parts for r in ranks]),
         hidden_communication=float(np.mean([r.hidden_communication for r in ranks])),
         bubble=None if plan.mesh.pipeline == 1 else float(np.mean([r.bubble for r in ranks if r.bubble is not None])),

@@ -84,8 +84,8 @@ def local_sgd(workers: int, period: int, buckets: int = 1) -> Plan:
     return Plan(name, (tuple(row),), buckets, Mesh(data=workers), period, holds="own")
 
 
-def replies(workers: int, arrivals: Sequence[int], staleness: int) -> list[list[int]]:
-    """After each arrival, the workers that the server answers (stale synchronous parallel, Ho et al. 2013).
+class Clock:
+    """Whom the server answers (stale synchronous parallel, Ho et al. 2013).
 
     A worker may be at most `staleness` iterations ahead of the slowest; one that is further waits for its answer.
 
@@ -93,28 +93,46 @@ def replies(workers: int, arrivals: Sequence[int], staleness: int) -> list[list[
     ----------
     workers : int
         Workers, numbered from 1.
-    arrivals : sequence of int
-        Which worker's gradient arrived, in order.
+    staleness : int
     """
-    clock: Counter[int] = Counter({worker: 0 for worker in range(1, workers + 1)})
-    waiting: set[int] = set()
-    answered: list[list[int]] = []
-    for worker in arrivals:
-        clock[worker] += 1
-        waiting.add(worker)
-        slowest = min(clock.values())
-        now = sorted(w for w in waiting if clock[w] - slowest <= staleness)
-        waiting -= set(now)
-        answered.append(now)
-    return answered
+
+    def __init__(self, workers: int, staleness: int) -> None:
+        self._staleness = staleness
+        self._done = dict.fromkeys(range(1, workers + 1), 0)
+        self._waiting: set[int] = set()
+
+    def arrived(self, worker: int) -> list[int]:
+        """Note that a worker's gradient arrived; the workers that are answered now."""
+        self._done[worker] += 1
+        self._waiting.add(worker)
+        most = min(self._done.values()) + self._staleness
+        now = sorted(w for w in self._waiting if self._done[w] <= most)
+        self._waiting -= set(now)
+        return now
+
+    def waits(self, worker: int) -> bool:
+        """Whether a worker has not been answered yet."""
+        return worker in self._waiting
+
+
+def ages(plan: Plan) -> list[int]:
+    """For each update of an asynchronous server, how many updates its gradient's parameters were behind."""
+    updates, read, found = 0, dict[int | None, int](), list[int]()
+    for action in plan.rows[0]:
+        if action.kind == "RECV_G":
+            found.append(updates - read.get(action.peer, 0))
+            updates += 1
+        elif action.kind == "SEND_P":
+            read[action.peer] = updates
+    return found
 
 
 def asynchronous_server(workers: int, arrivals: Sequence[int], staleness: int = 1) -> Plan:
     """An asynchronous parameter server, in the order in which gradients arrived.
 
     Rank 0 serves, ranks 1 to `workers` train; every arrival is an update by itself, with what the worker read
-    before.  A live run records such a plan; running it again gives the same bits.  Class *defined*: delayed SGD in
-    this order; a gradient is at most ``(workers - 1) (2 staleness + 1)`` updates old.
+    before.  A live run (`Cluster.train_asynchronous`) records such a plan; running it again gives the same bits.
+    Class *defined*: delayed SGD in this order; a gradient is at most ``(workers - 1) (2 staleness + 1)`` updates old.
 
     Parameters
     ----------
@@ -137,16 +155,14 @@ def asynchronous_server(workers: int, arrivals: Sequence[int], staleness: int = 
     rounds = counts[1]
     if set(counts) != set(range(1, workers + 1)) or len(set(counts.values())) != 1:
         raise ValueError(f"asynchronous_server: arrivals must name each worker from 1 to {workers} equally often")
-    answered = replies(workers, arrivals, staleness)
     server: list[Action] = []
-    free = set(range(1, workers + 1))
-    for worker, now in zip(arrivals, answered, strict=True):
-        if worker not in free:
+    clock = Clock(workers, staleness)
+    for worker in arrivals:
+        if clock.waits(worker):
             raise ValueError(f"asynchronous_server: worker {worker} cannot arrive again before it is answered "
                              f"(staleness {staleness})")  # fmt: skip
-        free = free - {worker} | set(now)
         server += [Action(0, "RECV_G", None, None, worker), Action(0, "UPDATE")]
-        server += [Action(0, "SEND_P", None, None, w) for w in now]
+        server += [Action(0, "SEND_P", None, None, w) for w in clock.arrived(worker)]
     rows = [tuple(server)]
     for _ in range(workers):
         row: list[Action] = []

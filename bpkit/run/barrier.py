@@ -21,6 +21,7 @@ _TRIES = 20  # tries before the first yield: a peer on another core answers with
 _YIELDS = 200  # yields before blocking: with more workers than cores the peer needs our core
 _SLICE = 0.1  # seconds of one blocking wait
 _BUSY_SLICE = 0.001  # the same while there is work of our own to move along
+_NAP = 1e-4  # seconds between two looks at several peers
 
 # What a rank waits in, as a number that fits into the shared block (index 0: not waiting).
 OPERATIONS = (
@@ -119,9 +120,9 @@ class Waiter:
                 return
         self.until(lambda: acquire(False), semaphore, operation, peer, start)
 
-    def until(self, check: Callable[[], bool], semaphore: SemLock, operation: str, peer: int,
+    def until(self, check: Callable[[], bool], semaphore: SemLock | None, operation: str, peer: int,
               start: int | None = None) -> None:
-        """Wait until `check()` holds; a token on `semaphore` is a reason to look again.
+        """Wait until `check()` holds; a token on `semaphore` is a reason to look again (None: look now and then).
 
         Raises
         ------
@@ -154,13 +155,16 @@ class Waiter:
         self.waited += perf_counter_ns() - start
         return got
 
-    def _block(self, check: Callable[[], bool], semaphore: SemLock, operation: str, peer: int) -> None:
+    def _block(self, check: Callable[[], bool], semaphore: SemLock | None, operation: str, peer: int) -> None:
         deadline = time.monotonic() + self._timeout
         while not check():
             left = deadline - time.monotonic()
             if left <= 0:
-                raise PeerTimeout(f"waited {self._timeout:g} s in {operation} for rank {peer}")
-            if semaphore.acquire(True, min(left, _BUSY_SLICE if self.progress else _SLICE)):
+                whom = f"rank {peer}" if peer >= 0 else "any rank"
+                raise PeerTimeout(f"waited {self._timeout:g} s in {operation} for {whom}")
+            if semaphore is None:
+                time.sleep(_NAP)
+            elif semaphore.acquire(True, min(left, _BUSY_SLICE if self.progress else _SLICE)):
                 semaphore.release()  # `check` takes it: the one place that counts tokens
             if self.progress:
                 self.progress()

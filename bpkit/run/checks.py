@@ -49,6 +49,17 @@ def _runnable(plan: Plan) -> None:
         raise NotImplementedError(f"{plan.name}: workers cannot run {action} yet")
 
 
+def run_length(plan: Plan, steps: int, record: int, evaluate_every: int, target: float | None) -> None:
+    """Refuse lengths of a run that make no sense, or not for this plan."""
+    if steps < 1 or record < 1:
+        raise ValueError(f"train needs at least one step and one recorded step, not {steps} and {record}")
+    if target is not None and evaluate_every < 1:
+        raise ValueError("a target accuracy needs evaluate_every=N: how many steps between evaluations")
+    if plan.holds == "one" and (steps != plan.microbatches or evaluate_every):
+        raise ValueError(f"{plan.name} is a whole run of {plan.microbatches} steps without evaluations: "
+                         f"give steps={plan.microbatches} and no evaluate_every")  # fmt: skip
+
+
 def make_optimizer(lr: float | None, optimizer: Optimizer | None) -> Optimizer:
     """Plain SGD at a learning rate, or the optimizer given."""
     if (lr is None) == (optimizer is None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor
 from bpkit.data import Dataset
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
-from bpkit.plan import Plan, Program, compile, data_parallel
+from bpkit.plan import Plan, Program, asynchronous_server, compile, data_parallel
 from bpkit.plan.compile import compile_collective
+from bpkit.plan.strategies import whole_number
 from bpkit.run import checks
+from bpkit.run.asynchronous import rounds
 from bpkit.run.pool import Pool
 from bpkit.run.progress import Progress
 from bpkit.run.results import CollectiveResult, TrainResult, assemble, overlaid
@@ -173,39 +176,85 @@ class Cluster:
         """
         plan = data_parallel(self.workers) if plan is None else plan
         optimizer = checks.make_optimizer(lr, optimizer)
-        if steps < 1 or record < 1:
-            raise ValueError(f"train needs at least one step and one recorded step, not {steps} and {record}")
-        if target is not None and evaluate_every < 1:
-            raise ValueError("a target accuracy needs evaluate_every=N: how many steps between evaluations")
-        data.indices(0, batch, seed)  # refuses an empty batch and one larger than the data set
+        checks.run_length(plan, steps, record, evaluate_every, target)
+        chosen = checks.checked_shards(batch, plan, shards)
+        program = self._program(plan, network, data, optimizer, batch)
+        job = Job(program, network, data, optimizer, batch, steps, seed, chosen, record, evaluate_every, target)
+        outcomes = self._train(rounds if plan.holds == "one" else train, (job,), progress, stop)
+        return assemble(job, outcomes, self.backend)
+
+    def _program(self, plan: Plan, network: Network, data: Dataset, optimizer: Optimizer, batch: int) -> Program:
+        """The plan compiled, once all fits."""
+        data.indices(0, batch)  # refuses an empty batch and one larger than the data set
         if len(data) < self.workers:
             raise ValueError(
                 f"{data.name} has {len(data)} training samples for {self.workers} workers: use fewer workers"
             )
         checks.fits(plan, network, data.inputs, data.targets, self.workers)
-        checks.checked_shards(batch, plan, shards)
         if optimizer.clip is not None and plan.holds != "all":
             raise ValueError(f"{plan.name} has no one gradient whose norm could be clipped: do without clip")
         program = compile(plan, network, clip=optimizer.clip is not None)
         checks.room(program, network, self.backend)
-        job = Job(
-            program,
-            network,
-            data,
-            optimizer,
-            batch,
-            steps,
-            seed,
-            checks.checked_shards(batch, plan, shards),
-            record,
-            evaluate_every,
-            target,
-        )
-        with Progress(steps, progress) as bar:
-            outcomes: list[Outcome] = self._pool.call(
-                train, job, watch=bar.watch, describe=_describer(program), stop=stop
-            )
-        return assemble(job, outcomes, self.backend)
+        return program
+
+    def _train(
+        self, work: Callable[..., Outcome], args: tuple[Any, ...], progress: Callable[[float, str], None] | None,
+        stop: threading.Event | None,
+    ) -> list[Outcome]:  # fmt: skip
+        job: Job = args[0]
+        with Progress(job.steps, progress) as bar:
+            return self._pool.call(work, *args, watch=bar.watch, describe=_describer(job.program), stop=stop)
+
+    def train_asynchronous(
+        self,
+        network: Network,
+        data: Dataset,
+        *,
+        batch: int,
+        steps: int,
+        staleness: int = 1,
+        lr: float | None = None,
+        optimizer: Optimizer | None = None,
+        seed: int = 0,
+        shards: Shards | None = None,
+        progress: Callable[[float, str], None] | None = None,
+        stop: threading.Event | None = None,
+    ) -> TrainResult:
+        """Train with an asynchronous parameter server: rank 0 applies each gradient as it comes.
+
+        The result's plan holds the order of arrival; ``train(network, data, result.plan, batch=..., steps=...)``
+        with the same optimizer and seed gives the same bits.
+
+        Parameters
+        ----------
+        batch : int
+            Samples that all workers together take in one of their iterations; worker w's shard of iteration m is
+            its shard of step m of synchronous training.
+        steps : int
+            Iterations of each worker; the server makes so many updates for each of them.
+        staleness : int
+            Iterations that a worker may be ahead of the slowest (see `bpkit.plan.asynchronous_server`).
+        network, data, lr, optimizer, seed, shards, progress, stop
+            As in `train`.
+
+        Raises
+        ------
+        ValueError
+            If something does not fit, or there is no rank besides the server.
+        """
+        if self.workers < 2 or self.backend == "nccl":
+            raise ValueError("an asynchronous server needs rank 0 to serve and one more rank to train, on shm or gloo: "
+                             f"this cluster has {self.workers} over {self.backend}")  # fmt: skip
+        whole_number("train_asynchronous", steps=steps)
+        trainers = self.workers - 1
+        nominal = asynchronous_server(trainers, [*range(1, self.workers)] * steps, staleness)
+        optimizer = checks.make_optimizer(lr, optimizer)
+        chosen = checks.checked_shards(batch, nominal, shards)
+        program = self._program(nominal, network, data, optimizer, batch)
+        job = Job(program, network, data, optimizer, batch, steps, seed, chosen, 1, 0, None)
+        outcomes = self._train(rounds, (job, staleness), progress, stop)
+        recorded = compile(asynchronous_server(trainers, outcomes[0].arrivals, staleness), network)
+        return assemble(replace(job, program=recorded), outcomes, self.backend)
 
     def gradients(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,10 @@ class Comm(abc.ABC):
     @abc.abstractmethod
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         """Start to receive what `source` posts next, from the same place of its memory, or to add it."""
+
+    @abc.abstractmethod
+    def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
+        """Receive what each of `sources` posts, `each` times, into `tensor` as it comes; yields whose it is."""
 
     def shared(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         """Memory for `n` elements that is one for all ranks; None where ranks share no memory."""

@@ -40,7 +40,7 @@ class StepData:
     contexts: Sequence[Context] = ()
     weights: Sequence[float] = ()  # of each microbatch's terms, in LOSS
     scale: float = 1.0  # of the merged gradient, in UPDATE
-    loss: float = 0.0  # sum over this rank's terms, weighted and scaled like the gradient
+    losses: list[float] = field(default_factory=list)  # of each microbatch: the sum over its terms, weighted
     squares: float = 0.0  # this step's squared gradient norm, where a NORM runs
 
     def load(self, number: int, inputs: Tensor, targets: Tensor, first: int, microbatches: int) -> None:
@@ -50,7 +50,7 @@ class StepData:
         for part in self.inputs:
             starts.append(starts[-1] + len(part))
         self.contexts = [Context(step=number, first=start, training=True) for start in starts[:-1]]
-        self.number, self.loss, self.squares = number, 0.0, 0.0
+        self.number, self.losses, self.squares = number, [0.0] * microbatches, 0.0
 
 
 @dataclass

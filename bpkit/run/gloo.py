@@ -11,7 +11,7 @@ import os
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from time import perf_counter_ns
@@ -256,6 +256,12 @@ class DistributedComm(Comm):
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         into = torch.empty_like(tensor) if add else tensor
         return _Message(self, dist.irecv(into, source), source, partial(tensor.add_, into) if add else None)
+
+    def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
+        for _ in range(each * len(sources)):
+            source = self.run("recv", -1, dist.recv, tensor)  # of any rank: gloo can, NCCL cannot
+            self.count_received(source)
+            yield source
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours

@@ -63,6 +63,11 @@ class TrainResult:
         """Number of ranks."""
         return self.plan.workers
 
+    @property
+    def samples(self) -> int:
+        """Samples that one run of the plan takes: a batch, or a whole run's where the plan is of all its steps."""
+        return self.batch * (self.plan.microbatches if self.plan.holds == "one" else 1)
+
     def __repr__(self) -> str:
         return (
             f"<TrainResult: {self.plan.name} over {self.backend}, {len(self.losses)} steps, "
@@ -109,7 +114,8 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
         rank for rank, at in enumerate(mesh.coordinates()) if at.pipeline == plan.place[-1] and at.tensor == 0
     ]
     losses = np.sum([outcomes[rank].losses for rank in loss_ranks], axis=0)
-    starts = np.array([outcome.starts for outcome in outcomes], dtype=float)
+    trained = [rank for rank, at in enumerate(mesh.coordinates()) if at.data not in plan.servers]
+    starts = np.array([outcomes[rank].starts for rank in trained], dtype=float)
     rows = [[str(step.action) for step in job.program.row(at)] for at in mesh.coordinates()]
     trace = Trace.collect([outcome.log for outcome in outcomes], rows)
     return TrainResult(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -279,6 +280,26 @@ class SharedMemoryComm(Comm):
         program = [rows.addition(start, bounds, tensor.dtype, source, self.rank) if add
                    else rows.copy(start, bounds, tensor.dtype, source, self.rank)]
         return self._direct.recv(source, program)
+
+    def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
+        left = dict.fromkeys(sources, each)
+        posted = {source: self.post_recv(tensor, source) for source in sources}
+        came: list[int] = []
+
+        def look() -> bool:
+            source = next((s for s in posted if posted[s].poll()), -1)
+            if source >= 0:
+                came.append(source)
+            return source >= 0
+
+        while posted:
+            self._waiter.until(look, None, "recv", -1)
+            source = came.pop()
+            del posted[source]  # to the end: who has just been served is looked at last
+            left[source] -= 1
+            if left[source]:
+                posted[source] = self.post_recv(tensor, source)
+            yield source
 
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         self.check_tensor(tensor, "reduce_scatter")

@@ -62,6 +62,8 @@ class Outcome:
     accuracies : list of (step, test accuracy)
     memory : dict
         Bytes of parameters, gradients and optimizer state on this rank.
+    arrivals : tuple of int
+        On an asynchronous server that ran live: whose gradients came, in order.
     """
 
     losses: list[float]
@@ -71,6 +73,7 @@ class Outcome:
     digests: dict[int, str]
     accuracies: list[tuple[int, float]]
     memory: dict[str, int]
+    arrivals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,9 +163,13 @@ class Runner:
         self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
         self.step.weights, self.step.scale = shard.weights, shard.scale
         self.executor.run(number, log, line)
-        if not math.isfinite(self.step.loss):
+        self.check(number)
+        return sum(self.step.losses) * shard.share
+
+    def check(self, number: int) -> None:
+        """Raise FloatingPointError if the loss of the step that ran is not finite."""
+        if not math.isfinite(sum(self.step.losses)):
             raise FloatingPointError(self._not_a_number(number))
-        return self.step.loss * shard.share
 
     def _not_a_number(self, number: int) -> str:
         """Where a loss that is not finite shows: the last layer of this rank whose gradient is not a number either."""
@@ -203,10 +210,16 @@ def train(comm: Comm, job: Job) -> Outcome:
                 log = log.until(line)
                 break
     starts.append(perf_counter_ns() - paused)
+    return outcome(buffers, losses, starts, log, accuracies)
+
+
+def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
+            accuracies: Sequence[tuple[int, float]] = ()) -> Outcome:  # fmt: skip
+    """What a rank returns after its last step."""
     parameters = {stage: buffers.whole(stage) for stage in buffers.stages}
     digests = {stage: _digest(flat) for stage, flat in parameters.items()}
     first = buffers.at.data == buffers.at.tensor == 0
-    return Outcome(losses, starts, log, parameters if first else {}, digests, accuracies, buffers.memory())
+    return Outcome(losses, starts, log, parameters if first else {}, digests, list(accuracies), buffers.memory())
 
 
 def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:

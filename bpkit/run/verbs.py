@@ -107,7 +107,7 @@ class Verbs:
         def value_and_gradient() -> None:
             value, gradient = loss.value_and_gradient(edges["A", s + 1, mb], step.targets[mb])
             weight = step.weights[mb]
-            step.loss += float(value) * weight
+            step.losses[mb] = float(value) * weight
             edges["D", s + 1, mb] = gradient if weight == 1.0 else gradient.mul_(weight)
 
         return value_and_gradient

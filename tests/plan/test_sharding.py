@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from bpkit.plan import Action, PlanError, asynchronous_server, check, local_sgd, parameter_server, zero
-from bpkit.plan.servers import replies
+from bpkit.plan.servers import Clock, ages
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
@@ -77,9 +77,18 @@ def test_local_sgd_needs_its_average_and_its_own_gradients():
             check(mutant)
 
 
-def test_stale_synchronous_answers():
-    assert replies(2, [1, 1, 2, 2], staleness=1) == [[1], [], [1, 2], [2]]
-    assert replies(2, [1, 2, 1, 2], staleness=0) == [[], [1, 2], [], [1, 2]]
+@pytest.mark.parametrize(
+    ("staleness", "arrivals", "answered"),
+    [(1, [1, 1, 2, 2], [[1], [], [1, 2], [2]]), (0, [1, 2, 1, 2], [[], [1, 2], [], [1, 2]])],
+)
+def test_stale_synchronous_answers(staleness, arrivals, answered):
+    clock = Clock(2, staleness)
+    assert [clock.arrived(worker) for worker in arrivals] == answered
+
+
+def test_ages_count_the_updates_since_the_parameters_were_read():
+    assert ages(asynchronous_server(2, [1, 1, 2, 2], staleness=1)) == [0, 0, 2, 0]
+    assert ages(asynchronous_server(2, [1, 2, 1, 2], staleness=0)) == [0, 1, 0, 1]
 
 
 def test_asynchronous_plans_hold_one_gradient_an_update():
