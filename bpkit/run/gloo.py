@@ -27,6 +27,8 @@ from .errors import CommunicationError, PeerTimeout
 PACKET = 4096
 _HELD = 4096  # packets to one rank that may be under way where nobody tells us what it has received
 _HEAD = struct.Struct(f"<{2 + MAX_DIMS}q")
+# PyTorch 2.13 renamed it, and warns of the old name in the middle of a reader's output.
+_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def loopback() -> None:
@@ -244,7 +246,7 @@ class DistributedComm(Comm):
     def post_all_gather(self, tensor: torch.Tensor) -> Handle:
         every, width = self._padded(tensor.view(-1))
         mine = every[self.rank * width : (self.rank + 1) * width].clone()
-        work = dist.all_gather_into_tensor(every, mine, async_op=True)
+        work = _gather_into(every, mine, async_op=True)
         return _Then(_Posted(self, work), lambda: self._unpad(every, width, tensor.view(-1)))
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
@@ -275,7 +277,7 @@ class DistributedComm(Comm):
     def _gather(self, memory: torch.Tensor) -> None:
         every, width = self._padded(memory.view(-1))
         mine = every[self.rank * width : (self.rank + 1) * width].clone()
-        dist.all_gather_into_tensor(every, mine)
+        _gather_into(every, mine)
         self._unpad(every, width, memory.view(-1))
 
     def _padded(self, flat: torch.Tensor) -> tuple[torch.Tensor, int]:
