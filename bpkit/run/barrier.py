@@ -6,6 +6,7 @@ processor; a bare flag in shared memory would only work where the hardware order
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from _multiprocessing import SemLock  # type: ignore[import-not-found]
@@ -82,6 +83,13 @@ class Block:
         """Bytes of the block."""
         return 8 * (cls.WIDTH * (ranks + 1) + ranks * ranks)
 
+    def of(self, path: str, ranks: Sequence[int]) -> Block:
+        """The block of a group of ranks: a file of its own; what informs the caller stays where it is."""
+        with open(path, "r+b") as file:
+            block = Block(memoryview(mmap.mmap(file.fileno(), self.size(len(ranks)))), len(ranks))
+        block.marks, block.waits = ([rows[rank] for rank in ranks] for rows in (self.marks, self.waits))  # type: ignore
+        return block
+
     def waiting(self, rank: int) -> str:
         """What a rank waits in, as text; empty when it does not wait."""
         operation, peer = (int(x) for x in self.waits[rank])
@@ -97,16 +105,27 @@ class Waiter:
     ----------
     waited : int
         Nanoseconds spent in waits so far (a token that was there at the first try costs none).
-    progress : callable or None
-        Moves this rank's own unfinished sends and reductions; set while there are any.
+    duties : dict
+        What moves this rank's own unfinished sends and reductions, while there are any; one for all groups that
+        the rank belongs to.
     """
 
-    def __init__(self, rank: int, note: np.ndarray, timeout: float) -> None:
+    def __init__(self, rank: int, note: np.ndarray, timeout: float, ranks: Sequence[int] = (),
+                 duties: dict[Callable[[], object], None] | None = None) -> None:  # fmt: skip
         self.rank = rank
         self.waited = 0
-        self.progress: Callable[[], object] | None = None
+        self.duties = {} if duties is None else duties
         self._note = note
         self._timeout = timeout
+        self._ranks = ranks  # of the members of a group, for messages
+
+    def progress(self) -> None:
+        """Move this rank's unfinished business along; never blocks."""
+        for duty in tuple(self.duties):
+            duty()
+
+    def _global(self, peer: int) -> int:
+        return self._ranks[peer] if self._ranks and peer >= 0 else peer
 
     def take(self, semaphore: SemLock, operation: str, peer: int) -> None:
         """Take one token of `semaphore`, which rank `peer` gives."""
@@ -131,11 +150,11 @@ class Waiter:
         """
         start = start or perf_counter_ns()
         try:
-            self._note[1], self._note[0] = peer, OPERATIONS.index(operation)
+            self._note[1], self._note[0] = self._global(peer), OPERATIONS.index(operation)
             for _ in range(_YIELDS):
                 if check():
                     return
-                if self.progress:
+                if self.duties:
                     self.progress()
                 yield_core()
             self._block(check, semaphore, operation, peer)
@@ -160,13 +179,13 @@ class Waiter:
         while not check():
             left = deadline - time.monotonic()
             if left <= 0:
-                whom = f"rank {peer}" if peer >= 0 else "any rank"
+                whom = f"rank {self._global(peer)}" if peer >= 0 else "any rank"
                 raise PeerTimeout(f"waited {self._timeout:g} s in {operation} for {whom}")
             if semaphore is None:
                 time.sleep(_NAP)
-            elif semaphore.acquire(True, min(left, _BUSY_SLICE if self.progress else _SLICE)):
+            elif semaphore.acquire(True, min(left, _BUSY_SLICE if self.duties else _SLICE)):
                 semaphore.release()  # `check` takes it: the one place that counts tokens
-            if self.progress:
+            if self.duties:
                 self.progress()
 
 

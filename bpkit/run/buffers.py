@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,8 @@ from bpkit.optim import Optimizer
 from bpkit.plan.actions import Action
 from bpkit.plan.compile import Program
 from bpkit.plan.plan import Plan, scatters
-from bpkit.run.comm import Comm, Done, Handle
+from bpkit.run.comm import Channel, Done, Edges, Handle
+from bpkit.run.groups import Groups
 
 
 @dataclass
@@ -38,8 +40,9 @@ class Buffers:
 
     program: Program
     network: Network
-    comm: Comm
+    groups: Groups
     optimizer: Optimizer
+    rows: int = 0  # samples of a microbatch, at most
     stages: dict[int, Network] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     reduced: dict[int, Tensor] = field(default_factory=dict)
@@ -50,7 +53,7 @@ class Buffers:
 
     def __post_init__(self) -> None:
         plan = self.program.plan
-        self.at = plan.mesh.coordinate(self.comm.rank)
+        self.at = plan.mesh.coordinate(self.groups.world.rank)
         self.row = plan.row(self.at)
         parts = self.network.split(self.program.cuts)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
@@ -62,6 +65,7 @@ class Buffers:
             self.gradients[stage] = net.flat_gradients
             self._own_part(stage, net)
         self.state = {stage: self.optimizer.state(self.masters[stage]) for stage in self.stages}
+        self.edges = self._make_edges(plan) if plan.mesh.pipeline > 1 else None
 
     # -- placing -----------------------------------------------------------------------------------------
 
@@ -88,14 +92,14 @@ class Buffers:
 
     def _place_gradients(self, plan: Plan) -> None:
         place = self._rooms(plan, plan.gradient_buffers)
-        block = self.comm.empty(self._most, self.network.dtype)
+        block = self.groups.data.empty(self._most, self.network.dtype)
         for stage, net in self.stages.items():
             net.bind(gradients=block[slice(*place(stage))])
 
     def _place_parameters(self, plan: Plan, kinds: set[str]) -> None:
         if "UNSHARD" in kinds:
             place = self._rooms(plan, 0)
-            block = self.comm.shared(self._most, self.network.dtype)
+            block = self.groups.data.shared(self._most, self.network.dtype)
             self.one_copy = block is not None
             if block is None:
                 self.gathered_parts = "RESHARD" in kinds
@@ -103,7 +107,7 @@ class Buffers:
                 block = torch.zeros(self._most, dtype=self.network.dtype, device=self.network.device)
         elif kinds & {"SEND_P", "AVERAGE"}:
             place = self._rooms(plan, 0)
-            block = self.comm.empty(self._most, self.network.dtype)
+            block = self.groups.data.empty(self._most, self.network.dtype)
         else:
             return
         for stage, net in self.stages.items():
@@ -111,7 +115,21 @@ class Buffers:
                 self.masters[stage] = net.flat_parameters[slice(*self.own_bounds(net.flat_size))].clone()
             net.bind(parameters=block[slice(*place(stage))])
         if self.one_copy:
-            self.comm.barrier()  # everybody has written the same initial values
+            self.groups.data.barrier()  # everybody has written the same initial values
+
+    def _make_edges(self, plan: Plan) -> Edges:
+        """What carries activations and their gradients, with the slots that the receivers' rows hold."""
+        parts = self.network.split(self.program.cuts)
+        channels: list[dict[Channel, tuple[int, int]]] = [{} for _ in range(plan.mesh.pipeline)]
+        for row in self.program.slots:
+            for (kind, stage), count in row.items():
+                shape = parts[stage].input_shape if kind == "RECV_F" else parts[stage].output_shape
+                sender = stage - 1 if kind == "RECV_F" else stage + 1
+                channel = (kind.replace("RECV", "SEND"), sender)
+                channels[plan.place[sender]][channel] = (count, self.rows * math.prod(shape))
+        most = max(sum(count * size for count, size in own.values()) for own in channels)
+        tokens = max(sum(count for count, _ in own.values()) for own in channels)
+        return self.groups.world.edges(channels[self.at.pipeline], most, max(1, tokens), self.network.dtype)
 
     def own_bounds(self, size: int) -> tuple[int, int]:
         """This rank's part of a flat buffer."""
@@ -155,14 +173,14 @@ class Buffers:
             return Done()
         if self.gathered_parts:
             flat[slice(*self.own_bounds(len(flat)))] = self.masters[stage]
-        return self.comm.post_all_gather(flat)
+        return self.groups.data.post_all_gather(flat)
 
     def whole(self, stage: int) -> Tensor:
         """A stage's parameters after the last step, whole; all ranks of the data axis call it in the same order."""
         if self.gathered_parts:
             self.gather(stage).wait()
         elif self.one_copy:
-            self.comm.barrier()  # everybody has updated its part
+            self.groups.data.barrier()  # everybody has updated its part
         return self.stages[stage].flat_parameters.clone()
 
     def memory(self) -> dict[str, int]:
@@ -201,9 +219,9 @@ def _padding(net: Network) -> Tensor:
 class OneBuffer(Buffers):
     """The buffer of a collective by itself."""
 
-    def __init__(self, program: Program, comm: Comm, dtype: torch.dtype) -> None:
-        self.program, self.comm = program, comm
-        self.at = program.plan.mesh.coordinate(comm.rank)
+    def __init__(self, program: Program, groups: Groups, dtype: torch.dtype) -> None:
+        self.program, self.groups = program, groups
+        self.at = program.plan.mesh.coordinate(groups.world.rank)
         self.row = program.plan.row(self.at)
         self.stages, self.reduced, self.masters, self._padding = {}, {}, {}, {}
-        self.gradients = {0: comm.empty(program.sizes[0], dtype)}
+        self.gradients = {0: groups.data.empty(program.sizes[0], dtype)}

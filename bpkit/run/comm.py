@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ DTYPES = (
 )  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_DIMS = 8
+
+Channel = tuple[str, int]  # kind of the send, and stage
+Slots = Mapping[Channel, tuple[int, int]]  # slots of a channel, and elements of one
+Taker = Callable[[torch.Tensor], None]
 
 
 def part_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -56,6 +60,45 @@ class Done(Handle):
 
     def wait(self) -> None:
         pass
+
+
+class Loan(Handle):
+    """A receive whose memory is taken when it has come, and given back once nobody reads it any more.
+
+    Parameters
+    ----------
+    handle : Handle
+        Of the receive.
+    take, give_back : callable
+        Called when it has come, and by `release`.
+    """
+
+    def __init__(self, handle: Handle, take: Callable[[], object], give_back: Callable[[], object]) -> None:
+        self._handle, self._take, self.release = handle, take, give_back
+        self.passive, self._finished = handle.passive, False
+
+    def poll(self) -> bool:
+        if not self._finished and self._handle.poll():
+            self.wait()
+        return self._finished
+
+    def wait(self) -> None:
+        if not self._finished:
+            self._handle.wait()
+            self._take()
+            self._finished = True
+
+
+class Edges(abc.ABC):
+    """Messages between stages, in order for each pair of ranks."""
+
+    @abc.abstractmethod
+    def send(self, channel: Channel, tensor: torch.Tensor, to: int) -> Handle:
+        """Send a tensor; it may change once the handle has finished."""
+
+    @abc.abstractmethod
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Loan:
+        """Post the receive of the next message of `source`; `take` gets the tensor."""
 
 
 class Comm(abc.ABC):
@@ -143,6 +186,22 @@ class Comm(abc.ABC):
     @abc.abstractmethod
     def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
         """Receive what each of `sources` posts, `each` times, into `tensor` as it comes; yields whose it is."""
+
+    @abc.abstractmethod
+    def group(self, groups: Sequence[Sequence[int]]) -> Comm:
+        """The transport of the group, of `groups` without common ranks, to which this rank belongs; on all ranks."""
+
+    @abc.abstractmethod
+    def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
+        """What carries activations and their gradients; on all ranks, same `elements` and `tokens`.
+
+        Parameters
+        ----------
+        slots : mapping
+            For each channel on which this rank sends, its slots and their elements.
+        elements, tokens : int
+            The largest sums over channels of any rank: of elements, and of slots.
+        """
 
     def shared(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
         """Memory for `n` elements that is one for all ranks; None where ranks share no memory."""

@@ -8,9 +8,9 @@ Communication is posted: it starts when what it waits for has ended, and whoever
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter_ns, thread_time_ns
 from typing import Any
 
@@ -20,8 +20,9 @@ from bpkit.nn import Context
 from bpkit.plan.actions import Action
 from bpkit.plan.compile import Instruction
 from bpkit.run.barrier import yield_core
-from bpkit.run.comm import Comm, Handle
+from bpkit.run.comm import Handle
 from bpkit.run.errors import PeerTimeout
+from bpkit.run.groups import Groups
 from bpkit.trace import Log
 
 Runner = Callable[[], Any]  # communication returns what it posted, or None; what compute returns is not used
@@ -54,30 +55,6 @@ class StepData:
 
 
 @dataclass
-class Receive(Handle):
-    """A posted receive of unknown size: whoever reads it takes it, after those posted before it on its pair."""
-
-    take: Runner
-    before: deque[Receive]
-    ended: bool = False
-    passive = True
-
-    def __post_init__(self) -> None:
-        self.before.append(self)
-
-    def poll(self) -> bool:
-        """Whether somebody has taken it."""
-        return self.ended
-
-    def wait(self) -> None:
-        """Take it, and those before it."""
-        while not self.ended:
-            earliest = self.before.popleft()
-            earliest.take()
-            earliest.ended = True
-
-
-@dataclass
 class _Pending:
     """Communication that has not ended: not started while `posted` is None."""
 
@@ -95,15 +72,16 @@ class Executor:
     row : sequence of Instruction
     bound : sequence of callables
         What each instruction calls (see `bpkit.run.verbs`).
-    comm : Comm
+    groups : Groups
     """
 
     row: Sequence[Instruction]
     bound: Sequence[Runner]
-    comm: Comm
+    groups: Groups
     _pending: dict[int, _Pending] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.row = with_slot_waits(self.row)
         compute = [step.action.verb.stream == "compute" for step in self.row]
         self._steps = [(run, step.waits, c) for run, step, c in zip(self.bound, self.row, compute, strict=True)]
         self._columns = self._blank()
@@ -117,7 +95,7 @@ class Executor:
     def run(self, step: int, log: Log, line: int) -> None:
         """Run the row once; line `line` of the log is filled."""
         start, end, wait, cpu, _ = self._columns
-        pending, mark = self._pending, self.comm.mark
+        pending, mark = self._pending, self.groups.world.mark
         mark[0] = step
         for index, (run, needs, compute) in enumerate(self._steps):
             mark[1] = index
@@ -151,10 +129,10 @@ class Executor:
             if entry.posted is None:
                 if any(need in self._pending for need in entry.needs):
                     continue
-                before = self.comm.sent
+                before = self.groups.sent
                 entry.posted = entry.start()
                 if self._columns[4][index] >= 0:
-                    self._columns[4][index] += self.comm.sent - before
+                    self._columns[4][index] += self.groups.sent - before
             if entry.posted is None or entry.posted.poll():
                 self._end(index)
                 ended = True
@@ -178,7 +156,7 @@ class Executor:
             elif (message := self._message_for(left)) is not None:
                 message.wait()
             elif not moved:
-                self.comm.progress()
+                self.groups.world.progress()
                 spins += 1
                 yield_core() if spins < _YIELDS else time.sleep(_NAP)
                 deadline = self._still_in_time(spins, deadline, left[0])
@@ -206,8 +184,8 @@ class Executor:
             return deadline
         now = time.monotonic()
         if deadline and now > deadline:
-            raise PeerTimeout(f"waited {self.comm.timeout:g} s for {self.row[index].action}")
-        return deadline or now + self.comm.timeout
+            raise PeerTimeout(f"waited {self.groups.world.timeout:g} s for {self.row[index].action}")
+        return deadline or now + self.groups.world.timeout
 
 
 def assign_slots(row: Sequence[Action]) -> dict[tuple[int, int], int]:
@@ -233,3 +211,19 @@ def assign_slots(row: Sequence[Action]) -> dict[tuple[int, int], int]:
                 if not any((other, mb) in left for other in around):
                     taken[near].pop(mb, None)
     return slots
+
+
+def with_slot_waits(row: Sequence[Instruction]) -> list[Instruction]:
+    """The row in which a backward also waits for the SEND_B of the microbatch that had its slot before."""
+    slots = assign_slots([step.action for step in row])
+    sends: dict[tuple[int, int], int] = {}  # of the last microbatch in a slot of a stage
+    result = []
+    for index, step in enumerate(row):
+        stage, mb = step.action.stage, step.action.mb
+        slot = (stage, slots.get((stage, -1 if mb is None else mb), -1))
+        if step.action.kind in ("B", "I") and slot in sends:
+            step = replace(step, waits=tuple(sorted({*step.waits, sends.pop(slot)})))
+        if step.action.kind == "SEND_B":
+            sends[slot] = index
+        result.append(step)
+    return result

@@ -21,7 +21,21 @@ import torch
 import torch.distributed as dist
 
 from .barrier import OPERATIONS, Block
-from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, Comm, Done, Handle, check_message, part_bounds
+from .comm import (
+    DTYPE_CODES,
+    DTYPES,
+    MAX_DIMS,
+    Channel,
+    Comm,
+    Done,
+    Edges,
+    Handle,
+    Loan,
+    Slots,
+    Taker,
+    check_message,
+    part_bounds,
+)  # fmt: skip
 from .errors import CommunicationError, PeerTimeout
 
 PACKET = 4096
@@ -112,6 +126,7 @@ class DistributedComm(Comm):
         device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
         super().__init__(rank, size, block, timeout, device)
         self._waited = 0
+        self._members: Any = None  # the process group; None is all ranks
         self._held: list[deque[tuple[int, Any, torch.Tensor]]] = [deque() for _ in range(size)]
         if device != "cpu":
             torch.cuda.set_device(self.device)
@@ -209,7 +224,7 @@ class DistributedComm(Comm):
     # Collectives
 
     def barrier(self) -> None:
-        self.run("barrier", -1, dist.barrier)
+        self.run("barrier", -1, dist.barrier, self._members)
 
     def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         if n < 0:
@@ -229,13 +244,13 @@ class DistributedComm(Comm):
         return tensor
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._in_place(tensor, "all_reduce", dist.all_reduce)
+        return self._in_place(tensor, "all_reduce", partial(dist.all_reduce, group=self._members))
 
     def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
         self.check_tensor(tensor, "post_all_reduce")
         if not tensor.is_contiguous():
             raise ValueError("post_all_reduce: the tensor must be contiguous")
-        return _Posted(self, dist.all_reduce(tensor.detach(), async_op=True))
+        return _Posted(self, dist.all_reduce(tensor.detach(), group=self._members, async_op=True))
 
     def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
         # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
@@ -246,7 +261,7 @@ class DistributedComm(Comm):
     def post_all_gather(self, tensor: torch.Tensor) -> Handle:
         every, width = self._padded(tensor.view(-1))
         mine = every[self.rank * width : (self.rank + 1) * width].clone()
-        work = _gather_into(every, mine, async_op=True)
+        work = _gather_into(every, mine, self._members, async_op=True)
         return _Then(_Posted(self, work), lambda: self._unpad(every, width, tensor.view(-1)))
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
@@ -258,6 +273,14 @@ class DistributedComm(Comm):
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         into = torch.empty_like(tensor) if add else tensor
         return _Message(self, dist.irecv(into, source), source, partial(tensor.add_, into) if add else None)
+
+    def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
+        return _Copies(self)
+
+    def group(self, groups: Sequence[Sequence[int]]) -> Comm:
+        made = [dist.new_group(list(ranks)) for ranks in groups]
+        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
+        return _Group(self, groups[index], made[index])
 
     def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
         for _ in range(each * len(sources)):
@@ -296,4 +319,35 @@ class DistributedComm(Comm):
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
         if not 0 <= root < self.size:
             raise ValueError(f"broadcast: root {root} is not a rank (0 to {self.size - 1})")
-        return self._in_place(tensor, "broadcast", lambda memory: dist.broadcast(memory, root))
+        return self._in_place(tensor, "broadcast", partial(dist.broadcast, group_src=root, group=self._members))
+
+
+class _Group(DistributedComm):
+    """The end of a group of ranks; its messages go the way of all ranks, so they keep one order a pair."""
+
+    def __init__(self, parent: DistributedComm, ranks: Sequence[int], members: Any) -> None:
+        Comm.__init__(self, ranks.index(parent.rank), len(ranks), parent.block, parent.timeout, str(parent.device))
+        self.name, self._parent, self._ranks, self._members, self._waited = parent.name, parent, ranks, members, 0
+
+    def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        return self._parent.run(operation, peer, function, *args, **named)
+
+    def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        return self._parent.post_send(tensor, self._ranks[to])
+
+    def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
+        return self._parent.post_recv(tensor, self._ranks[source], add)
+
+
+class _Copies(Edges):
+    """Messages between stages as copies: no memory is common."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+
+    def send(self, channel: Channel, tensor: torch.Tensor, to: int) -> Handle:
+        return self._comm.post_send(tensor.contiguous(), to)
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Loan:
+        memory = torch.empty(tuple(shape), dtype=dtype, device=self._comm.device)
+        return Loan(self._comm.post_recv(memory, source), partial(take, memory), lambda: None)

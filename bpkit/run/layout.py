@@ -21,7 +21,7 @@ class Layout:
     name : str
         What the names of semaphores and files begin with.
     ranks, slot_bytes : int
-        Workers, and bytes of one slot of a mailbox.
+        Workers, and bytes of one slot of a mailbox; 0 for a group of ranks, which has no mailboxes.
     """
 
     name: str
@@ -40,14 +40,16 @@ class Layout:
 
     def semaphore(self, kind: str, a: int, b: int) -> str:
         """Name of one semaphore: (b)arrier of rank a in round b; from rank a to rank b slots f(i)lled,
-        sl(o)ts free, (r)eady and (d)one of posted sums, (m)essages ready and (t)aken without a copy."""
+        sl(o)ts free, (r)eady and (d)one of posted sums, (m)essages ready and (t)aken without a copy,
+        (l)oans of memory and their re(u)rn."""
         return f"{self.name}-{kind}{a}.{b}"
 
     def semaphores(self) -> dict[str, int]:
         """Names of all semaphores and their first values."""
         ranks = range(self.ranks)
         values = {self.semaphore("b", r, k): 0 for r in ranks for k in range(self.rounds)}
-        for kind, value in (("i", 0), ("o", SLOTS), ("r", 0), ("d", 0), ("m", 0), ("t", 0)):
+        mail = (("i", 0), ("o", SLOTS)) if self.slot_bytes else ()
+        for kind, value in (*mail, ("r", 0), ("d", 0), ("m", 0), ("t", 0), ("l", 0), ("u", 0)):
             values |= {self.semaphore(kind, a, b): value for a in ranks for b in ranks if a != b}
         return values
 

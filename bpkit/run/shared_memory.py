@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,17 +18,18 @@ import numpy as np
 import torch
 
 from . import memory
-from .barrier import Barrier, Block, SemLock, Waiter, open_semaphore
-from .comm import Comm, Handle, part_bounds
+from .barrier import Barrier, Block, SemLock, Waiter, create_semaphore, open_semaphore, unlink_semaphore
+from .comm import Comm, Edges, Handle, Slots, part_bounds
 from .direct import Direct
 from .errors import NoRoom
 from .layout import Layout
+from .loans import Loans
 from .mailbox import Inbox, Outbox
 from .posted import PostedSum, PostedSums
 from .rows import Program, Rows, run_program
+from .scratch import Scratch
 
 _LINE = 64
-_SCRATCH = 1 << 20  # bytes of a rank's scratch row, at most; there are two
 
 
 class SharedMemoryComm(Comm):
@@ -36,23 +37,24 @@ class SharedMemoryComm(Comm):
 
     name = "shm"
 
-    def __init__(self, rank: int, layout: Layout, fd: int, block: Block, timeout: float) -> None:
+    def __init__(self, rank: int, layout: Layout, fd: int, block: Block, timeout: float,
+                 ranks: Sequence[int] = (), duties: dict[Callable[[], object], None] | None = None) -> None:
         super().__init__(rank, layout.ranks, block, timeout)
         self._layout = layout
-        self._waiter = Waiter(rank, block.waits[rank], timeout)
+        self._waiter = Waiter(rank, block.waits[rank], timeout, ranks, duties)
+        self.progress = self._waiter.progress  # type: ignore[method-assign]  # of all groups of this rank
         self._others = [r for r in range(self.size) if r != rank]
         self._join_barrier()
         self._join_mail(fd)
         self._posted = PostedSums(self._others, self._pairs("r"), self._pairs("d"), self._waiter, self.progress)
         ends = [dict(zip(self._others, side, strict=True)) for kind in "mt" for side in self._pairs(kind)]
         self._direct = Direct(*ends, waiter=self._waiter)
+        self._tokens = [dict(zip(self._others, zip(*self._pairs(kind), strict=True), strict=True)) for kind in "lu"]
         self._common: list[tuple[int, int]] = []  # addresses of `shared` memory
         self._blocks: list[tuple[int, int, Rows]] = []
         self._sums: dict[tuple, Program] = {}  # by address, length, type: valid while the memory lives
         self._allocations = 0
-        self._scratch: torch.Tensor | None = None
-        self._stages: dict[tuple, tuple[torch.Tensor, Program, torch.Tensor]] = {}
-        self._half = 0
+        self._scratch = Scratch(self, self._empty, self._find, self._barrier.cross)
 
     def _join_barrier(self) -> None:
         rounds, name = range(self._layout.rounds), self._layout.semaphore
@@ -63,7 +65,7 @@ class SharedMemoryComm(Comm):
     def _join_mail(self, fd: int) -> None:
         self._outboxes: dict[int, Outbox] = {}
         self._inboxes: dict[int, Inbox] = {}
-        if self.size == 1:
+        if self.size == 1 or not self._layout.slot_bytes:
             return
         mail = np.frombuffer(mmap.mmap(fd, self._layout.mail_bytes), np.uint8)
         rings = mail.reshape(self.size, self.size - 1, -1)
@@ -75,6 +77,30 @@ class SharedMemoryComm(Comm):
         for peer in self._others:
             self._outboxes[peer] = box(Outbox, self.rank, peer)
             self._inboxes[peer] = box(Inbox, peer, self.rank)
+
+    def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
+        return Loans(self, *self._tokens, self._waiter, slots, elements, tokens, dtype)
+
+    def group(self, groups: Sequence[Sequence[int]]) -> Comm:
+        self._allocations += 1
+        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
+        layout = Layout(f"{self._layout.name}-{self._allocations}.{index}", len(groups[index]), 0)
+        path = os.path.join(memory.directory(), layout.name)
+        first, held = self.rank == groups[index][0], []
+        if first:
+            held = [create_semaphore(name, value) for name, value in layout.semaphores().items()]
+            os.close(memory.create(path, Block.size(layout.ranks), "a group of ranks"))
+        self._barrier.cross("barrier")
+        block = self.block.of(path, groups[index])
+        comm = SharedMemoryComm(groups[index].index(self.rank), layout, -1, block, self.timeout, groups[index],
+                                self._waiter.duties)
+        self._barrier.cross("barrier")
+        if first:
+            for name in layout.semaphores():
+                unlink_semaphore(name)
+            os.unlink(path)
+        del held
+        return comm
 
     def _pairs(self, kind: str) -> tuple[list[SemLock], list[SemLock]]:
         name = self._layout.semaphore
@@ -94,7 +120,7 @@ class SharedMemoryComm(Comm):
         self.sent += tensor.numel() * tensor.element_size()
         self.sent_to[to] += 1
         if self._outboxes[to].pending:
-            self._waiter.progress = self.progress
+            self._waiter.duties[self._advance] = None
 
     def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
         self.check_peer(source, "recv")
@@ -104,7 +130,7 @@ class SharedMemoryComm(Comm):
         self.received_from[source] += 1
         return tensor
 
-    def progress(self) -> None:
+    def _advance(self) -> None:
         """Move unfinished sends and posted sums along; never blocks."""
         busy = False
         for box in self._outboxes.values():
@@ -112,14 +138,14 @@ class SharedMemoryComm(Comm):
                 busy = True
         self._posted.progress()
         if not (busy or self._posted):
-            self._waiter.progress = None
+            self._waiter.duties.pop(self._advance, None)
 
     def finish(self) -> None:
         self._posted.settle()
         for peer, box in self._outboxes.items():
             if box.pending:
                 self._waiter.until(partial(self._pushed, box), box.free, "send", peer)
-        self._waiter.progress = None
+        self._waiter.duties.pop(self._advance, None)
 
     def _pushed(self, box: Outbox) -> bool:
         self.progress()
@@ -225,7 +251,7 @@ class SharedMemoryComm(Comm):
         if self._posted:
             self._posted.settle()
         if program is None:
-            return self._reduce_private(tensor, "all_reduce")
+            return self._scratch.reduce(tensor, "all_reduce")
         self._barrier.cross("all_reduce")
         run_program(program)
         self._barrier.cross("all_reduce")
@@ -242,7 +268,7 @@ class SharedMemoryComm(Comm):
 
     def _post(self, program: Program) -> Handle:
         posted = self._posted.post(program)
-        self._waiter.progress = self.progress
+        self._waiter.duties[self._advance] = None
         self.progress()
         return posted
 
@@ -307,7 +333,7 @@ class SharedMemoryComm(Comm):
         found = self._find(tensor)
         lo, hi = self.bounds(tensor.numel())
         if found is None:
-            self._reduce_private(tensor, "reduce_scatter")
+            self._scratch.reduce(tensor, "reduce_scatter")
         else:
             rows, start = found
             own = [self.rank] if self.rank else []
@@ -333,71 +359,10 @@ class SharedMemoryComm(Comm):
         self._posted.settle()
         peers = self.peers(tensor)
         if peers is None:
-            return self._spread_private(tensor, operation, bounds)
+            return self._scratch.spread(tensor, operation, bounds)
         self._barrier.cross(operation)
         for rank in self._others:
             lo, hi = bounds[rank]
             tensor.view(-1)[lo:hi] = peers[rank].view(-1)[lo:hi]
         self._barrier.cross(operation)
-        return tensor
-
-    # Private tensors go through two scratch rows in turn: whoever writes into one again has passed a
-    # barrier that all reach only after they have read it.
-
-    def _room(self, size: int, operation: str) -> int:
-        """Bytes of one scratch row, made larger for `size` bytes; the same on every rank."""
-        want = min(1 << max(size - 1, 4095).bit_length(), _SCRATCH)
-        if self._scratch is None or self._scratch.numel() < 2 * want:
-            self._stages = {}
-            self._scratch = self._empty(2 * want, torch.uint8, operation)
-        return self._scratch.numel() // 2
-
-    def _stage(self, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, Program, torch.Tensor]:
-        """For the next scratch row: where this rank writes, the sum's steps, where the sum is read."""
-        self._half = 1 - self._half
-        key = (self._half, n, dtype)
-        if key not in self._stages:
-            assert self._scratch is not None
-            rows, start = self._find(self._scratch) or (None, 0)
-            assert rows is not None
-            start += self._half * (self._scratch.numel() // 2)
-            self._stages[key] = (rows.view(self.rank, start, n, dtype),
-                                 rows.sum_program(start, self.bounds(n), dtype, []),
-                                 rows.view(0, start, n, dtype))
-        return self._stages[key]
-
-    def _reduce_private(self, tensor: torch.Tensor, operation: str) -> torch.Tensor:
-        flat = tensor.detach().reshape(-1)
-        if flat.numel() == 0:
-            return tensor
-        most = self._room(flat.numel() * flat.element_size(), operation) // flat.element_size()
-        for piece in flat.split(most) if most < flat.numel() else (flat,):
-            own, program, total = self._stage(piece.numel(), piece.dtype)
-            own.copy_(piece)
-            self._barrier.cross(operation)
-            run_program(program)
-            self._barrier.cross(operation)
-            piece.copy_(total)
-        if flat.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(flat.view(tensor.shape))
-        return tensor
-
-    def _spread_private(self, tensor: torch.Tensor, operation: str, bounds: list[tuple[int, int]]) -> torch.Tensor:
-        flat = tensor.detach().reshape(-1)
-        most, size = max(hi - lo for lo, hi in bounds), flat.element_size()
-        width = self._room(most * size, operation) // size if most else 1
-        for done in range(0, most, width):
-            pieces = [flat[min(lo + done, hi) : min(lo + done + width, hi)] for lo, hi in bounds]
-            self._stage(1, torch.uint8)
-            assert self._scratch is not None
-            half = self._scratch.view(2, -1)[self._half]
-            own = pieces[self.rank]
-            half[: own.numel() * size].view(flat.dtype).copy_(own)
-            self._barrier.cross(operation)
-            rows = self.peers(half)
-            assert rows is not None
-            for rank in self._others:
-                pieces[rank].copy_(rows[rank][: pieces[rank].numel() * size].view(flat.dtype))
-        if flat.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(flat.view(tensor.shape))
         return tensor

@@ -20,6 +20,7 @@ from bpkit.plan.plan import Plan
 from bpkit.run.buffers import Buffers, OneBuffer
 from bpkit.run.comm import Comm
 from bpkit.run.executor import Executor, StepData
+from bpkit.run.groups import Groups
 from bpkit.run.verbs import Verbs
 from bpkit.trace import Log
 
@@ -115,6 +116,12 @@ def shard_sizes_of(plan: Plan, samples: int, shards: Shards | None, step: int = 
     return [0 if data in plan.servers else next(even) for data in range(plan.mesh.data)]
 
 
+def largest(plan: Plan, samples: int, shards: Shards | None) -> int:
+    """Samples of the largest microbatch of any rank in any step."""
+    steps = len(shards) if shards and isinstance(shards[0], Sequence) else 1
+    return max(-(-max(shard_sizes_of(plan, samples, shards, step)) // plan.microbatches) for step in range(steps))
+
+
 def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: int) -> Shard:
     """The shard of data rank `index` of a global batch.
 
@@ -141,12 +148,13 @@ def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: in
 class Runner:
     """One rank's buffers, bound row and executor."""
 
-    def __init__(self, comm: Comm, program: Program, network: Network, optimizer: Optimizer,
+    def __init__(self, comm: Comm, program: Program, network: Network, optimizer: Optimizer, rows: int,
                  captured: dict[int, Tensor] | None = None) -> None:  # fmt: skip
         self.program, self.plan, self.network = program, program.plan, network
-        self.buffers = Buffers(program, network, comm, optimizer)
+        groups = Groups(comm, program.plan.mesh)
+        self.buffers = Buffers(program, network, groups, optimizer, rows)
         self.step = StepData()
-        self.executor = Executor(program.row(self.buffers.at), Verbs(self.buffers, self.step, captured).bind(), comm)
+        self.executor = Executor(program.row(self.buffers.at), Verbs(self.buffers, self.step, captured).bind(), groups)
 
     def run(self, number: int, inputs: Tensor, targets: Tensor, everyone: Tensor, sizes: Sequence[int],
             log: Log, line: int) -> float:  # fmt: skip
@@ -186,7 +194,7 @@ class Runner:
 
 def train(comm: Comm, job: Job) -> Outcome:
     """Run all steps of a job on one rank."""
-    runner = Runner(comm, job.program, job.network, job.optimizer)
+    runner = Runner(comm, job.program, job.network, job.optimizer, largest(job.program.plan, job.batch, job.shards))
     buffers, plan = runner.buffers, job.program.plan
     recorded = min(job.steps, job.record)
     log = Log.empty(range(job.steps - recorded, job.steps), len(buffers.row))
@@ -252,7 +260,7 @@ def gradients(comm: Comm, program: Program, network: Network, inputs: Tensor, ta
               shards: Shards | None, step: int) -> dict[int, Tensor]:  # fmt: skip
     """Run one step up to UPDATE; what each UPDATE would have applied, by stage (NaN where another rank updates)."""
     captured: dict[int, Tensor] = {}
-    runner = Runner(comm, program, network, optimizer, captured)
+    runner = Runner(comm, program, network, optimizer, largest(program.plan, len(inputs), shards), captured)
     sizes = shard_sizes_of(program.plan, len(inputs), shards, step)
     low = sum(sizes[: runner.buffers.at.data])
     mine = slice(low, low + sizes[runner.buffers.at.data])
@@ -263,8 +271,9 @@ def gradients(comm: Comm, program: Program, network: Network, inputs: Tensor, ta
 
 def collective(comm: Comm, program: Program, inputs: Sequence[Tensor], repeat: int) -> tuple[Tensor, Log, int]:
     """Run a collective by itself `repeat` times; the result, the log, and the bytes that one run sent."""
-    buffers = OneBuffer(program, comm, inputs[comm.rank].dtype)
-    executor = Executor(program.row(buffers.at), Verbs(buffers, StepData()).bind(), comm)
+    groups = Groups(comm, program.plan.mesh)
+    buffers = OneBuffer(program, groups, inputs[comm.rank].dtype)
+    executor = Executor(program.row(buffers.at), Verbs(buffers, StepData()).bind(), groups)
     log = Log.empty(range(repeat), len(buffers.row))
     buffer, before = buffers.gradients[0], comm.sent
     for line in range(repeat):

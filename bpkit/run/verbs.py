@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from torch import Tensor
 from bpkit.optim import clip_factor
 from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
-from bpkit.run.executor import Receive, Runner, StepData, assign_slots
+from bpkit.run.comm import Loan
+from bpkit.run.executor import Runner, StepData, assign_slots
 
 _ON_GRADIENTS = frozenset(
     {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "UPDATE"}
@@ -37,7 +38,7 @@ class Verbs:
     step: StepData
     captured: dict[int, Tensor] | None = None
     _edges: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _inbox: defaultdict[int, deque[Receive]] = field(default_factory=lambda: defaultdict(deque))
+    _borrowed: dict[tuple[str, int, int], Loan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._slots = assign_slots(self.buffers.row)
@@ -117,14 +118,14 @@ class Verbs:
         backward, slot, edges = self.buffers.stages[s].backward, self._slots[s, mb], self._edges
         adds = not self._overwrites(s, index)
         if s == 0:
-            return lambda: backward(edges["D", 1, mb], slot, adds)
+            return self._returning(action, lambda: backward(edges["D", 1, mb], slot, adds))
 
         def run() -> None:
             gradient = backward(edges["D", s + 1, mb], slot, adds, True)
             assert gradient is not None
             edges["D", s, mb] = gradient
 
-        return run
+        return self._returning(action, run)
 
     def _input_half(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
@@ -140,7 +141,7 @@ class Verbs:
     def _weight_half(self, action: Action, index: int) -> Runner:
         net, slot = self.buffers.stages[action.stage], self._slots[action.stage, action.mb or 0]
         adds = not self._overwrites(action.stage, index)
-        return lambda: net.backward_weight(slot, adds)
+        return self._returning(action, lambda: net.backward_weight(slot, adds))
 
     def _update(self, action: Action, index: int) -> Runner:
         weights, gradient, state = self.buffers.update_of(action)
@@ -182,12 +183,12 @@ class Verbs:
     # -- collectives -------------------------------------------------------------------------------------
 
     def _reduce(self, action: Action, index: int) -> Runner:
-        gradients, comm = self.buffers.gradients[action.stage], self.buffers.comm
+        gradients, comm = self.buffers.gradients[action.stage], self.buffers.groups.data
         return (lambda: comm.post_all_reduce(gradients)) if len(gradients) else (lambda: None)
 
     def _scatter(self, action: Action, index: int) -> Runner:
         gradients, reduced = self.buffers.gradients[action.stage], self.buffers.reduced[action.stage]
-        comm, row = self.buffers.comm, self.buffers.row
+        comm, row = self.buffers.groups.data, self.buffers.row
         adds = any(a.kind == "SCATTER_GRAD" and a.stage == action.stage for a in row[:index])
         empty = self._touch(action.stage, index) == "SCATTER_GRAD"  # nobody writes before the next scatter
 
@@ -215,7 +216,8 @@ class Verbs:
         return lambda: self.buffers.gather(action.stage)
 
     def _average(self, action: Action, index: int) -> Runner:
-        flat, comm, n = self.buffers.masters[action.stage], self.buffers.comm, self.buffers.program.plan.mesh.data
+        flat, comm = self.buffers.masters[action.stage], self.buffers.groups.data
+        n = self.buffers.program.plan.mesh.data
 
         def average() -> None:
             if n > 1:
@@ -234,7 +236,7 @@ class Verbs:
                 buffers.clean(stage)
             squares = torch.stack([torch.dot(g, g) for g in gradients]).sum().double().reshape(1)
             if split or scattered:
-                buffers.comm.all_reduce(squares)
+                buffers.groups.world.all_reduce(squares)
             step.squares = float(squares) / (1 if scattered or not split else mesh.data)
 
         return norm
@@ -244,19 +246,39 @@ class Verbs:
     def _send_edge(self, action: Action, index: int) -> Runner:
         forward, mb = action.kind == "SEND_F", action.mb or 0
         key = ("A", action.stage + 1, mb) if forward else ("D", action.stage, mb)
-        to, edges, comm = self._neighbour(action.stage + (1 if forward else -1)), self._edges, self.buffers.comm
-        return lambda: comm.send(edges.pop(key), to)
+        to, edges, channel = self._neighbour(action.stage + (1 if forward else -1)), self._edges, self.buffers.edges
+        assert channel is not None
+        return lambda: channel.send((action.kind, action.stage), edges.pop(key), to)
 
     def _receive_edge(self, action: Action, index: int) -> Runner:
         forward, mb = action.kind == "RECV_F", action.mb or 0
         key = ("A", action.stage, mb) if forward else ("D", action.stage + 1, mb)
-        source, edges, comm = self._neighbour(action.stage - (1 if forward else -1)), self._edges, self.buffers.comm
-        inbox = self._inbox[source]
+        source, channel, step = self._neighbour(action.stage - (1 if forward else -1)), self.buffers.edges, self.step
+        net, take = self.buffers.stages[action.stage], partial(self._edges.__setitem__, key)
+        shape = net.input_shape if forward else net.output_shape
+        assert channel is not None
 
-        def take() -> None:
-            edges[key] = comm.recv(None, source)
+        def receive() -> Loan:
+            loan = channel.receive((len(step.inputs[mb]), *shape), net.dtype, source, take)
+            self._borrowed[key] = loan
+            return loan
 
-        return lambda: Receive(take, inbox)
+        return receive
+
+    def _returning(self, action: Action, run: Callable[[], object]) -> Runner:
+        """A backward that gives back the memory which it is the last to read."""
+        stage, mb, row = action.stage, action.mb or 0, self.buffers.row
+        keys = [key for key, kind in ((("A", stage, mb), "RECV_F"), (("D", stage + 1, mb), "RECV_B"))
+                if Action(stage, kind, mb) in row]  # fmt: skip
+        if not keys:
+            return run
+
+        def run_and_return() -> None:
+            run()
+            for key in keys:
+                self._borrowed.pop(key).release()
+
+        return run_and_return
 
     def _neighbour(self, stage: int) -> int:
         """The rank that holds a stage, on this rank's data and tensor coordinates."""
@@ -267,18 +289,18 @@ class Verbs:
         whole = self.buffers.gradients if action.kind.endswith("G") else self.buffers.masters
         flat = whole[action.stage]
         low, high = (0, len(flat)) if action.part is None else action.part.bounds(len(flat))
-        return flat[low:high], self.buffers.program.plan.mesh.rank(self.buffers.at._replace(data=action.peer or 0))
+        return flat[low:high], action.peer or 0
 
     def _send_part(self, action: Action, index: int) -> Runner:
-        (part, to), comm = self._part(action), self.buffers.comm
+        (part, to), comm = self._part(action), self.buffers.groups.data
         return (lambda: comm.post_send(part, to)) if len(part) else (lambda: None)
 
     def _receive_part(self, action: Action, index: int) -> Runner:
-        (part, source), comm, adds = self._part(action), self.buffers.comm, action.kind == "ADD_G"
+        (part, source), comm, adds = self._part(action), self.buffers.groups.data, action.kind == "ADD_G"
         return (lambda: comm.post_recv(part, source, adds)) if len(part) else (lambda: None)
 
     def _swap(self, action: Action, index: int) -> Runner:
-        (part, peer), comm = self._part(action), self.buffers.comm
+        (part, peer), comm = self._part(action), self.buffers.groups.data
 
         def swap() -> None:
             comm.send(part, peer)
