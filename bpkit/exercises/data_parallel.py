@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpkit.data import digits
 from bpkit.exercises import ring
-from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function
+from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers
 from bpkit.nn import Network, mlp
 from bpkit.run.comm import Comm
 
@@ -27,12 +27,7 @@ SHARDS = (((4, 4, 4), 1), ((6, 4, 2), 1), ((7, 5, 0), 1), ((6, 4, 2), 3))
 
 
 def _judge_ring_sends(answer: Any) -> str:
-    try:
-        numbers = [float(one) for one in answer]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != RANKS:
-        raise Wrong(f"the answer is a list of {RANKS} numbers, what ranks 0, 1 and 2 send: [..., ..., ...]")
+    numbers = need_numbers(answer, RANKS, "what ranks 0, 1 and 2 send")
     counted = ring.counted(RANKS, ELEMENTS)
     if numbers == counted:
         return f"the workers' own counters say {', '.join(map(str, counted))} elements too"

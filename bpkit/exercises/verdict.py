@@ -70,6 +70,17 @@ def need_function(answer: Any, signature: str) -> None:
         raise Wrong(f"the answer is a function, {signature}, not {_kind(answer)}")
 
 
+def need_numbers(answer: Any, count: int, what: str) -> list[float]:
+    """Refuse an answer that is not a list of `count` numbers; return it."""
+    try:
+        numbers = [float(one) for one in answer]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != count:
+        raise Wrong(f"the answer is a list of {count} numbers, {what}: [{', '.join(['...'] * count)}]")
+    return numbers
+
+
 def _kind(answer: Any) -> str:
     return "None" if answer is None else f"a value of type {type(answer).__name__}"
 
