@@ -69,13 +69,14 @@ class Workers:
         self._logs = [tempfile.TemporaryFile() for _ in range(ranks)]  # noqa: SIM115
         self._read = [0] * ranks
         self._hub: Hub | None = None
-        path = os.path.join(memory.directory(), memory.unique_name())
+        # Where the processes of torch.distributed find each other, later groups of them too.
+        self._path = os.path.join(memory.directory(), memory.unique_name())
         control = memory.anonymous(Block.size(ranks), "the workers' shared block")
         try:
             self.block = Block(memoryview(mmap.mmap(control, Block.size(ranks))), ranks)
             self._hub = Hub(ranks) if backend == "shm" else None
             setup = {
-                "backend": backend, "ranks": ranks, "threads": threads, "timeout": timeout, "path": path,
+                "backend": backend, "ranks": ranks, "threads": threads, "timeout": timeout, "path": self._path,
                 "layout": self._hub.layout if self._hub else None,
                 "environment": dict(os.environ), "folder": os.getcwd(),
             }  # fmt: skip
@@ -90,8 +91,6 @@ class Workers:
             if self._hub:
                 os.close(self._hub.fd)
                 self._hub.unlink()
-            with contextlib.suppress(OSError):
-                os.unlink(path)
         for rank in range(ranks):
             self.read_log(rank)  # what libraries print while they join is nobody's result
 
@@ -176,3 +175,5 @@ class Workers:
             process.join(5.0)
         for channel in self.channels:
             channel.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)

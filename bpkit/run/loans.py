@@ -33,6 +33,9 @@ class Loans(Edges):
     def __init__(self, comm: Comm, lent: Pairs, returned: Pairs, waiter: Waiter, slots: Slots, elements: int,
                  tokens: int, dtype: torch.dtype) -> None:  # fmt: skip
         self._comm, self._tokens, self._waiter = comm, tokens, waiter
+        for semaphore, _ in returned.values():  # of slots of the run before, which its end did not wait for
+            while semaphore.acquire(False):
+                pass
         self._rows = comm.peers(comm.empty(elements, dtype)) or []
         words = comm.peers(comm.empty(2 * comm.size * tokens, torch.int64)) or []
         self._words = [row.view(2, comm.size, tokens).numpy() for row in words]  # [rank][way, peer, number]

@@ -6,6 +6,7 @@ run a multi-threaded product hangs.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import multiprocessing
 import os
@@ -31,9 +32,10 @@ from .shared_memory import SharedMemoryComm
 def main(rank: int, channel: Connection) -> None:
     """Entry point of the process of `rank`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's to handle
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    files: list[str] = []
+    threading.Thread(target=_die_with_parent, args=(files,), daemon=True).start()
     try:
-        comm = _join(rank, channel)
+        comm = _join(rank, channel, files)
     except BaseException as error:
         channel.send(("failed", "".join(traceback.format_exception(error))))
         return
@@ -46,16 +48,21 @@ def main(rank: int, channel: Connection) -> None:
         _answer(comm, call, channel)
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(files: list[str]) -> None:
+    """End when the caller is gone, and remove the files that it no longer can."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
+        for path in files:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         os._exit(1)
 
 
-def _join(rank: int, channel: Connection) -> Comm:
+def _join(rank: int, channel: Connection, files: list[str]) -> Comm:
     """Take over the caller's environment and join the transport."""
     setup: dict[str, Any] = channel.recv()
+    files.append(setup["path"])
     log, control, mail = (reduction.recv_handle(channel) for _ in range(3))
     os.environ.clear()  # a fork server keeps the environment of its own start
     os.environ.update(setup["environment"])
