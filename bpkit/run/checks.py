@@ -44,8 +44,6 @@ def _runnable(plan: Plan) -> None:
     mesh = plan.mesh
     if mesh.tensor > 1:
         raise NotImplementedError(f"{plan.name}: workers do not run plans over the tensor axis yet (mesh {mesh})")
-    for action in (action for row in plan.rows for action in row if action.kind == "RECOMPUTE"):
-        raise NotImplementedError(f"{plan.name}: workers cannot run {action} yet")
 
 
 def run_length(plan: Plan, steps: int, record: int, evaluate_every: int, target: float | None) -> None:

@@ -193,14 +193,16 @@ def assign_slots(row: Sequence[Action]) -> dict[tuple[int, int], int]:
 
     A slot holds what its stage gives to both neighbours, the output and the gradient of the input, which they keep
     by reference; so it is free once the backward of the microbatch has run on it and on its neighbours in the row.
+    It is taken by the forward whose activations are kept: the second one, where they are computed again.
     """
     taken: defaultdict[int, dict[int, int]] = defaultdict(dict)
     slots: dict[tuple[int, int], int] = {}
     here = {action.stage for action in row if action.kind == "F"}
+    again = {(action.stage, action.mb) for action in row if action.kind == "RECOMPUTE"}
     left = {(a.stage, a.mb) for a in row if a.kind in ("B", "W")}
     for action in row:
         stage, mb = action.stage, action.mb
-        if action.kind == "F" and mb is not None:
+        if action.kind == ("RECOMPUTE" if (stage, mb) in again else "F") and mb is not None:
             held = taken[stage]
             slot = next(i for i in range(len(held) + 1) if i not in held.values())
             slots[stage, mb] = held[mb] = slot

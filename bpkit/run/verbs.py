@@ -52,9 +52,10 @@ class Verbs:
             If the row holds a kind that this version does not run.
         """
         makers: dict[str, Callable[[Action, int], Runner]] = {
-            "ZERO": self._zero, "F": self._forward, "LOSS": self._loss, "B": self._backward, "I": self._input_half,
-            "W": self._weight_half, "UPDATE": self._update, "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter,
-            "UNSHARD": self._unshard, "AVERAGE": self._average, "NORM": self._norm,
+            "ZERO": self._zero, "F": self._forward, "RECOMPUTE": self._recompute, "LOSS": self._loss,
+            "B": self._backward, "I": self._input_half, "W": self._weight_half, "UPDATE": self._update,
+            "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter, "UNSHARD": self._unshard,
+            "AVERAGE": self._average, "NORM": self._norm,
             "RESHARD": lambda action, index: lambda: None,  # its buffer is free for the next stage: that is all
             "SEND_F": self._send_edge, "SEND_B": self._send_edge, "RECV_F": self._receive_edge,
             "RECV_B": self._receive_edge, "SEND_G": self._send_part, "ADD_G": self._receive_part,
@@ -89,17 +90,21 @@ class Verbs:
     def _forward(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
         forward, slot, edges, step = self.buffers.stages[s].forward, self._slots[s, mb], self._edges, self.step
-        if s == 0:
-
-            def first() -> None:
-                edges["A", 1, mb] = forward(step.inputs[mb], slot, step.contexts[mb])
-
-            return first
+        again = action.kind == "F" and Action(s, "RECOMPUTE", mb) in self.buffers.row
 
         def run() -> None:
-            edges["A", s + 1, mb] = forward(edges["A", s, mb], slot, step.contexts[mb])
+            edges["A", s + 1, mb] = forward(step.inputs[mb] if s == 0 else edges["A", s, mb], slot, step.contexts[mb])
 
-        return run
+        def run_and_forget() -> None:  # nothing is kept but the output: all such forwards share one slot
+            x = step.inputs[mb] if s == 0 else edges["A", s, mb]
+            edges["A", s + 1, mb] = forward(x, "forgotten", step.contexts[mb]).clone()
+
+        return run_and_forget if again else run
+
+    def _recompute(self, action: Action, index: int) -> Runner:
+        s, mb = action.stage, action.mb or 0
+        forward, slot, edges, step = self.buffers.stages[s].forward, self._slots[s, mb], self._edges, self.step
+        return lambda: forward(step.inputs[mb] if s == 0 else edges["A", s, mb], slot, step.contexts[mb])
 
     def _loss(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
