@@ -9,10 +9,11 @@ from bpkit.plan.passes import complete, refine
 from bpkit.plan.plan import MERGES, Plan, PlanError, grid
 from bpkit.plan.servers import asynchronous_server, local_sgd, parameter_server
 from bpkit.plan.strategies import data_parallel, serial
+from bpkit.plan.tensor import Layout, shard_optimizer, tensor_parallel
 from bpkit.plan.zero import zero
 
 __all__ = [
-    "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Mesh", "Part", "Plan", "PlanError", "Program", "Verb",
-    "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel", "expand",
-    "grid", "local_sgd", "parameter_server", "refine", "serial", "zero",
+    "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Layout", "Mesh", "Part", "Plan", "PlanError", "Program",
+    "Verb", "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel",
+    "expand", "grid", "local_sgd", "parameter_server", "refine", "serial", "shard_optimizer", "tensor_parallel", "zero",
 ]  # fmt: skip

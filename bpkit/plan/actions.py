@@ -103,6 +103,7 @@ VERBS: Final[dict[str, Verb]] = {
     "RECV_B": _verb("in", "pipeline", "", "D+", "", "mb"),
     "SUM_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
     "SUM_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
+    "SUM_G": _verb("tensor", "tensor", "G", "G", "", "stage"),
     "REDUCE_GRAD": _verb("data", "data", "G", "G", "", "stage"),
     "SCATTER_GRAD": _verb("data", "data", "G R", "G R", "", "stage"),
     "UNSHARD": _verb("data", "data", "P", "P", "", "stage"),

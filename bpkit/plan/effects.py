@@ -60,8 +60,9 @@ def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) 
     for stage in world.sharing("G", rank, action.stage):
         if any(counts and STALE not in counts for counts in rank.gradients[stage]):
             world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {stage}")
+    share = (rank.at.tensor,) if action.stage in world.split else ()
     for counts in rank.gradients[action.stage]:
-        counts[(rank.at.data, action.mb)] += 1
+        counts[(rank.at.data, action.mb, *share)] += 1
 
 
 def _backward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -189,6 +190,7 @@ GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
     "AVERAGE": _average,
     "SUM_F": _sum_edges(1),
     "SUM_B": _sum_edges(0),
+    "SUM_G": _reduce,
     "NORM": _norm,
     "SWAP_G": _swap,
 }

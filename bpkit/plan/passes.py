@@ -17,7 +17,7 @@ Rows = list[list[Action]]
 
 def complete(plan: Plan, norm: bool = False) -> Plan:
     """All that a compute-only plan lacks: losses, sends and receives, reductions, zeroing and updates."""
-    for step in (losses, tensor_sums, communicate, zero, reduce_gradients):
+    for step in (losses, tensor_sums, communicate, zero, tensor_gradients, reduce_gradients):
         plan = step(plan)
     return update(clip(plan) if norm else plan)
 
@@ -156,20 +156,29 @@ def zero(plan: Plan) -> Plan:
     return _each_row(plan, insert)
 
 
+def tensor_gradients(plan: Plan) -> Plan:
+    """A SUM_G after the gradient of each stage that is split over the tensor axis is complete."""
+    return _after_gradients(plan, "SUM_G", {*plan.partial_outputs, *plan.partial_inputs})
+
+
 def reduce_gradients(plan: Plan) -> Plan:
     """A REDUCE_GRAD after the action that completes a stage's gradient, and after its SEND_B.
 
     The send comes first because another rank's backward waits for it; the reduction is waited for last.
     """
-    if plan.mesh.data == 1:
-        return plan
+    return _after_gradients(plan, "REDUCE_GRAD", set(range(plan.stages))) if plan.mesh.data > 1 else plan
+
+
+def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
+    follow = ("SUM_B", "SEND_B", "SUM_G")
 
     def insert(row: list[Action]) -> Iterable[Action]:
         after: dict[int, Action] = {}
         for stage, index in _last_gradients(row).items():
-            while index + 1 < len(row) and row[index + 1].kind in ("SUM_B", "SEND_B") and row[index + 1].stage == stage:
+            while index + 1 < len(row) and row[index + 1].kind in follow and row[index + 1].stage == stage:
                 index += 1
-            after[index] = Action(stage, "REDUCE_GRAD")
+            if stage in stages:
+                after[index] = Action(stage, kind)
         for index, action in enumerate(row):
             yield action
             if index in after:

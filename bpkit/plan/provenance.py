@@ -46,6 +46,7 @@ class Provenance:
         self.plan = plan
         self.atoms = _atoms(plan)
         self.whole = frozenset(range(plan.mesh.tensor))
+        self.split = {*plan.partial_outputs, *plan.partial_inputs} if plan.mesh.tensor > 1 else set()
         self.reads: dict[tuple[int, int, int | None], int] = {}  # version that each shard's forward read
         self._used: set[tuple[int, object, object]] = set()
 
@@ -161,9 +162,11 @@ class Provenance:
         """Data coordinates that hold a shard."""
         return [d for d in range(self.plan.mesh.data) if d not in self.plan.servers]
 
-    def expected(self) -> Contributions:
-        """What a complete gradient holds: every shard's every microbatch, once."""
-        return Counter({(d, m): 1 for d in self.trained() for m in range(self.plan.microbatches)})
+    def expected(self, stage: int) -> Contributions:
+        """What a complete gradient holds: every shard's every microbatch once, of all tensor ranks if split."""
+        shares = [(t,) for t in sorted(self.whole)] if stage in self.split else [()]
+        microbatches = range(self.plan.microbatches)
+        return Counter({(d, m, *share): 1 for d in self.trained() for m in microbatches for share in shares})
 
     def complete(self, rank: Holdings, index: int, stage: int, atom: int, held: Contributions) -> None:
         """Refuse a gradient that is read as complete and is not what the plan declares."""
@@ -175,7 +178,7 @@ class Provenance:
             if held.total() != 1 or STALE in held or not own:
                 self.fail(rank, index, f"{where} {whose}: it holds {_say(held)}")
             return
-        wanted = self.expected()
+        wanted = self.expected(stage)
         if held != wanted:
             missing, extra = wanted - held, held - wanted
             parts = [f"it lacks {_say(missing)}"] * bool(missing) + [f"it holds {_say(extra)} too often"] * bool(extra)

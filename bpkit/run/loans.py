@@ -56,7 +56,16 @@ class Loans(Edges):
         self._comm.sent += tensor.numel() * tensor.element_size()
         message = _Message(self, to, _RETURNED, channel, tensor)
         self._outgoing[to].append(message)
+        self._waiter.duties[self._advance] = None
         return message
+
+    def _advance(self) -> None:
+        """Send what waits for a slot, while this rank waits for something else."""
+        for peer, waiting in self._outgoing.items():
+            if waiting:
+                self.move(peer)
+        if not any(self._outgoing.values()):
+            self._waiter.duties.pop(self._advance, None)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Loan:
         message = _Message(self, source, _LENT)

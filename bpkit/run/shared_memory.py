@@ -49,7 +49,9 @@ class SharedMemoryComm(Comm):
         self._posted = PostedSums(self._others, self._pairs("r"), self._pairs("d"), self._waiter, self.progress)
         ends = [dict(zip(self._others, side, strict=True)) for kind in "mt" for side in self._pairs(kind)]
         self._direct = Direct(*ends, waiter=self._waiter)
-        self._tokens = [dict(zip(self._others, zip(*self._pairs(kind), strict=True), strict=True)) for kind in "lu"]
+        self._lent, self._returned = (
+            dict(zip(self._others, zip(*self._pairs(kind), strict=True), strict=True)) for kind in "lu"
+        )
         self._common: list[tuple[int, int]] = []  # addresses of `shared` memory
         self._blocks: list[tuple[int, int, Rows]] = []
         self._sums: dict[tuple, Program] = {}  # by address, length, type: valid while the memory lives
@@ -79,7 +81,7 @@ class SharedMemoryComm(Comm):
             self._inboxes[peer] = box(Inbox, peer, self.rank)
 
     def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
-        return Loans(self, *self._tokens, self._waiter, slots, elements, tokens, dtype)
+        return Loans(self, self._lent, self._returned, self._waiter, slots, elements, tokens, dtype)
 
     def group(self, groups: Sequence[Sequence[int]]) -> Comm:
         self._allocations += 1

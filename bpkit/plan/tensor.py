@@ -1,0 +1,112 @@
+"""Tensor parallelism: each stage's products split over the ranks of the tensor axis (Shoeybi et al. 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from bpkit.nn.costs import balanced_cuts
+from bpkit.plan.actions import Action
+from bpkit.plan.mesh import Mesh
+from bpkit.plan.passes import complete
+from bpkit.plan.plan import Plan
+
+_COMPUTE = ("F", "B", "I", "W", "RECOMPUTE")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a network is cut for the tensor axis (see `bpkit.nn.tensor_layout`).
+
+    Parameters
+    ----------
+    cuts : tuple of int
+        Layers at which stages 1, 2, ... start.
+    partial_outputs, partial_inputs : tuple of int
+        Stages whose output (gradient of input) is a sum over the tensor ranks.
+    costs : tuple of int
+        Of each stage, to balance what pipeline ranks hold.
+    """
+
+    cuts: tuple[int, ...]
+    partial_outputs: tuple[int, ...]
+    partial_inputs: tuple[int, ...]
+    costs: tuple[int, ...]
+
+
+def tensor_parallel(plan: Plan, tensor: int, layout: Layout) -> Plan:
+    """The plan with its products split over a tensor axis: stages are cut at the sums that this needs.
+
+    With one worker's plan, and a network of one split stage between two whole ones::
+
+        0ZERO 1ZERO 2ZERO 0F0 1F0 1SUM_F0 2F0 2LOSS0 2B0 1I0 1SUM_B0 1W0 1SUM_G 0B0 2UPDATE 1UPDATE 0UPDATE
+
+    A split stage's whole backward B is written as I and W, so that W overlaps the sum.  Two sums of one edge a
+    microbatch and split stage: sent a rank by a ring of t ranks, ``4 (t-1)/t`` edges (Shoeybi et al. 2019, section 3).
+    SUM_G adds the gradients of parameters that every tensor rank holds, of which each has a share.
+
+    Parameters
+    ----------
+    plan : Plan
+        Serial, data-parallel or a pipeline; its order of F, B, I and W and its data axis are kept.
+    tensor : int
+        Ranks of the tensor axis.
+    layout : Layout
+        Of the network; each stage of `plan` takes consecutive stages of it, balanced by their costs.
+
+    Raises
+    ------
+    ValueError
+        If the plan has more stages than the layout, is expanded, or reduces otherwise than by REDUCE_GRAD.
+    """
+    kinds = {action.kind for row in plan.rows for action in row}
+    if plan.expanded or plan.holds != "all" or kinds & {"SCATTER_GRAD", "UNSHARD"}:
+        raise ValueError(f"{plan.name}: a tensor axis is laid under serial, data_parallel and pipeline plans; "
+                         "shard_optimizer, expand and the like come after it")  # fmt: skip
+    count = len(layout.cuts) + 1
+    if plan.stages > count:
+        raise ValueError(f"{plan.name} has {plan.stages} stages, but the network can only be cut into {count} here")
+    bounds = list(pairwise([0, *balanced_cuts(layout.costs, plan.stages), count]))
+    split = {*layout.partial_outputs, *layout.partial_inputs} if tensor > 1 else set()
+    rows = tuple(tuple(a for action in row for a in _cut(action, bounds, split)) for row in plan.rows)
+    place = tuple(plan.place[stage] for stage, (low, high) in enumerate(bounds) for _ in range(low, high))
+    made = Plan(
+        f"tensor_parallel({plan.name}, {tensor})", rows, count, Mesh(plan.mesh.data, plan.mesh.pipeline, tensor),
+        plan.microbatches, plan.merge, place, layout.cuts,
+        *((layout.partial_outputs, layout.partial_inputs) if tensor > 1 else ((), ())),
+    )  # fmt: skip
+    return complete(made)
+
+
+def _cut(action: Action, bounds: list[tuple[int, int]], split: set[int]) -> list[Action]:
+    """An action of one stage as actions of its parts: forwards ascending, backwards descending."""
+    if action.kind not in _COMPUTE:
+        return []
+    low, high = bounds[action.stage]
+    stages = range(low, high) if action.kind in ("F", "RECOMPUTE") else range(high - 1, low - 1, -1)
+    result: list[Action] = []
+    for stage in stages:
+        kinds = ("I", "W") if action.kind == "B" and stage in split else (action.kind,)
+        result += [Action(stage, kind, action.mb) for kind in kinds]
+    return result
+
+
+def shard_optimizer(plan: Plan) -> Plan:
+    """ZeRO level 1 along the data axis of any plan: reductions scatter, updates are of the rank's part, then gathered.
+
+    Raises
+    ------
+    ValueError
+        If the plan has no REDUCE_GRAD to replace.
+    """
+    rows: list[list[Action]] = []
+    for row in plan.rows:
+        out: list[Action] = []
+        for action in row:
+            kind = "SCATTER_GRAD" if action.kind == "REDUCE_GRAD" else action.kind
+            out.append(replace(action, kind=kind))
+            out += [Action(action.stage, "UNSHARD")] * (kind == "UPDATE")
+        rows.append(out)
+    if not any(action.kind == "SCATTER_GRAD" for row in rows for action in row):
+        raise ValueError(f"{plan.name} reduces no gradient over a data axis: there is nothing to shard")
+    return replace(plan.with_rows(rows), name=f"shard_optimizer({plan.name})")
