@@ -63,3 +63,26 @@ export function legend(entries) {
   const swatch = (kind) => html("i", { class: `bpkit-swatch ${kind}`, "aria-hidden": "true" });
   return html("ul", { class: "bpkit-legend" }, ...entries.map(([kind, words]) => html("li", {}, swatch(kind), words)));
 }
+
+/** Change several values of a model at once. */
+export function write(model, changes) {
+  for (const [name, value] of Object.entries(changes)) model.set(name, value);
+  model.save_changes();
+}
+
+/** What a figure exports as `render`: `build(model, live)` makes {root, draw}, which is drawn for each new state or width.
+    `live` is false on a page without a kernel; the loader of the book says so, Jupyter does not pass it. */
+export const renderer = (build) => ({ model, el, live = true }) => {
+  const figure = build(model, live);
+  const draw = () => figure.draw();
+  let width = -1;
+  const watcher = new ResizeObserver(([entry]) => {
+    const now = Math.round(entry.contentRect.width);
+    if (now !== width && now > 0) { width = now; draw(); }
+  });
+  el.append(figure.root);
+  draw();
+  watcher.observe(figure.root);
+  model.on("change", draw);
+  return () => { watcher.disconnect(); model.off("change", draw); figure.close?.(); };
+};

@@ -1,17 +1,12 @@
 // The explorer of one scaling experiment: builds the parts once and draws them whenever the model changes.
 import { say } from "./text.js";
-import { html, scrolling } from "./dom.js";
+import { html, scrolling, write, renderer } from "./dom.js";
 import { viewOf } from "./data.js";
 import { describe, tableOfRun } from "./describe.js";
 import { speedupPanel } from "./speedup.js";
 import { partsPanel, bytesPanel, throughputPanel, accuracyPanel } from "./bars.js";
 import { timelinePanel } from "./timeline.js";
 import { workerSlider, choices, predictionForm, measurePanel } from "./controls.js";
-
-function write(model, changes) {
-  for (const [name, value] of Object.entries(changes)) model.set(name, value);
-  model.save_changes();
-}
 
 // A new object each time: the model compares by reference on a page, by value in Jupyter.
 function predict(model, mode, workers, speedup) {
@@ -69,20 +64,4 @@ function build(model, live, view) {
   } };
 }
 
-/** `live` is false on a page without a kernel; the loader of the book says so, Jupyter does not pass it. */
-function render({ model, el, live = true }) {
-  const figure = build(model, live, () => viewOf(model, live));
-  const draw = () => figure.draw();
-  let width = -1;
-  const watcher = new ResizeObserver(([entry]) => {
-    const now = Math.round(entry.contentRect.width);
-    if (now !== width && now > 0) { width = now; draw(); }
-  });
-  el.append(figure.root);
-  draw();
-  watcher.observe(figure.root);
-  model.on("change", draw);
-  return () => { watcher.disconnect(); model.off("change", draw); };
-}
-
-export default { render };
+export default { render: renderer((model, live) => build(model, live, () => viewOf(model, live))) };
