@@ -66,6 +66,7 @@ class Buffers:
             self._own_part(stage, net)
         self.state = {stage: self.optimizer.state(self.masters[stage]) for stage in self.stages}
         self.edges = self._make_edges(plan) if plan.mesh.pipeline > 1 else None
+        self._make_sums()
 
     # -- placing -----------------------------------------------------------------------------------------
 
@@ -130,6 +131,21 @@ class Buffers:
         most = max(sum(count * size for count, size in own.values()) for own in channels)
         tokens = max(sum(count for count, _ in own.values()) for own in channels)
         return self.groups.world.edges(channels[self.at.pipeline], most, max(1, tokens), self.network.dtype)
+
+    def _make_sums(self) -> None:
+        """Memory of the tensor axis for each sum of the row, and the gradients of which this rank has a share."""
+        nets, wanted = self.stages, [a for a in self.row if a.kind in ("SUM_F", "SUM_B", "SUM_G")]
+        self.shares = {a.stage: nets[a.stage].shares() for a in wanted if a.kind == "SUM_G"}
+        sizes = []
+        for action in wanted:
+            if action.kind == "SUM_G":
+                sizes.append(sum(map(len, self.shares[action.stage])))
+            else:
+                net = nets[action.stage]
+                shape = net.output_shape if action.kind == "SUM_F" else net.input_shape
+                sizes.append(self.rows * math.prod(shape))
+        block = self.groups.tensor.empty(sum(sizes), self.network.dtype) if wanted else torch.empty(0)
+        self.sums = dict(zip(wanted, block.split(sizes), strict=True))
 
     def own_bounds(self, size: int) -> tuple[int, int]:
         """This rank's part of a flat buffer."""

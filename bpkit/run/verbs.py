@@ -13,11 +13,11 @@ from torch import Tensor
 from bpkit.optim import clip_factor
 from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
-from bpkit.run.comm import Loan
+from bpkit.run.comm import Handle, Loan
 from bpkit.run.executor import Runner, StepData, assign_slots
 
 _ON_GRADIENTS = frozenset(
-    {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "UPDATE"}
+    {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "UPDATE"}
 )
 
 
@@ -56,6 +56,7 @@ class Verbs:
             "B": self._backward, "I": self._input_half, "W": self._weight_half, "UPDATE": self._update,
             "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter, "UNSHARD": self._unshard,
             "AVERAGE": self._average, "NORM": self._norm,
+            "SUM_F": self._sum_edge, "SUM_B": self._sum_edge, "SUM_G": self._sum_gradients,
             "RESHARD": lambda action, index: lambda: None,  # its buffer is free for the next stage: that is all
             "SEND_F": self._send_edge, "SEND_B": self._send_edge, "RECV_F": self._receive_edge,
             "RECV_B": self._receive_edge, "SEND_G": self._send_part, "ADD_G": self._receive_part,
@@ -245,6 +246,35 @@ class Verbs:
             step.squares = float(squares) / (1 if scattered or not split else mesh.data)
 
         return norm
+
+    def _sum_edge(self, action: Action, index: int) -> Runner:
+        s, mb, forward, comm = action.stage, action.mb or 0, action.kind == "SUM_F", self.buffers.groups.tensor
+        key, memory, edges = ("A", s + 1, mb) if forward else ("D", s, mb), self.buffers.sums[action], self._edges
+
+        def sum_edge() -> Handle:
+            share = edges[key]
+            flat = memory[: share.numel()]
+            edges[key] = flat.view(share.shape)
+            edges[key].copy_(share)
+            return comm.post_all_reduce(flat)
+
+        return sum_edge
+
+    def _sum_gradients(self, action: Action, index: int) -> Runner:
+        """Only the gradients of which each tensor rank has a share: brought together, summed, and put back."""
+        shares, memory, comm = self.buffers.shares[action.stage], self.buffers.sums[action], self.buffers.groups.tensor
+        places = memory.split([len(share) for share in shares])
+
+        def put_back() -> None:
+            for share, place in zip(shares, places, strict=True):
+                share.copy_(place)
+
+        def sum_gradients() -> Handle:
+            for share, place in zip(shares, places, strict=True):
+                place.copy_(share)
+            return Loan(comm.post_all_reduce(memory), put_back, lambda: None)
+
+        return sum_gradients if shares else (lambda: None)
 
     # -- messages ----------------------------------------------------------------------------------------
 
