@@ -6,6 +6,7 @@ from bpkit.plan.collectives import collective, expand
 from bpkit.plan.compile import Instruction, Program, bucket_cuts, compile
 from bpkit.plan.mesh import Coordinate, Mesh
 from bpkit.plan.passes import complete, refine
+from bpkit.plan.pipeline import gpipe, interleaved, naive, one_f_one_b, pipedream, zb_v, zero_bubble_h1, zero_bubble_h2
 from bpkit.plan.plan import MERGES, Plan, PlanError, grid
 from bpkit.plan.servers import asynchronous_server, local_sgd, parameter_server
 from bpkit.plan.strategies import data_parallel, serial
@@ -15,5 +16,6 @@ from bpkit.plan.zero import zero
 __all__ = [
     "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Layout", "Mesh", "Part", "Plan", "PlanError", "Program",
     "Verb", "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel",
-    "expand", "grid", "local_sgd", "parameter_server", "refine", "serial", "shard_optimizer", "tensor_parallel", "zero",
+    "expand", "gpipe", "grid", "interleaved", "local_sgd", "naive", "one_f_one_b", "parameter_server", "pipedream",
+    "refine", "serial", "shard_optimizer", "tensor_parallel", "zb_v", "zero", "zero_bubble_h1", "zero_bubble_h2",
 ]  # fmt: skip

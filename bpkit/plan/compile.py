@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from bpkit.nn import Network
+from bpkit.nn.costs import balanced_cuts
 from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.check import check
 from bpkit.plan.hazards import hazards
@@ -82,7 +83,7 @@ _PARAMETER_KINDS = frozenset({"UNSHARD", "AVERAGE", "SEND_P"})
 COUNTED = frozenset({*PARTNERS, "SWAP_G"})
 
 
-def compile(plan: Plan, network: Network, clip: bool = False) -> Program:
+def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[int] | None = None) -> Program:
     """Check a plan and resolve it for a network.
 
     Parameters
@@ -92,14 +93,18 @@ def compile(plan: Plan, network: Network, clip: bool = False) -> Program:
         Gives the layers; stages are balanced by their cost where the plan holds no cuts.
     clip : bool
         Whether gradients are clipped by their global norm: a NORM is put before the first UPDATE.
+    weights : sequence of int, optional
+        What to balance stages by where the plan holds no cuts: a number a layer, for example measured nanoseconds.
 
     Raises
     ------
     PlanError
         If the plan would deadlock or compute something else than it declares.
     ValueError
-        If the network has fewer layers than the plan has stages.
+        If the network has fewer layers than the plan has stages, or there is not one weight a layer.
     """
+    if weights is not None and len(weights) != len(network.layers):
+        raise ValueError(f"compile takes one weight a layer: {len(network.layers)}, not {len(weights)}")
     if plan.stages > len(network.layers):
         raise ValueError(
             f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} layers: "
@@ -107,7 +112,8 @@ def compile(plan: Plan, network: Network, clip: bool = False) -> Program:
         )
     plan = _with_norm(plan) if clip else plan
     check_once(plan)
-    parts = network.split(plan.cuts if plan.cuts is not None else plan.stages)
+    cuts = plan.cuts if weights is None or plan.cuts is not None else balanced_cuts(weights, plan.stages)
+    parts = network.split(cuts if cuts is not None else plan.stages)
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + len(part.layers))
@@ -218,8 +224,10 @@ def slots(row: Sequence[Action]) -> dict[tuple[str, int], int]:
 
 def peak_activations(row: Sequence[Action]) -> int:
     """The largest number of (stage, microbatch) whose forward is saved at a time in a row."""
+    again = {(action.stage, action.mb) for action in row if action.kind == "RECOMPUTE"}  # dropped after the forward
     held = most = 0
     for action in row:
-        held += (action.kind == "F") - (action.kind in ("B", "W"))
+        saves = action.kind == ("RECOMPUTE" if (action.stage, action.mb) in again else "F")
+        held += saves - (action.kind in ("B", "W"))
         most = max(most, held)
     return most

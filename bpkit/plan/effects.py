@@ -28,7 +28,8 @@ def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> N
         world.fail(rank, index, "this forward already ran and its backward has not")
     partial = action.stage in world.plan.partial_outputs
     rank.edges[Buffer("A", action.stage + 1, action.mb)] = frozenset({rank.at.tensor}) if partial else world.whole
-    rank.edges[saved] = world.whole
+    if not any(a.kind == "RECOMPUTE" and (a.stage, a.mb) == (action.stage, action.mb) for a in rank.row):
+        rank.edges[saved] = world.whole
 
 
 def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None:

@@ -57,6 +57,18 @@ def refine(plan: Plan, k: int) -> Plan:
     return Plan(plan.name, rows, plan.stages * k, plan.mesh, plan.microbatches, plan.merge, place)
 
 
+def recompute(plan: Plan) -> Plan:
+    """A RECOMPUTE before each backward that does not directly follow its forward, whose activations are dropped."""
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        for before, action in zip([None, *row], row, strict=False):
+            if action.kind in ("B", "I") and before != Action(action.stage, "F", action.mb):
+                yield Action(action.stage, "RECOMPUTE", action.mb)
+            yield action
+
+    return _each_row(plan, insert)
+
+
 def losses(plan: Plan) -> Plan:
     """A LOSS before the first backward action of each microbatch on the last stage."""
 
@@ -88,9 +100,10 @@ def tensor_sums(plan: Plan) -> Plan:
 def communicate(plan: Plan) -> Plan:
     """Sends and receives where neighbouring stages stand on different pipeline ranks.
 
-    The rows are walked in clock ticks.  When a send is scheduled, its receive is appended to the partner's row
-    in the same tick, so that every row is a projection of one order and cannot deadlock, even where a send
-    waits for its receive.  (``torch.distributed.pipelining`` places receives by the same rule.)
+    The rows are walked by the clock, in the order in which actions end (F, I and W take one unit, B two).  With a
+    send, its receive is appended to the partner's row, so that every row is a projection of one order and cannot
+    deadlock, even where a send waits for its receive, and receives are posted in the order in which they arrive.
+    (``torch.distributed.pipelining`` places receives by the same rule, in ticks of one action each.)
 
     Raises
     ------
@@ -101,41 +114,50 @@ def communicate(plan: Plan) -> Plan:
         return plan
     queues = [deque(row) for row in plan.rows]
     rows: Rows = [[] for _ in queues]
-    arrived: set[tuple[str, int, int | None]] = set()
+    free = [0] * len(rows)
+    arrived: dict[tuple[str, int, int | None], int] = {}
     while any(queues):
-        moved = [
-            (rank, queue.popleft()) for rank, queue in enumerate(queues) if queue and _ready(plan, queue[0], arrived)
-        ]
-        if not moved:
+        ends = []
+        for rank, queue in enumerate(queues):
+            ready = _ready(plan, queue[0], arrived) if queue else None
+            if ready is not None:
+                ends.append((max(free[rank], ready) + _UNITS.get(queue[0].kind, 0), rank))
+        if not ends:
             heads = ", ".join(f"row {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue)
             raise ValueError(f"{plan.name}: the compute actions wait for each other ({heads})")
-        for rank, action in moved:
-            rows[rank].append(action)
-        for rank, action in moved:
-            _hand_over(plan, rank, action, rows, arrived)
+        end, rank = min(ends)
+        free[rank], action = end, queues[rank].popleft()
+        rows[rank].append(action)
+        _hand_over(plan, rank, action, end, rows, arrived)
     return plan.with_rows(rows)
 
 
-def _ready(plan: Plan, action: Action, arrived: set[tuple[str, int, int | None]]) -> bool:
-    """Whether the inputs of an action have been produced or received."""
-    if action.kind in ("F", "RECOMPUTE"):
-        return action.stage == 0 or ("A", action.stage, action.mb) in arrived
+_UNITS = {"F": 1, "RECOMPUTE": 1, "I": 1, "W": 1, "B": 2}
+
+
+def _ready(plan: Plan, action: Action, arrived: dict[tuple[str, int, int | None], int]) -> int | None:
+    """When the inputs of an action were produced or received; None where they are still to come."""
+    if action.kind in ("F", "RECOMPUTE") and action.stage > 0:
+        return arrived.get(("A", action.stage, action.mb))
     if action.kind in ("B", "I"):
-        return action.stage == plan.stages - 1 or ("D", action.stage + 1, action.mb) in arrived
-    return True
+        edge = ("A" if action.stage == plan.stages - 1 else "D", action.stage + 1, action.mb)
+        return arrived.get(edge)
+    return 0
 
 
-def _hand_over(plan: Plan, rank: int, action: Action, rows: Rows, arrived: set[tuple[str, int, int | None]]) -> None:
+def _hand_over(
+    plan: Plan, rank: int, action: Action, end: int, rows: Rows, arrived: dict[tuple[str, int, int | None], int]
+) -> None:
     """Mark what an action produced, and send it where the next stage is elsewhere."""
     sums_follow = {"F": plan.partial_outputs, "B": plan.partial_inputs, "I": plan.partial_inputs}
     kind = action.kind
     if kind in sums_follow and action.stage in sums_follow[kind]:
         return  # what is handed over is the sum
     if kind in ("F", "SUM_F"):
-        arrived.add(("A", action.stage + 1, action.mb))
+        arrived["A", action.stage + 1, action.mb] = end
         _send(plan, rank, action, "F", action.stage + 1, rows)
     elif kind in ("B", "I", "SUM_B"):
-        arrived.add(("D", action.stage, action.mb))
+        arrived["D", action.stage, action.mb] = end
         _send(plan, rank, action, "B", action.stage - 1, rows)
 
 
@@ -175,8 +197,11 @@ def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
     def insert(row: list[Action]) -> Iterable[Action]:
         after: dict[int, Action] = {}
         for stage, index in _last_gradients(row).items():
-            while index + 1 < len(row) and row[index + 1].kind in follow and row[index + 1].stage == stage:
-                index += 1
+            for later in range(index + 1, len(row)):  # a receive may have been posted between
+                if row[later].kind in follow and row[later].stage == stage:
+                    index = later
+                elif row[later].kind not in ("RECV_F", "RECV_B"):
+                    break
             if stage in stages:
                 after[index] = Action(stage, kind)
         for index, action in enumerate(row):
@@ -199,5 +224,23 @@ def update(plan: Plan) -> Plan:
         yield from row
         done = _last_gradients(row)
         yield from (Action(stage, "UPDATE") for stage in sorted(done, key=done.__getitem__))
+
+    return _each_row(plan, insert)
+
+
+def update_each(plan: Plan) -> Plan:
+    """A ZERO before each B and an UPDATE before the next compute: every microbatch is applied by itself."""
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        due: list[Action] = []
+        for action in row:
+            if action.verb.stream == "compute":  # what is sent first does not wait for the update
+                yield from due
+                due.clear()
+            if action.kind == "B":
+                yield Action(action.stage, "ZERO")
+                due.append(Action(action.stage, "UPDATE"))
+            yield action
+        yield from due
 
     return _each_row(plan, insert)

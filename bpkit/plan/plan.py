@@ -64,6 +64,8 @@ class Plan:
         With ``holds="one"``: how many updates a gradient may be older than the parameters it updates.
     gradient_buffers, parameter_buffers : int
         Buffers that stages share in turn (stage modulo number); 0 gives each stage its own.
+    stashed : bool
+        Whether a backward uses the parameters that its forward used, kept over the updates between.
 
     Raises
     ------
@@ -88,6 +90,7 @@ class Plan:
     staleness: int = 0
     gradient_buffers: int = 0
     parameter_buffers: int = 0
+    stashed: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.microbatches < 1:
@@ -185,8 +188,7 @@ class Plan:
             value = getattr(self, key)
             if value:
                 lines.append(f"{key} {' '.join(map(str, value))}")
-        if self.expanded:
-            lines.append("expanded yes")
+        lines += [f"{key} yes" for key in ("expanded", "stashed") if getattr(self, key)]
         for key, default in (("purpose", "train"), ("holds", "all"), *((key, 0) for key in _COUNTS)):
             if getattr(self, key) != default:
                 lines.append(f"{key} {getattr(self, key)}")
@@ -218,7 +220,7 @@ class Plan:
                     values[key] = int(rest)
                 elif key in ("merge", "purpose", "holds"):
                     values[key] = rest
-                elif key == "expanded":
+                elif key in ("expanded", "stashed"):
                     values[key] = rest == "yes"
                 elif key in known:
                     values[key] = tuple(map(int, rest.split()))

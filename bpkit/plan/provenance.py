@@ -148,9 +148,9 @@ class Provenance:
         return versions[0] or 0
 
     def same_weights(self, rank: Holdings, index: int, stage: int, mb: int | None) -> None:
-        """A backward must see the parameters that its forward saw."""
+        """A backward must see the parameters that its forward saw: now, or from a stash."""
         seen = rank.seen.get((stage, mb))
-        if self.weights(rank, index, stage) != seen:
+        if self.weights(rank, index, stage) != seen and not self.plan.stashed:
             self.fail(rank, index, f"its forward read version {seen} of stage {stage}, but there is another one now")
 
     def sharing(self, letter: str, rank: Holdings, stage: int) -> list[int]:
@@ -235,7 +235,7 @@ class Provenance:
             self.fail(rank, end, f"edge {left[0].stage}, microbatch {left[0].mb} was produced and never used")
         if self.plan.purpose != "train":
             return self._finish_collective(rank)
-        if self.plan.holds == "one" and rank.at.data not in self.plan.servers:
+        if self.plan.holds == "one" and self.plan.servers and rank.at.data not in self.plan.servers:
             return
         for stage, versions in rank.versions.items():
             resharded = None in versions

@@ -77,7 +77,7 @@ def whole_number(caller: str, **values: int) -> None:
 
 def call_text(function: str, *args: int, **options: object) -> str:
     """The call that makes a plan, without the options that are at their defaults."""
-    defaults = {"merge": "mean", "prefetch": True, "reshard": True}
+    defaults = {"merge": "mean", "prefetch": True, "reshard": True, "recompute": False}
     words = [str(arg) for arg in args]
     words += [f"{key}={value!r}" for key, value in options.items() if value != defaults.get(key, 1)]
     return f"{function}({', '.join(words)})"
