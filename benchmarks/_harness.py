@@ -90,10 +90,10 @@ def machine() -> dict[str, Any]:
 
 def report(rows: list[dict[str, Any]], file: Path | None, **more: Any) -> None:
     """Print the table of ratios and write the JSON file, if one is asked for."""
-    print(f"{'case':<26}{'peer':<34}{'ours us':>10}{'peer us':>10}{'ratio':>7}  spread")
+    print(f"{'case':<26}{'peer':<42}{'ours us':>10}{'peer us':>10}{'ratio':>7}  spread")
     for r in rows:
         times = f"{r['ours_s'] * 1e6:>10.1f}{r['peer_s'] * 1e6:>10.1f}"
         note = "  for information" if r["info"] else ""
-        print(f"{r['case']:<26}{r['peer']:<34}{times}{r['ratio']:>7.2f}  ±{r['spread']:.2f}{note}")
+        print(f"{r['case']:<26}{r['peer']:<42}{times}{r['ratio']:>7.2f}  ±{r['spread']:.2f}{note}")
     if file is not None:
         file.write_text(json.dumps({"machine": machine(), "rows": rows, **more}, indent=1) + "\n")
