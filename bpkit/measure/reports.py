@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bpkit.compress import Codec
 from bpkit.measure import table
 from bpkit.measure.steps import Steps
 from bpkit.optim import Optimizer
@@ -118,7 +119,10 @@ class Report:
         what there is to say.
     payload_bytes : int
         Bytes of gradient that a worker gives to reductions or sends in a step (padding of the flat buffers
-        included), from the compiled plan, averaged over ranks.
+        included), from the compiled plan, or as encoded where gradients were compressed; averaged over ranks.
+    compress : str
+        How gradients were compressed, and how many times fewer bytes that gives than the compiled plan's; then the
+        run was lossy.  Empty: not at all.
     algorithm : str
         What sums the gradients.
     memory_bytes : int
@@ -140,6 +144,7 @@ class Report:
     bubble: float | None
     bytes_sent: int | None
     payload_bytes: int
+    compress: str
     algorithm: str
     memory_bytes: int
     ranks: tuple[RankReport, ...]
@@ -177,7 +182,8 @@ class Report:
         return table.html(*self._table()) + (f"<p>{self._note().strip()}</p>" if self._note() else "")
 
     def _note(self) -> str:
-        return f"\nnot counted: {self.algorithm}" if self.bytes_sent is None else ""
+        lossy = f"\nlossy: {self.compress}" if self.compress else ""
+        return lossy + (f"\nnot counted: {self.algorithm}" if self.bytes_sent is None else "")
 
 
 def report(result: TrainResult, optimizer: Optimizer | None = None) -> Report:
@@ -220,6 +226,7 @@ def summarize(results: Sequence[TrainResult], optimizer: Optimizer | None = None
         bubble=None if plan.mesh.pipeline == 1 else float(np.mean([r.bubble for r in ranks if r.bubble is not None])),
         bytes_sent=None if None in sent else round(float(np.mean([s for s in sent if s is not None]))),
         payload_bytes=round(float(np.mean([r.payload_bytes for r in ranks]))),
+        compress=_compression(result),
         algorithm=_algorithm(result),
         memory_bytes=round(float(np.mean([r.memory_bytes for r in ranks]))),
         ranks=ranks,
@@ -244,7 +251,7 @@ def _rank(
         hidden_communication=scaled(steps.hidden_communication),
         bubble=None if result.plan.mesh.pipeline == 1 else span - work,
         bytes_sent=None if (sent < 0).any() else round(float(sent.mean())),
-        payload_bytes=result.program.payload(at),
+        payload_bytes=result.payload(rank),
         memory_bytes=_memory(result, at.pipeline, optimizer),
     )
 
@@ -256,8 +263,18 @@ def _memory(result: TrainResult, pipeline: int, optimizer: Optimizer | None) -> 
     return elements * copies * result.network.dtype.itemsize
 
 
+def _compression(result: TrainResult) -> str:
+    if result.compress is None:
+        return ""
+    whole = sum(map(result.program.payload, result.plan.mesh.coordinates()))
+    return f"{result.compress}, {whole / max(1, sum(result.encoded)):.1f} times fewer payload bytes"
+
+
 def _algorithm(result: TrainResult) -> str:
     kinds = {action.kind for row in result.plan.rows for action in row}
-    words = [ALGORITHMS.get(result.backend, result.backend)] * ("REDUCE_GRAD" in kinds)
+    native = ALGORITHMS.get(result.backend, result.backend)
+    if isinstance(result.compress, Codec):
+        native = "all ranks' codes gathered by all, each rank adds them"
+    words = [native] * ("REDUCE_GRAD" in kinds)
     words += ["sends of the plan"] * any(kind.startswith("SEND") for kind in kinds)
     return " and ".join(words) or "none"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.optim import Optimizer
 from bpkit.plan.actions import Action
@@ -43,6 +44,8 @@ class Buffers:
     groups: Groups
     optimizer: Optimizer
     rows: int = 0  # samples of a microbatch, at most
+    compress: Compressor | None = None
+    encoded: int = 0  # payload bytes of a step, where gradients are compressed
     stages: dict[int, Network] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     reduced: dict[int, Tensor] = field(default_factory=dict)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program
@@ -78,3 +79,19 @@ def checked_shards(batch: int, plan: Plan, shards: Shards | None) -> Shards | No
                 f"{plan.name}: data rank {served[0]} only serves and takes no samples, not {sizes[served[0]]}"
             )
     return shards
+
+
+def checked_compressor(plan: Plan, compress: Compressor | None) -> Compressor | None:
+    """The compressor, or None where nothing is reduced; refused unless the plan reduces whole gradients."""
+    if compress is not None and not isinstance(compress, Compressor):
+        raise TypeError(f"compress takes a compressor, for example bp.compress.TopK(0.01), not {compress!r}")
+    if compress is None or plan.mesh.size == 1:
+        return None
+    others = {"SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "AVERAGE"}
+    found = sorted({action.kind for row in plan.rows for action in row} & others)
+    if found or plan.mesh.tensor > 1 or plan.holds != "all":
+        raise ValueError(
+            f"{plan.name} cannot compress gradients with {compress}: that takes a plan that reduces whole gradients "
+            f"by REDUCE_GRAD and not otherwise, and this one has {', '.join(found) or 'another way'}"
+        )
+    return compress if plan.mesh.data > 1 else None

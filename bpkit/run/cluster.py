@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpkit.compress import Compressor
 from bpkit.data import Dataset
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
@@ -130,6 +131,7 @@ class Cluster:
         optimizer: Optimizer | None = None,
         seed: int = 0,
         shards: Shards | None = None,
+        compress: Compressor | None = None,
         evaluate_every: int = 0,
         target: float | None = None,
         record: int = 200,
@@ -156,6 +158,9 @@ class Cluster:
         shards : sequence of float, or of such sequences, optional
             Samples (or weights) of each data rank in a global batch; even where None.
             A rank may have none.  A sequence of sequences is used step by step, in turn.
+        compress : Compressor, optional
+            How gradients travel (see `bpkit.compress`); the run is then *lossy*.  For plans that reduce whole gradients
+            by REDUCE_GRAD; without data parallelism nothing travels, and nothing is lost.
         evaluate_every : int
             Steps between evaluations on the test samples (0: none); their time is not counted.
         target : float, optional
@@ -178,8 +183,10 @@ class Cluster:
         optimizer = checks.make_optimizer(lr, optimizer)
         checks.run_length(plan, steps, record, evaluate_every, target)
         chosen = checks.checked_shards(batch, plan, shards)
+        compress = checks.checked_compressor(plan, compress)
         program = self._program(plan, network, data, optimizer, batch)
-        job = Job(program, network, data, optimizer, batch, steps, seed, chosen, record, evaluate_every, target)
+        job = Job(program, network, data, optimizer, batch, steps, seed, chosen, record, evaluate_every, target,
+                  compress)  # fmt: skip
         outcomes = self._train(rounds if plan.holds == "one" else train, (job,), progress, stop)
         return assemble(job, outcomes, self.backend)
 
@@ -265,6 +272,7 @@ class Cluster:
         *,
         shards: Shards | None = None,
         step: int = 0,
+        compress: Compressor | None = None,
     ) -> Tensor:
         """What UPDATE would apply, after one step on the given global batch; for proofs.
 
@@ -278,6 +286,8 @@ class Cluster:
             Samples (or weights) of each data rank.
         step : int
             Step number, on which dropout masks depend.
+        compress : Compressor, optional
+            As in `train`, at its first step.
 
         Returns
         -------
@@ -312,6 +322,7 @@ class Cluster:
             SGD(),
             checks.checked_shards(len(inputs), plan, shards),
             step,
+            checks.checked_compressor(plan, compress),
             describe=_describer(program),
         )
         parts = network.split(program.cuts)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.plan import Plan, Program
 from bpkit.run.training import Job, Outcome, join
@@ -41,6 +42,10 @@ class TrainResult:
         The transport that carried it.
     memory : tuple of dict
         For each rank, bytes of parameters, gradients and optimizer state.
+    compress : Compressor, optional
+        How gradients travelled; the run was lossy where there is one.
+    encoded : tuple of int
+        For each rank, the bytes of a step's gradients as encoded, where they were compressed.
     """
 
     network: Network
@@ -52,6 +57,8 @@ class TrainResult:
     batch: int
     backend: str
     memory: tuple[dict[str, int], ...] = ()
+    compress: Compressor | None = None
+    encoded: tuple[int, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -68,9 +75,14 @@ class TrainResult:
         """Samples that one run of the plan takes: a batch, or a whole run's where the plan is of all its steps."""
         return self.batch * (self.plan.microbatches if self.plan.holds == "one" else 1)
 
+    def payload(self, rank: int) -> int:
+        """Bytes of gradient that a rank gives to reductions and sends in a step, as encoded where compressed."""
+        return self.encoded[rank] if self.compress else self.program.payload(self.plan.mesh.coordinate(rank))
+
     def __repr__(self) -> str:
+        lossy = f" with {self.compress} (lossy)" if self.compress else ""
         return (
-            f"<TrainResult: {self.plan.name} over {self.backend}, {len(self.losses)} steps, "
+            f"<TrainResult: {self.plan.name}{lossy} over {self.backend}, {len(self.losses)} steps, "
             f"loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}>"
         )
 
@@ -128,6 +140,8 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
         job.batch,
         backend,
         tuple(outcome.memory for outcome in outcomes),
+        job.compress,
+        tuple(outcome.encoded for outcome in outcomes),
     )
 
 

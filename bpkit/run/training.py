@@ -11,6 +11,7 @@ from time import perf_counter_ns
 import torch
 from torch import Tensor
 
+from bpkit.compress import Compressor
 from bpkit.data import Dataset, shard_sizes
 from bpkit.nn import Network
 from bpkit.nn.losses import Loss
@@ -42,6 +43,7 @@ class Job:
     record: int
     evaluate_every: int
     target: float | None
+    compress: Compressor | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Outcome:
     accuracies : list of (step, test accuracy)
     memory : dict
         Bytes of parameters, gradients and optimizer state on this rank.
+    encoded : int
+        Payload bytes of a step, where gradients are compressed.
     arrivals : tuple of int
         On an asynchronous server that ran live: whose gradients came, in order.
     """
@@ -74,6 +78,7 @@ class Outcome:
     digests: dict[int, str]
     accuracies: list[tuple[int, float]]
     memory: dict[str, int]
+    encoded: int = 0
     arrivals: tuple[int, ...] = ()
 
 
@@ -149,10 +154,10 @@ class Runner:
     """One rank's buffers, bound row and executor."""
 
     def __init__(self, comm: Comm, program: Program, network: Network, optimizer: Optimizer, rows: int,
-                 captured: dict[int, Tensor] | None = None) -> None:  # fmt: skip
+                 captured: dict[int, Tensor] | None = None, compress: Compressor | None = None) -> None:  # fmt: skip
         self.program, self.plan, self.network = program, program.plan, network
         groups = Groups(comm, program.plan.mesh)
-        self.buffers = Buffers(program, network, groups, optimizer, rows)
+        self.buffers = Buffers(program, network, groups, optimizer, rows, compress)
         self.step = StepData()
         self.executor = Executor(program.row(self.buffers.at), Verbs(self.buffers, self.step, captured).bind(), groups)
 
@@ -194,7 +199,8 @@ class Runner:
 
 def train(comm: Comm, job: Job) -> Outcome:
     """Run all steps of a job on one rank."""
-    runner = Runner(comm, job.program, job.network, job.optimizer, largest(job.program.plan, job.batch, job.shards))
+    most = largest(job.program.plan, job.batch, job.shards)
+    runner = Runner(comm, job.program, job.network, job.optimizer, most, compress=job.compress)
     buffers, plan = runner.buffers, job.program.plan
     recorded = min(job.steps, job.record)
     log = Log.empty(range(job.steps - recorded, job.steps), len(buffers.row))
@@ -227,7 +233,8 @@ def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
     parameters = {stage: buffers.whole(stage) for stage in buffers.stages}
     digests = {stage: _digest(flat) for stage, flat in parameters.items()}
     first = buffers.at.data == buffers.at.tensor == 0
-    return Outcome(losses, starts, log, parameters if first else {}, digests, list(accuracies), buffers.memory())
+    return Outcome(losses, starts, log, parameters if first else {}, digests, list(accuracies), buffers.memory(),
+                   buffers.encoded)  # fmt: skip
 
 
 def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
@@ -257,10 +264,10 @@ def join(network: Network, stages: Sequence[Network]) -> Network:
 
 
 def gradients(comm: Comm, program: Program, network: Network, inputs: Tensor, targets: Tensor, optimizer: Optimizer,
-              shards: Shards | None, step: int) -> dict[int, Tensor]:  # fmt: skip
+              shards: Shards | None, step: int, compress: Compressor | None) -> dict[int, Tensor]:  # fmt: skip
     """Run one step up to UPDATE; what each UPDATE would have applied, by stage (NaN where another rank updates)."""
     captured: dict[int, Tensor] = {}
-    runner = Runner(comm, program, network, optimizer, largest(program.plan, len(inputs), shards), captured)
+    runner = Runner(comm, program, network, optimizer, largest(program.plan, len(inputs), shards), captured, compress)
     sizes = shard_sizes_of(program.plan, len(inputs), shards, step)
     low = sum(sizes[: runner.buffers.at.data])
     mine = slice(low, low + sizes[runner.buffers.at.data])

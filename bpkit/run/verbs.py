@@ -14,6 +14,7 @@ from bpkit.optim import clip_factor
 from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
 from bpkit.run.comm import Handle, Loan
+from bpkit.run.compressed import reducer
 from bpkit.run.executor import Runner, StepData, assign_slots
 
 _ON_GRADIENTS = frozenset(
@@ -189,7 +190,11 @@ class Verbs:
     # -- collectives -------------------------------------------------------------------------------------
 
     def _reduce(self, action: Action, index: int) -> Runner:
-        gradients, comm = self.buffers.gradients[action.stage], self.buffers.groups.data
+        buffers, gradients, comm = self.buffers, self.buffers.gradients[action.stage], self.buffers.groups.data
+        if buffers.compress is not None and len(gradients):
+            compressed = reducer(buffers.compress, buffers.stages[action.stage], comm)
+            buffers.encoded += compressed.payload
+            return compressed
         return (lambda: comm.post_all_reduce(gradients)) if len(gradients) else (lambda: None)
 
     def _scatter(self, action: Action, index: int) -> Runner:
