@@ -10,6 +10,7 @@ import pytest
 
 import bpkit as bp
 from bpkit.plan import Action, Part, Plan, check, data_parallel, expand, parameter_server, zero
+from bpkit.plan.pipeline import gpipe, interleaved, one_f_one_b, zb_v
 from tests.plan.hand_written import PIPELINE_1F1B
 
 from .networks import SAMPLES, batch, every_layer
@@ -22,6 +23,7 @@ MUTANTS = 60  # a plan
 def plans() -> list[Plan]:
     made = [data_parallel(2, 3, microbatches=2), Plan.parse(PIPELINE_1F1B), parameter_server(3, 2, buckets=2)]
     made += [expand(data_parallel(n, 2), name) for n in (2, 3) for name in ("ring", "tree", "halving_doubling")]
+    made += [one_f_one_b(3, 3), zb_v(2, 2), interleaved(2, 3), gpipe(2, 2, recompute=True)]
     return made + [zero(2, level, units=3, microbatches=2) for level in (1, 2, 3)]
 
 

@@ -1,0 +1,77 @@
+"""Pipelines on real workers: gradients equal serial, whatever the schedule, the microbatches and the transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import bpkit as bp
+from bpkit.plan import Plan, naive
+from tests.plan.test_pipeline import SCHEDULES
+
+from .networks import SAMPLES, batch, every_layer
+from .oracle import flat, gradient_sum, worst
+
+EXACT = 1e-12
+NETWORK = every_layer()  # nine layers, dropout at 0.1 in two places; 11 samples: the last microbatch is smaller
+
+
+@pytest.fixture(scope="module", params=["shm", "gloo"])
+def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
+    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
+    yield made
+    for cluster in made.values():
+        cluster.close()
+
+
+def assert_exact(clusters: dict[int, bp.Cluster], plan: Plan) -> None:
+    inputs, targets = batch(NETWORK)
+    found = clusters[plan.workers].gradients(NETWORK, inputs, targets, plan, step=3)
+    assert worst(NETWORK, found, gradient_sum(NETWORK, inputs, targets, step=3) / SAMPLES) <= EXACT, plan.name
+
+
+def fits(plan: Plan) -> bool:
+    return plan.stages <= len(NETWORK.layers)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("workers", [2, 3, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_equal_serial(clusters, name, workers, recompute):
+    """One microbatch, fewer than stages, a number that divides nothing, and as many as samples."""
+    for microbatches in (1, 2, 5, 11):
+        plan = SCHEDULES[name](workers, microbatches, recompute=recompute)
+        if fits(plan):
+            assert_exact(clusters, plan)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 4])
+def test_layer_split_equals_serial(clusters, workers):
+    assert_exact(clusters, naive(workers))
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("options", [{"data": 2}, {"buckets": 2}, {"data": 2, "buckets": 2, "recompute": True}], ids=str)
+def test_replicas_and_buckets_equal_serial(clusters, name, options):
+    plan = SCHEDULES[name](2, 3, **options)
+    if fits(plan):
+        assert_exact(clusters, plan)
+
+
+def test_an_empty_microbatch_changes_nothing(clusters):
+    for name in SCHEDULES:
+        assert_exact(clusters, SCHEDULES[name](2, 13))
+
+
+@pytest.mark.parametrize("name", ["1f1b", "h2", "zb_v"])
+def test_weights_equal_serial_after_several_steps(clusters, name):
+    data = bp.data.digits(dtype=torch.float64)
+    network = bp.nn.mlp([64, 24, 24, 24, 10], seed=1, dtype=torch.float64, dropout=0.1)
+    arguments = dict(batch=50, steps=8, optimizer=bp.optim.SGD(0.2, momentum=0.9))
+    serial = clusters[1].train(network, data, bp.plan.serial(), **arguments)
+    result = clusters[3].train(network, data, SCHEDULES[name](3, 4), **arguments)
+    difference = flat(result.network.parameters()) - flat(serial.network.parameters())
+    assert float(difference.abs().max()) <= 1e-10
+    assert abs(result.losses - serial.losses).max() <= 1e-10
