@@ -50,6 +50,7 @@ class Buffers:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     reduced: dict[int, Tensor] = field(default_factory=dict)
     masters: dict[int, Tensor] = field(default_factory=dict)
+    _copies: dict[int, list[Network]] = field(default_factory=dict)
     _padding: dict[int, Tensor] = field(default_factory=dict)  # where other stages leave values in shared buffers
     gathered_parts: bool = False  # whether whole parameters exist only between UNSHARD and RESHARD
     one_copy: bool = False  # whether parameters are one for all ranks of the host
@@ -150,6 +151,14 @@ class Buffers:
         block = self.groups.tensor.empty(sum(sizes), self.network.dtype) if wanted else torch.empty(0)
         self.sums = dict(zip(wanted, block.split(sizes), strict=True))
 
+    def copies(self, counts: dict[int, int]) -> dict[int, list[Network]]:
+        """Each stage so many times (once where nothing is said): parameters of their own, one gradient."""
+        for stage, net in self.stages.items():
+            self._copies[stage] = [net, *(net.copy() for _ in range(counts.get(stage, 1) - 1))]
+            for other in self._copies[stage][1:]:
+                other.bind(gradients=net.flat_gradients)
+        return self._copies
+
     def own_bounds(self, size: int) -> tuple[int, int]:
         """This rank's part of a flat buffer."""
         data, index = self.program.plan.mesh.data, self.at.data
@@ -213,7 +222,7 @@ class Buffers:
                 {t.data_ptr(): t.numel() * t.element_size() for t in sorted(tensors, key=len) if len(t)}.values()
             )
 
-        parameters = distinct([net.flat_parameters for net in self.stages.values()])
+        parameters = distinct([net.flat_parameters for nets in self._copies.values() for net in nets])
         if self.gathered_parts:
             parameters += distinct(list(self.masters.values()))
         if self.one_copy:
@@ -242,5 +251,5 @@ class OneBuffer(Buffers):
         self.program, self.groups = program, groups
         self.at = program.plan.mesh.coordinate(groups.world.rank)
         self.row = program.plan.row(self.at)
-        self.stages, self.reduced, self.masters, self._padding = {}, {}, {}, {}
+        self.stages, self.reduced, self.masters, self._padding, self._copies = {}, {}, {}, {}, {}
         self.gradients = {0: groups.data.empty(program.sizes[0], dtype)}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from bpkit.compress import Compressor
+from bpkit.compress import Compressor, PowerSGD
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program
@@ -53,7 +53,7 @@ def run_length(plan: Plan, steps: int, record: int, evaluate_every: int, target:
         raise ValueError(f"train needs at least one step and one recorded step, not {steps} and {record}")
     if target is not None and evaluate_every < 1:
         raise ValueError("a target accuracy needs evaluate_every=N: how many steps between evaluations")
-    if plan.holds == "one" and (steps != plan.microbatches or evaluate_every):
+    if plan.servers and (steps != plan.microbatches or evaluate_every):
         raise ValueError(f"{plan.name} is a whole run of {plan.microbatches} steps without evaluations: "
                          f"give steps={plan.microbatches} and no evaluate_every")  # fmt: skip
 
@@ -94,4 +94,6 @@ def checked_compressor(plan: Plan, compress: Compressor | None) -> Compressor | 
             f"{plan.name} cannot compress gradients with {compress}: that takes a plan that reduces whole gradients "
             f"by REDUCE_GRAD and not otherwise, and this one has {', '.join(found) or 'another way'}"
         )
+    if isinstance(compress, PowerSGD) and plan.mesh.pipeline > 1:
+        raise ValueError(f"{plan.name} has a pipeline, which {compress} could stop for ever: its reduction blocks")
     return compress if plan.mesh.data > 1 else None

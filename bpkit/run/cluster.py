@@ -187,7 +187,7 @@ class Cluster:
         program = self._program(plan, network, data, optimizer, batch)
         job = Job(program, network, data, optimizer, batch, steps, seed, chosen, record, evaluate_every, target,
                   compress)  # fmt: skip
-        outcomes = self._train(rounds if plan.holds == "one" else train, (job,), progress, stop)
+        outcomes = self._train(rounds if plan.servers else train, (job,), progress, stop)
         return assemble(job, outcomes, self.backend)
 
     def _program(self, plan: Plan, network: Network, data: Dataset, optimizer: Optimizer, batch: int) -> Program:

@@ -73,7 +73,7 @@ class TrainResult:
     @property
     def samples(self) -> int:
         """Samples that one run of the plan takes: a batch, or a whole run's where the plan is of all its steps."""
-        return self.batch * (self.plan.microbatches if self.plan.holds == "one" else 1)
+        return self.batch * (self.plan.microbatches if self.plan.servers else 1)
 
     def payload(self, rank: int) -> int:
         """Bytes of gradient that a rank gives to reductions and sends in a step, as encoded where compressed."""

@@ -10,12 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bpkit.nn import Network
 from bpkit.optim import clip_factor
 from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
 from bpkit.run.comm import Handle, Loan
 from bpkit.run.compressed import reducer
 from bpkit.run.executor import Runner, StepData, assign_slots
+from bpkit.run.stash import stash
 
 _ON_GRADIENTS = frozenset(
     {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "UPDATE"}
@@ -43,6 +45,12 @@ class Verbs:
 
     def __post_init__(self) -> None:
         self._slots = assign_slots(self.buffers.row)
+        self._used, counts = stash(self.buffers.row) if self.buffers.program.plan.stashed else ({}, {})
+        self._copies = self.buffers.copies(counts)
+
+    def _net(self, action: Action, index: int) -> Network:
+        """The stage, with the copy of its parameters that an action reads."""
+        return self._copies[action.stage][self._used.get(index, (0, 0))[0]]
 
     def bind(self) -> list[Runner]:
         """One callable an action of the row.
@@ -91,7 +99,7 @@ class Verbs:
 
     def _forward(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
-        forward, slot, edges, step = self.buffers.stages[s].forward, self._slots[s, mb], self._edges, self.step
+        forward, slot, edges, step = self._net(action, index).forward, self._slots[s, mb], self._edges, self.step
         again = action.kind == "F" and Action(s, "RECOMPUTE", mb) in self.buffers.row
 
         def run() -> None:
@@ -122,7 +130,7 @@ class Verbs:
 
     def _backward(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
-        backward, slot, edges = self.buffers.stages[s].backward, self._slots[s, mb], self._edges
+        backward, slot, edges = self._net(action, index).backward, self._slots[s, mb], self._edges
         adds = not self._overwrites(s, index)
         if s == 0:
             return self._returning(action, lambda: backward(edges["D", 1, mb], slot, adds))
@@ -136,7 +144,7 @@ class Verbs:
 
     def _input_half(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
-        net, slot, edges = self.buffers.stages[s], self._slots[s, mb], self._edges
+        net, slot, edges = self._net(action, index), self._slots[s, mb], self._edges
 
         def run() -> None:
             gradient = net.backward_input(edges["D", s + 1, mb], slot, s > 0)
@@ -146,7 +154,7 @@ class Verbs:
         return run
 
     def _weight_half(self, action: Action, index: int) -> Runner:
-        net, slot = self.buffers.stages[action.stage], self._slots[action.stage, action.mb or 0]
+        net, slot = self._net(action, index), self._slots[action.stage, action.mb or 0]
         adds = not self._overwrites(action.stage, index)
         return self._returning(action, lambda: net.backward_weight(slot, adds))
 
@@ -165,6 +173,15 @@ class Verbs:
                 optimizer.update(weights, gradient, state, step.number, step.scale * self._clipping())
 
             return update
+        if self.buffers.program.plan.stashed:
+            source, target = (self._copies[action.stage][i].flat_parameters for i in self._used[index])
+
+            def update_copy() -> None:
+                if target is not source:
+                    target.copy_(source)
+                optimizer.update(target, gradient, state, step.number * each + number, step.scale)
+
+            return update_copy
         if self.buffers.program.plan.holds != "all":
             return lambda: optimizer.update(weights, gradient, state, step.number * each + number, step.scale)
         if optimizer.clip is None:
