@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bpkit import compress, data, nn, optim, plan, run, trace
+from bpkit import compress, data, nn, optim, plan, run, simulate, trace
 from bpkit.run.cluster import Cluster
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Cluster", "compress", "data", "exercises", "measure", "nn", "optim", "plan", "report", "run", "scaling", "show",
-    "trace",
+    "simulate", "trace",
 ]  # fmt: skip
 
 _LAZY = {"report": "measure", "scaling": "measure"}

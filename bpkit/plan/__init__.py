@@ -4,6 +4,7 @@ from bpkit.plan.actions import VERBS, Action, Part, Verb
 from bpkit.plan.check import check
 from bpkit.plan.collectives import collective, expand
 from bpkit.plan.compile import Instruction, Program, bucket_cuts, compile
+from bpkit.plan.interchange import from_csv, to_csv, torch_schedule
 from bpkit.plan.mesh import Coordinate, Mesh
 from bpkit.plan.passes import complete, refine
 from bpkit.plan.pipeline import gpipe, interleaved, naive, one_f_one_b, pipedream, zb_v, zero_bubble_h1, zero_bubble_h2
@@ -16,6 +17,7 @@ from bpkit.plan.zero import zero
 __all__ = [
     "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Layout", "Mesh", "Part", "Plan", "PlanError", "Program",
     "Verb", "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel",
-    "expand", "gpipe", "grid", "interleaved", "local_sgd", "naive", "one_f_one_b", "parameter_server", "pipedream",
-    "refine", "serial", "shard_optimizer", "tensor_parallel", "zb_v", "zero", "zero_bubble_h1", "zero_bubble_h2",
+    "expand", "from_csv", "gpipe", "grid", "interleaved", "local_sgd", "naive", "one_f_one_b", "parameter_server",
+    "pipedream", "refine", "serial", "shard_optimizer", "tensor_parallel", "to_csv", "torch_schedule", "zb_v", "zero",
+    "zero_bubble_h1", "zero_bubble_h2",
 ]  # fmt: skip

@@ -53,7 +53,9 @@ def test_layer_split_equals_serial(clusters, workers):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("options", [{"data": 2}, {"buckets": 2}, {"data": 2, "buckets": 2, "recompute": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"data": 2}, {"buckets": 2}, {"data": 2, "buckets": 2, "recompute": True}], ids=str
+)
 def test_replicas_and_buckets_equal_serial(clusters, name, options):
     plan = SCHEDULES[name](2, 3, **options)
     if fits(plan):
