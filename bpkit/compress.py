@@ -22,18 +22,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
 class Compressor:
-    """Base of all compressors."""
+    """Base of all compressors.
 
-    @property
-    def feedback(self) -> bool:
-        """Whether a rank keeps what was not sent and adds it to its next gradient."""
-        return True
+    Attributes
+    ----------
+    feedback : bool
+        Whether a rank keeps what was not sent and adds it to its next gradient.
+    """
+
+    feedback = True
 
 
 class Codec(Compressor):
@@ -64,9 +68,7 @@ class BF16(Codec):
     - Source: Kalamkar et al. 2019, arXiv:1905.12322.
     """
 
-    @property
-    def feedback(self) -> bool:
-        return False
+    feedback = False
 
     def _bytes(self, n: int, itemsize: int) -> int:
         return 2 * n
@@ -78,8 +80,30 @@ class BF16(Codec):
         return code.view(torch.bfloat16)[: len(like)].to(like.dtype)
 
 
+class Scaled(Codec):
+    """Each element divided by a scale that is sent with them, as a number of type `kind`."""
+
+    kind: ClassVar[torch.dtype]
+
+    def _scale(self, most: float) -> float:
+        """The scale of a gradient whose largest magnitude is `most`; never 0."""
+        raise NotImplementedError
+
+    def _bytes(self, n: int, itemsize: int) -> int:
+        return 8 + n * self.kind.itemsize
+
+    def encode(self, values: Tensor, out: Tensor) -> None:
+        scale = self._scale(float(values.abs().max()))
+        scaled = values.double() / scale
+        out[:8].view(torch.float64).fill_(scale)
+        out[8:].view(self.kind)[: len(values)] = scaled if self.kind.is_floating_point else scaled.round_()
+
+    def decode(self, code: Tensor, like: Tensor) -> Tensor:
+        return (code[8:].view(self.kind)[: len(like)].double() * code[:8].view(torch.float64)).to(like.dtype)
+
+
 @dataclass(frozen=True)
-class FP16(Codec):
+class FP16(Scaled):
     """Each element as float16, 11 bits of precision, times a power of two that is sent with them; no feedback.
 
     Gradient sums overflow float16 (65,504): the power, one a bucket and rank, brings the largest element to
@@ -90,24 +114,15 @@ class FP16(Codec):
     - Source: Micikevicius et al. 2017, arXiv:1710.03740 (loss scaling; here it is the gradient).
     """
 
-    @property
-    def feedback(self) -> bool:
-        return False
+    feedback = False
+    kind = torch.float16
 
-    def _bytes(self, n: int, itemsize: int) -> int:
-        return 8 + 2 * n
-
-    def encode(self, values: Tensor, out: Tensor) -> None:
-        scale = math.ldexp(1.0, max(-1000, math.frexp(float(values.abs().max()))[1]) - 15)
-        out[:8].view(torch.float64).fill_(scale)
-        out[8:].view(torch.float16)[: len(values)] = values.double() / scale
-
-    def decode(self, code: Tensor, like: Tensor) -> Tensor:
-        return (code[8:].view(torch.float16)[: len(like)].double() * code[:8].view(torch.float64)).to(like.dtype)
+    def _scale(self, most: float) -> float:
+        return math.ldexp(1.0, max(-1000, math.frexp(most)[1]) - 15)
 
 
 @dataclass(frozen=True)
-class Int8(Codec):
+class Int8(Scaled):
     """Each element as one of 255 even steps from -max |v| to max |v|, with error feedback.
 
     - Bytes: n + 8 (the step is sent with them).
@@ -116,16 +131,10 @@ class Int8(Codec):
       et al. 2014) instead of rounding at random.
     """
 
-    def _bytes(self, n: int, itemsize: int) -> int:
-        return 8 + n
+    kind = torch.int8
 
-    def encode(self, values: Tensor, out: Tensor) -> None:
-        step = float(values.abs().max()) / 127 or 1.0  # no zero: nothing but zeros takes any step
-        out[:8].view(torch.float64).fill_(step)
-        out[8:].view(torch.int8)[: len(values)] = (values.double() / step).round_()
-
-    def decode(self, code: Tensor, like: Tensor) -> Tensor:
-        return (code[8:].view(torch.int8)[: len(like)].double() * code[:8].view(torch.float64)).to(like.dtype)
+    def _scale(self, most: float) -> float:
+        return most / 127 or 1.0  # zeros only: any scale will do
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,7 @@ class PowerSGD(Compressor):
     - Bytes: b rank (rows + columns) for each such matrix, b for each element of the others.
     - Bound: |error| <= |v| in the Euclidean norm (a projection), and no error where the sum over ranks has
       at most rank `rank` and the residuals have been zero; the rest is left to feedback.
+    - The second sum needs the first, so the reduction blocks, and a plan with a pipeline is refused.
     - Source: Vogels et al. 2019, arXiv:1905.13727; its residual is taken against the mean over ranks, ours against
       the rank's own projection, which also keeps the sum of residuals and is never longer than v.
 

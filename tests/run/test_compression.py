@@ -243,17 +243,19 @@ def test_a_sum_of_low_rank_loses_nothing(clusters, workers):
     assert errors[0] <= 1e-12 and 1e-3 < errors[1] < 1
 
 
-@pytest.mark.parametrize("compressor", ALL, ids=str)
+@pytest.mark.parametrize("compressor", ALL[:4], ids=str)
 def test_a_mesh_with_a_pipeline(clusters, compressor):
     """Each stage's replicas compress among themselves: what data parallelism with the same cuts gives."""
     net, data = network(), digits()
     rows = tuple(tuple(Action(stage, kind, 0) for kind in "FB") for stage in (0, 1))
-    hybrid = complete(Plan("pipeline", rows, 2, Mesh(data=2, pipeline=2)))
+    hybrid = complete(Plan("hybrid", rows, 2, Mesh(data=2, pipeline=2)))
     cuts = bp.plan.compile(hybrid, net).cuts
     arguments = dict(batch=20, steps=6, lr=0.2, compress=compressor)
     a = clusters[4].train(net, data, hybrid, **arguments)
     b = clusters[2].train(net, data, data_parallel(2, cuts), **arguments)
     assert float((flat(a.network.parameters()) - flat(b.network.parameters())).abs().max()) <= 1e-10
+    with pytest.raises(ValueError, match="hybrid .* blocks"):
+        clusters[4].train(net, data, hybrid, **arguments | {"compress": PowerSGD(2)})
 
 
 def test_bytes_are_counted_from_what_is_sent(clusters):
