@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from bpkit.plan import Plan
+from bpkit.plan.compile import compile_collective
+from bpkit.plan.messages import messages
 
 
 @dataclass(frozen=True)
@@ -71,17 +76,19 @@ def alpha_beta(sizes_bytes: Sequence[float], seconds: Sequence[float]) -> AlphaB
     return AlphaBeta(found.alpha_s, found.beta_s_per_byte, float(worst))
 
 
-def ring_time(workers: int, size_bytes: float, fit: AlphaBeta) -> float:
-    """Seconds of a ring all-reduce: 2(n-1) steps, each a message of S/n bytes; additions are not in it.
+def collective_time(plan: Plan, size_bytes: int, fit: AlphaBeta) -> float:
+    """Seconds of a collective on a buffer of `size_bytes`, each message by the fit; additions are not in it.
 
-    2(n-1) alpha + 2 (n-1)/n S beta (Thakur, Rabenseifner and Gropp 2005, Int. J. High Performance Computing
-    Applications 19(1), 49-66; Patarasuk and Yuan 2009, J. Parallel and Distributed Computing 69(2), 117-124).
+    The longest chain of messages that must follow each other: for a ring on n ranks 2(n-1) messages of S/n bytes, hence
+    2(n-1) (alpha + beta S/n).  The formulas of all algorithms stand in `bpkit.plan.collectives`.
 
-    Raises
-    ------
-    ValueError
-        If there is not at least one worker.
+    Parameters
+    ----------
+    plan : Plan
+        As `bpkit.plan.collective` makes it.
+    size_bytes : int
+        Size of each rank's buffer.
+    fit : AlphaBeta
     """
-    if workers < 1:
-        raise ValueError(f"a ring needs at least one worker, not {workers}")
-    return 2 * (workers - 1) * fit.predicted(size_bytes / workers)
+    program = compile_collective(plan, size_bytes, torch.uint8)
+    return max((m.end for m in messages(program, lambda source, to, size: fit.predicted(size))), default=0.0)

@@ -215,8 +215,8 @@ def _peer(action: Action) -> int:
 def all_to_all(n: int, stage: int = 0) -> Rows:
     """Pairwise exchange: part q of rank r and part r of rank q change places, for every pair.
 
-    Steps n - 1 (n even) or n (odd), each pair once in a round-robin.  Sent by rank r: ``S - s_r``.  Parts must be of
-    equal size.  Time ``(n - 1) (alpha + beta S/n)``.
+    Steps n, each pair once in a round-robin whose step k leaves out a rank r with 2r = k modulo n (n = 2: one step).
+    Sent by rank r: ``S - s_r``.  Parts must be of equal size.  Time ``n (alpha + beta S/n)``.
     """
     rows: Rows = [[] for _ in range(n)]
     for k in range(n):

@@ -1,4 +1,5 @@
-"""Figures: ``timeline``, ``breakdown``, ``speedup`` and ``plan`` by matplotlib, ``explorer`` to be used by hand.
+"""Figures: ``timeline``, ``breakdown``, ``speedup`` and ``plan`` by matplotlib; ``explorer``, ``merging``
+and ``pipelines`` to be used by hand.
 
 Nothing heavy is loaded before a figure is asked for.
 """
@@ -9,16 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bpkit.show.collectives import Merging, merging
     from bpkit.show.explorers import Explorer, explorer
     from bpkit.show.figures import alt_text, breakdown, plan, setup, speedup, timeline
+    from bpkit.show.schedules import Pipelines, pipelines
 
-__all__ = ["Explorer", "alt_text", "breakdown", "explorer", "plan", "setup", "speedup", "timeline"]
+__all__ = [
+    "Explorer", "Merging", "Pipelines", "alt_text", "breakdown", "explorer", "merging", "pipelines", "plan", "setup",
+    "speedup", "timeline",
+]  # fmt: skip
 
 # Which module has a name, and what that module needs beside bpkit itself.
-_EXPLORERS, _FIGURES = ("explorers", "anywidget"), ("figures", "matplotlib")
-_PLACES = dict.fromkeys(("Explorer", "explorer"), _EXPLORERS) | dict.fromkeys(
-    ("alt_text", "breakdown", "plan", "setup", "speedup", "timeline"), _FIGURES
-)
+_EXPLORERS, _MERGING, _FIGURES = ("explorers", "anywidget"), ("collectives", "anywidget"), ("figures", "matplotlib")
+_PLACES = dict.fromkeys(("Explorer", "explorer"), _EXPLORERS) | dict.fromkeys(("Merging", "merging"), _MERGING)
+_PLACES |= dict.fromkeys(("Pipelines", "pipelines"), ("schedules", "anywidget"))
+_PLACES |= dict.fromkeys(("alt_text", "breakdown", "plan", "setup", "speedup", "timeline"), _FIGURES)
 
 
 def __getattr__(name: str) -> Any:

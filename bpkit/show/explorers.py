@@ -57,7 +57,8 @@ def bundle(*modules: str) -> str:
 
 def _wrap(source: str) -> str:
     names = ", ".join(match.group(2) for match in _EXPORT.finditer(source))
-    body = _EXPORT.sub(r"\1", _IMPORT.sub(r"const \1 = $\2;", source))
+    taken = _IMPORT.sub(lambda found: f"const {found[1].replace(' as ', ': ')} = ${found[2]};", source)
+    body = _EXPORT.sub(r"\1", taken)
     if not names:
         return f"(() => {{\n{_DEFAULT.sub('return ', body)}}})();"
     return f"(() => {{\n{body}return {{ {names} }};\n}})();"
@@ -182,7 +183,10 @@ class Explorer(anywidget.AnyWidget):
                 last = time.monotonic()
                 self._report(progress=min(1.0, max(0.0, float(fraction))), status=str(text))
 
-        return check(self._run(progress=report, stop=self._stop, scaling=scaling), "the new measurement")
+        return self._checked(self._run(progress=report, stop=self._stop, scaling=scaling))
+
+    def _checked(self, found: Any) -> dict[str, Any]:
+        return check(found, "the new measurement")
 
     def _report(self, **values: Any) -> None:
         with self._lock:

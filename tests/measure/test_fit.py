@@ -1,4 +1,4 @@
-"""The alpha-beta fit, the ring's time, and the description of the machine."""
+"""The alpha-beta fit, the time of collectives, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import json
 import platform
 
 import pytest
+import torch
 
 from bpkit.measure import alpha_beta, machine
-from bpkit.measure.fit import AlphaBeta, ring_time
+from bpkit.measure.fit import AlphaBeta, collective_time
+from bpkit.plan import collective, data_parallel
+from bpkit.plan.compile import compile_collective
+from bpkit.plan.messages import messages
 
 
 def test_two_points_are_met_exactly() -> None:
@@ -47,13 +51,36 @@ def test_fits_that_cannot_be(sizes: list[float], times: list[float], message: st
         alpha_beta(sizes, times)
 
 
-def test_ring() -> None:
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_collectives_take_what_the_formulas_say(n: int) -> None:
+    """On 840 bytes, which 2, 4 and 8 divide; the tree is complete at 1, 3 and 7 ranks."""
+    fit, size, log = AlphaBeta(2.0, 0.5), 840, n.bit_length() - 1
+    part, whole = fit.predicted(size / n), fit.predicted(size)
+    times = {"ring": 2 * (n - 1) * part, "sharded_server": 2 * (n - 1) * part, "server": 2 * (n - 1) * whole,
+             "reduce_scatter": (n - 1) * part, "all_gather": (n - 1) * part, "broadcast": log * whole,
+             "halving_doubling": 2 * log * 2.0 + 2 * (n - 1) / n * size * 0.5,
+             "all_to_all": (n if n > 2 else n - 1) * part}
+    for name, seconds in times.items():
+        assert collective_time(collective(name, n), size, fit) == pytest.approx(seconds), name
+    assert collective_time(collective("tree", 2 * n - 1), size, fit) == pytest.approx(4 * log * whole)
+
+
+def test_ranks_that_fold_take_two_steps_more() -> None:
     fit = AlphaBeta(2.0, 0.5)
-    assert ring_time(1, 100, fit) == 0
-    assert ring_time(2, 100, fit) == 2 * (2 + 25)
-    assert ring_time(4, 100, fit) == pytest.approx(6 * 2 + 2 * 3 / 4 * 100 * 0.5)
-    with pytest.raises(ValueError, match="at least one worker"):
-        ring_time(0, 100, fit)
+    assert collective_time(collective("halving_doubling", 3), 840, fit) == 2 * (2 + 420) + 2 * (2 + 210)
+    assert collective_time(collective("server", 3, root=2), 840, fit) == 4 * (2 + 420)
+
+
+def test_links_between_hosts_may_be_slower() -> None:
+    """By the two-link formula of the hierarchy, L = 4 ranks a host."""
+    program = compile_collective(collective("hierarchical", 8, hosts=2), 840, torch.uint8)
+    slow = messages(program, lambda source, to, size: 100 + 7 * size if source // 4 != to // 4 else 2 + size / 2)
+    assert max(m.end for m in slow) == 2 * 3 * (2 + 210 / 2) + 2 * (100 + 7 * 105)
+
+
+def test_a_training_plan_is_no_collective() -> None:
+    with pytest.raises(ValueError, match="not a collective by itself"):
+        collective_time(data_parallel(2), 8, AlphaBeta(1.0, 1.0))
 
 
 def test_a_machine_names_neither_host_nor_user() -> None:

@@ -1,4 +1,5 @@
-// Every word that the figures show stands here and nowhere else: a translation is one more catalogue.
+// The words of the figures stand here, or in a "_words" module those of one figure alone, and nowhere else: a translation
+// is one more catalogue.
 const NBSP = "\u00a0"; // a number is not parted from its unit
 
 const CATALOGUES = {
@@ -142,7 +143,11 @@ export function language() {
 
 /** The words for `key`, its {names} filled in from `values`. */
 export function say(key, values = {}) {
-  const pattern = CATALOGUES[language()][key] ?? CATALOGUES.en[key] ?? key;
+  return fillIn(CATALOGUES[language()][key] ?? CATALOGUES.en[key] ?? key, values);
+}
+
+/** A pattern with its {names} filled in from `values`. */
+export function fillIn(pattern, values = {}) {
   return pattern.replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
 }
 

@@ -1,0 +1,75 @@
+"""The messages of a compiled collective, one by one, in the time of a model of the link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from bpkit.plan.compile import Program
+
+
+class Message(NamedTuple):
+    """One message: seconds from the collective's start, and two ranks, each with its action's index in its row."""
+
+    start: float
+    end: float
+    source: int
+    send: int
+    to: int
+    receive: int
+
+
+def messages(program: Program, seconds: Callable[[int, int, int], float]) -> list[Message]:
+    """When each message starts and ends, if every rank sends one and receives one at a time.
+
+    That is Hockney's model, full duplex.  A message starts when both of its actions may, that is when whatever they
+    wait for has ended, and both end with it.  With a second for every message, its start is the number of its step.
+
+    Parameters
+    ----------
+    program : Program
+        Of a collective by itself.
+    seconds : callable
+        Time of a message from `source` to `to` of so many bytes: ``seconds(source, to, size_bytes)``.
+
+    Returns
+    -------
+    list of Message
+        In the order of their starts.
+
+    Raises
+    ------
+    ValueError
+        If the plan trains: its actions take time too, which no model of a link gives.
+    """
+    if program.plan.purpose == "train":
+        raise ValueError(f"{program.plan.name} is not a collective by itself")
+    ends: list[dict[int, float]] = [{} for _ in program.rows]  # of each rank: action -> when it ended
+    posted: dict[tuple[int, int, int], tuple[int, int]] = {}  # pair and number -> the partner that came first
+    counts: dict[tuple[int, int, int], int] = {}  # rank and pair -> messages so far
+    found: list[Message] = []
+    left = [(rank, index) for rank, row in enumerate(program.rows) for index in range(len(row))]
+    while left:
+        later = []
+        for rank, index in left:
+            step = program.rows[rank][index]
+            if any(i not in ends[rank] for i in step.waits):
+                later.append((rank, index))
+                continue
+            peer = step.action.peer or 0
+            pair = (rank, peer) if step.action.verb.peer == ">" else (peer, rank)
+            if step.action.kind == "SWAP_G":  # both send and both receive
+                pair = (min(pair), max(pair))
+            number = counts[rank, *pair] = counts.get((rank, *pair), -1) + 1
+            other = posted.pop((*pair, number), None)
+            if other is None:
+                posted[*pair, number] = (rank, index)
+                continue
+            (source, send), (to, receive) = sorted([(rank, index), other], key=lambda end: end[0] != pair[0])
+            waits = [ends[r][i] for r, at in ((source, send), (to, receive)) for i in program.rows[r][at].waits]
+            start = max(waits, default=0.0)
+            end = start + seconds(source, to, program.rows[source][send].payload)
+            ends[source][send] = ends[to][receive] = end
+            found.append(Message(start, end, source, send, to, receive))
+        left = later
+    return sorted(found)
