@@ -3,12 +3,14 @@
     python tools/record.py --out book/measurements/NAME.json [--name "what readers call this machine"]
 
 Writes one file an experiment, NAME-small-strong.json and so on, each in the format of bp.scaling, which
-bp.show.explorer reads, alone or as a folder.  It takes about three minutes; let nothing else run meanwhile.
+bp.show.explorer reads, alone or as a folder; and pipelines-NAME.json, which bp.show.pipelines reads.  It takes about
+six minutes; let nothing else run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import bpkit as bp
+from bpkit.measure.schedules import equal_stages, schedules
+from bpkit.show.schedules import SCHEDULES
 
 
 def experiments(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -36,6 +40,15 @@ def experiments(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     plans |= {f"zero{level}": partial(bp.plan.zero, level=level, units=3) for level in (1, 3)}
     for label, maker in plans.items():
         yield f"trainer-{label}", {"network": large, "backend": "gloo", "batch": 1024, "plan": maker, **settings}
+
+
+def pipelines(name: str | None, quick: bool) -> str:
+    """Every schedule of chapter 3.3's figure on 1, 2 and 4 workers, as JSON with a line for each plan."""
+    plans = [make(p, m) for p in (1, 2, 4) for m in (4, 8) for make in SCHEDULES.values()]
+    short = {"steps": 3, "warmup": 1, "repetitions": 1} if quick else {}
+    found = schedules(equal_stages(), bp.data.digits(), list(dict.fromkeys(plans)), name=name, **short)
+    points = ",\n".join(json.dumps(point) for point in found.pop("points"))
+    return json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}") + f',\n "points": [\n{points}\n ]\n}}\n'
 
 
 def main() -> None:
@@ -58,6 +71,10 @@ def main() -> None:
         measured = bp.scaling(data=data, workers=[1, 2, 4], name=given.name, **settings)
         path = measured.save(given.out.with_name(f"{given.out.stem}-{label}.json"))
         print(f"{measured}\n{path}\n", flush=True)
+    if "pipelines".startswith(given.only):
+        path = given.out.with_name(f"pipelines-{given.out.stem}.json")
+        path.write_text(pipelines(given.name, given.quick), encoding="utf-8")
+        print(path)
     print(f"{time.monotonic() - start:.0f} s")
 
 

@@ -7,13 +7,13 @@ import { describeError } from "./describe.js";
 // JupyterLab takes arrow keys and letters for its own commands unless the input itself says no.
 const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
 
-/** The slider steps through the worker counts that the data has, not through every integer. */
-export function workerSlider(onChoose) {
+/** The slider steps through the counts that the data has (of workers, if nothing else is said), not through every integer. */
+export function workerSlider(onChoose, name = say("workersLabel"), words = (n) => sayCount("workers", n)) {
   const input = html("input", { type: "range", min: "0", step: "1", ...KEEP_KEYS });
   const output = html("output");
   const stops = html("span", { class: "bpkit-stops", "aria-hidden": "true" });
   const track = html("span", { class: "bpkit-track" }, input, stops);
-  const root = html("label", { class: "bpkit-slider" }, html("span", {}, say("workersLabel")), track, output);
+  const root = html("label", { class: "bpkit-slider" }, html("span", {}, name), track, output);
   let counts = [];
   input.addEventListener("input", () => onChoose(counts[Number(input.value)]));
   return { root, draw(view) {
@@ -22,7 +22,7 @@ export function workerSlider(onChoose) {
     input.max = String(Math.max(0, counts.length - 1));
     input.value = String(counts.indexOf(view.chosen));
     input.disabled = counts.length < 2;
-    input.setAttribute("aria-valuetext", sayCount("workers", view.chosen));
+    input.setAttribute("aria-valuetext", words(view.chosen));
     output.textContent = number(view.chosen);
   } };
 }

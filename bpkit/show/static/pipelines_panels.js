@@ -1,0 +1,179 @@
+// What stands beside the timeline: the choices, the prediction, the costs, all schedules beside each other, and tables.
+import { sayPercent, saySeconds, number } from "./text.js";
+import { html, svg, label, linear, redraw, panel, legend, scrolling } from "./dom.js";
+import { workerSlider } from "./controls.js";
+import { say, sayCount, of, naming, describe, describeError } from "./pipelines_words.js";
+
+// JupyterLab takes arrow keys and letters for its own commands unless the input itself says no.
+const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
+
+export function choicePanel(onChange) {
+  const select = html("select", KEEP_KEYS);
+  const pick = html("label", { class: "bpkit-select" }, html("span", {}, say("schedule")), select);
+  const ranks = workerSlider((workers) => onChange({ workers }), say("workers"), (n) => sayCount("ranks", n));
+  const cuts = workerSlider((microbatches) => onChange({ microbatches }), say("microbatches"),
+    (n) => sayCount("microbatches", n));
+  const about = html("p", { class: "bpkit-about" });
+  const root = html("div", { class: "bpkit-choices" }, pick, about, ranks.root, cuts.root);
+  let names = [];
+  select.addEventListener("change", () => onChange({ schedule: names[select.selectedIndex] }));
+  return { root, draw(view) {
+    if (names.join() !== view.names.join()) {
+      names = view.names;
+      select.replaceChildren(...names.map((name) => html("option", {}, say(name))));
+    }
+    select.selectedIndex = names.indexOf(view.name);
+    ranks.draw({ counts: view.workers, chosen: view.p });
+    cuts.draw({ counts: view.microbatches, chosen: view.m });
+    about.textContent = `${say(of("about", view.name))} ${say("units")}`;
+  } };
+}
+
+function predictionField(key, onInput) {
+  const input = html("input", { type: "number", min: "0", step: "any", inputmode: "decimal", ...KEEP_KEYS });
+  input.addEventListener("input", () => onInput(input.value === "" ? null : Number(input.value)));
+  const root = html("label", {}, html("span", {}, say(key)), input);
+  return { root, draw(value) {
+    // What is being typed is left alone; only another choice writes into the field.
+    if (document.activeElement !== input || Number(input.value) !== value) input.value = value ?? "";
+  } };
+}
+
+/** Asked first, judged in words after the timeline is shown. */
+export function predictionPanel({ onGuess, onShow, onSkip, onAgain }) {
+  const fields = { period: predictionField("predictPeriod", (value) => onGuess("period", value)),
+    bubble: predictionField("predictBubble", (value) => onGuess("bubble", value)) };
+  const problem = html("p", { class: "bpkit-problem", role: "alert" });
+  const show = html("button", { type: "button", class: "bpkit-main" }, say("show"));
+  const skip = html("button", { type: "button", onclick: onSkip }, say("skip"));
+  const ask = html("div", {}, html("p", {}, say("predictHint")),
+    html("div", { class: "bpkit-inputs" }, fields.period.root, fields.bubble.root),
+    html("p", { class: "bpkit-buttons" }, show, skip), problem);
+  const result = html("p", { class: "bpkit-verdict", tabindex: "-1" });
+  const again = html("button", { type: "button", onclick: onAgain }, say("again"));
+  const judged = html("div", {}, result, html("p", { class: "bpkit-buttons" }, again));
+  const title = html("p", { class: "bpkit-title" });
+  const root = html("section", { class: "bpkit-predict", "aria-label": say("predictDone") }, title, ask, judged);
+  let view = null;
+  show.addEventListener("click", () => {
+    if (Object.keys(view.guess).length) onShow();
+    else problem.textContent = say("predictFirst");
+  });
+  return { root, draw(next) {
+    const opened = view && next.open && !view.open && next.key === view.key;
+    const focused = root.contains(document.activeElement);
+    view = next;
+    title.textContent = say(view.open ? "predictDone" : "predictTitle");
+    for (const [what, field] of Object.entries(fields)) field.draw(view.guess[what]);
+    ask.hidden = view.open;
+    judged.hidden = !view.open;
+    result.textContent = view.open ? describeError(view) : "";
+    if (view.open || Object.keys(view.guess).length) problem.textContent = "";
+    // The button that was pressed has gone: focus follows to the answer, or a keyboard would be lost.
+    if (opened && focused) result.focus();
+  } };
+}
+
+export function aheadSwitch(onChange) {
+  const input = html("input", { type: "checkbox", ...KEEP_KEYS });
+  input.addEventListener("change", () => onChange(input.checked));
+  const root = html("label", { class: "bpkit-ahead" }, input, say("ahead"));
+  return { root, draw(view) { input.checked = view.ahead; } };
+}
+
+const listed = (values) => values.map((n) => number(n)).join(", ");
+
+// Rows of [heading, formula, simulated, measured]; null where there is none.
+function factsOf({ film, work, bubble, share, measured }) {
+  const { bubble: known, peak } = film.formula;
+  const units = (seconds) => number(seconds / measured.unit);
+  const got = (value) => (measured ? value() : null);
+  const step = measured?.point.step_s.median;
+  return [
+    ["rowPeriod", known === null ? null : number(work + known), number(film.period), got(() => units(step))],
+    ["rowBubble", known === null ? null : number(known), number(bubble), got(() => units(step * measured.bubble))],
+    ["rowShare", known === null ? null : sayPercent(known / (work + known)), sayPercent(share),
+      got(() => sayPercent(measured.bubble))],
+    ["rowMakespan", null, number(film.makespan), null],
+    ["rowPeak", peak && listed(peak), listed(film.peak), null],
+    ...(measured ? [["rowCore", null, null, sayPercent(measured.shares.waiting_for_core)],
+      ["rowSeconds", null, saySeconds(measured.point.predicted_s, step), saySeconds(step)]] : []),
+  ];
+}
+
+function table(caption, columns, rows) {
+  const head = columns.map((words) => html("th", { scope: "col" }, words));
+  const line = ([name, ...values]) => html("tr", {}, html("th", { scope: "row" }, name),
+    ...values.map((value) => html("td", {}, value ?? say("none"))));
+  return html("table", {}, html("caption", {}, caption), html("thead", {}, html("tr", {}, ...head)),
+    html("tbody", {}, ...rows.map(line)));
+}
+
+/** Formula, simulation and measurement side by side. */
+export function factsPanel() {
+  const place = scrolling(say("factsTitle"));
+  const about = html("p", { class: "bpkit-about" });
+  const root = html("div", { class: "bpkit-facts" }, place, about);
+  return { root, draw(view) {
+    const columns = ["", say("byFormula"), say("asSimulated"), ...(view.measured ? [say("asMeasured")] : [])];
+    const rows = factsOf(view).map(([key, ...values]) => [say(key), ...values.slice(0, columns.length - 1)]);
+    const made = table(say("factsTitle"), columns, rows);
+    made.querySelector("th").replaceWith(html("td"));
+    place.replaceChildren(made);
+    const run = view.measured?.run;
+    about.textContent = run ? say("about", { ...run.machine, ...run.experiment }) : "";
+  } };
+}
+
+const BAR = 15;
+const STEP = 24;
+
+/** Work and bubble of each schedule whose answer is shown. */
+export function comparePanel() {
+  const { root, canvas, heading, width } = panel("compare", "", say("compareAlt"));
+  root.append(legend([["work", say("work")], ["bubble", say("bubble")]]));
+  return { root, draw(view) {
+    heading.textContent = say("compareTitle", naming(view));
+    const left = 108;
+    const longest = Math.max(...view.beside.filter((one) => one.open).map((one) => one.period));
+    const x = linear([0, longest], [left, Math.max(left + 40, width() - 104)]);
+    const rows = view.beside.map((one, i) => {
+      const y = 4 + i * STEP;
+      const name = label(0, y + BAR - 3, say(one.name), { class: "tick" });
+      const group = { class: one.name === view.name ? "row chosen" : "row", "data-schedule": one.name };
+      if (!one.open) return svg("g", group, name, label(left, y + BAR - 3, say("notShown"), { class: "value" }));
+      const note = say("compareNote", { period: number(one.period), share: sayPercent(one.share) });
+      const bar = (kind, from, to) => svg("rect", { class: `part ${kind}`, x: x(from), y, width: x(to) - x(from), height: BAR });
+      return svg("g", group, name, bar("work", 0, one.work), bar("bubble", one.work, one.period),
+        label(x(one.period) + 6, y + BAR - 3, note, { class: "value" }));
+    });
+    redraw(canvas, width(), 4 + view.beside.length * STEP, ...rows);
+  } };
+}
+
+function tableOfPasses(view) {
+  const found = new Map((view.measured?.events ?? []).map((one) => [`${one.rank}/${one.cell}`, one]));
+  const span = (one) => (one ? `${number(one.begin)} – ${number(one.end)}` : null);
+  const columns = ["columnPass", "columnRank", "columnBegin", "columnEnd", "columnNeeds", "columnGap",
+    ...(view.measured ? ["columnMeasured"] : [])].map((key) => say(key));
+  const rows = view.passes.map((pass) => [pass.cell, number(pass.rank), number(pass.begin), number(pass.end),
+    pass.need && say("needs", pass.need), number(pass.gap),
+    ...(view.measured ? [span(found.get(`${pass.rank}/${pass.cell}`))] : [])]);
+  return table(say("table"), columns, rows);
+}
+
+/** The text equivalent: sentences, and every pass as a row. */
+export function wordsPanel() {
+  const sentences = html("div", { class: "bpkit-words", role: "status" });
+  const place = scrolling(say("table"));
+  const more = html("details", { class: "bpkit-more" }, html("summary", {}, say("table")), place);
+  return { root: html("div", {}, sentences, more), draw(view) {
+    const said = describe(view);
+    // Written only when it differs, so that a redraw for a new width is not announced again.
+    if ([...sentences.children].map((p) => p.textContent).join("\n") !== said.join("\n")) {
+      sentences.replaceChildren(...said.map((words) => html("p", {}, words)));
+    }
+    more.hidden = !view.open;
+    place.replaceChildren(...(view.open ? [tableOfPasses(view)] : []));
+  } };
+}

@@ -1,0 +1,205 @@
+// The words of the pipeline explorer alone; those that all figures share stand in text.js.
+import { language, fillIn, sayPercent, saySeconds, number } from "./text.js";
+
+const WORDS = {
+  en: {
+    title: "Pipelines, from the naive split to zero bubble",
+    schedule: "Schedule",
+    naive: "naive split",
+    gpipe: "GPipe",
+    one_f_one_b: "1F1B",
+    interleaved: "interleaved 1F1B",
+    zero_bubble_h1: "zero bubble H1",
+    zero_bubble_h2: "zero bubble H2",
+    zb_v: "zero bubble V",
+    aboutNaive: "The batch is not cut: one rank works at a time, and a forward of the batch takes as many units as there would "
+      + "be microbatches.",
+    aboutGpipe: "All forwards, then all backwards.",
+    aboutOne_f_one_b: "After a few forwards, one forward and one backward in turn, so that fewer activations are kept.",
+    aboutInterleaved: "1F1B with two stages on each rank, each of half the size: the pipeline fills twice as fast.",
+    aboutZero_bubble_h1: "1F1B with the backward in two halves: I, which the rank before waits for, and W, which nobody waits "
+      + "for and which fills gaps. No more activations than 1F1B's first rank.",
+    aboutZero_bubble_h2: "As H1, with more forwards before the first backward: nearly twice the activations.",
+    aboutZb_v: "Two stages on each rank, placed as a V: the last stage is with the first, on rank 0.",
+    units: "One unit is the forward of a microbatch through a rank's whole share of the network. F, I and W take one each, the "
+      + "whole backward B = I + W takes two; messages take no time.",
+    workers: "Ranks",
+    microbatches: "Microbatches",
+    "ranks.one": "{n} rank",
+    "ranks.other": "{n} ranks",
+    "microbatches.one": "{n} microbatch",
+    "microbatches.other": "{n} microbatches",
+    "units.one": "{n} unit",
+    "units.other": "{n} units",
+    ahead: "Show the next step too",
+    // the drawing
+    lanesTitle: "{schedule}, {ranks}, {microbatches}",
+    lanesAlt: "Timeline of one step, a row for each rank. The words and tables below say the same.",
+    lanesBox: "Timeline. Arrow keys move between passes, up and down between ranks.",
+    simulated: "simulated",
+    measured: "measured: {name}",
+    rank: "rank {n}",
+    axis: "time, units",
+    F: "forward",
+    B: "backward, whole",
+    I: "backward, input half",
+    W: "backward, weight half",
+    UPDATE: "update",
+    legend: "{letter}: {words}",
+    chunk: "small letters: the rank's second stage",
+    core: "waiting for a core (drawn at the end of its pass)",
+    next: "the next step",
+    waited: "the pass whose message was waited for",
+    // one pass
+    hint: "Point at a pass, or move with the arrow keys, to see what it waits for.",
+    pass: "{cell} on rank {rank}: {what} of microbatch {mb} on stage {stage}. Simulated from {begin} to {end}.",
+    first: "It is the rank's first pass and waits for nothing.",
+    waitedFor: "It waited for the message of {cell} on rank {rank}, which ended at {end}; its rank had nothing to do for {gap}.",
+    busyUntil: "It waited for its own rank, busy with {cell} until {end}.",
+    thereSince: "The message that it needs, of {cell} on rank {rank}, was there at {end}.",
+    // the state in words
+    hidden: "{schedule}, {ranks}, {microbatches}. The timeline is hidden until you show it.",
+    sayStep: "{schedule}, {ranks}, {microbatches}, simulated: a step takes {period} (from one step to the next), of which {work} "
+      + "are work and {bubble} are bubble, {share}. A step by itself takes {makespan} from its first start to its last end.",
+    sayFormula: "The formula for the bubble, {formula}, gives {bubble}.",
+    sayNoFormula: "The formula for the bubble, {formula}, holds only where {condition}.",
+    sayPeak: "Activations stored at most, in microbatches, by rank: {list}.",
+    sayMeasured: "Measured ({name}; {batch} samples a step): a step takes {step}, {units}, where a unit is the CPU time of a "
+      + "forward, {unit}. Of the step {compute} is compute, {core} waiting for a core, {blocked} blocked by communication "
+      + "(most of the bubble) and {idle} idle. Simulated at the CPU times of its own passes, with a core for each rank: "
+      + "{predicted}.",
+    sayNotMeasured: "No measurement of this plan is there.",
+    // formulas
+    formulaNaive: "(p − 1)(F + B) of the whole batch",
+    formulaGpipe: "(p − 1)(F + B)",
+    formulaOne_f_one_b: "(p − 1)(F + B)",
+    formulaInterleaved: "(p − 1)(F + B) / 2",
+    formulaZero_bubble_h1: "(p − 1)(F + I − W)",
+    formulaZero_bubble_h2: "(p − 1)(F + I − 2W)",
+    formulaZb_v: "0",
+    conditionInterleaved: "p divides m",
+    conditionZero_bubble_h1: "m ≥ p",
+    conditionZero_bubble_h2: "m ≥ 2p − 1",
+    conditionZb_v: "m ≥ 2p − 1",
+    // figures and tables
+    factsTitle: "What it costs",
+    byFormula: "formula",
+    asSimulated: "simulated",
+    asMeasured: "measured",
+    rowPeriod: "a step of many, units",
+    rowMakespan: "a step by itself, units",
+    rowBubble: "bubble, units",
+    rowShare: "bubble, share of the step",
+    rowCore: "waiting for a core, share",
+    rowPeak: "stored activations by rank, microbatches",
+    rowSeconds: "a step, seconds",
+    none: "–",
+    compareTitle: "All schedules, {ranks}, {microbatches}: units a step",
+    compareAlt: "Work and bubble of a step by schedule.",
+    work: "work",
+    bubble: "bubble",
+    notShown: "predict first",
+    compareNote: "{period} ({share} bubble)",
+    table: "The timeline as a table",
+    columnRank: "rank",
+    columnPass: "pass",
+    columnBegin: "begins",
+    columnEnd: "ends",
+    columnNeeds: "needs the message of",
+    columnGap: "rank idle before",
+    columnMeasured: "measured, begins to ends, units",
+    needs: "{cell} on rank {rank}",
+    // prediction
+    predictTitle: "Your prediction first",
+    predictDone: "Your prediction",
+    predictHint: "How many units does a step of many take, from one step to the next, and what share of that is bubble, in which "
+      + "a rank has nothing to do? (p ranks, m microbatches: each rank works 3m units a step.)",
+    predictPeriod: "units a step",
+    predictBubble: "bubble, %",
+    show: "Show the timeline",
+    skip: "Skip the predictions",
+    again: "Predict again",
+    predictFirst: "Type at least one prediction, or skip them.",
+    predictedNothing: "You made no prediction for this one. A step takes {period}, of which {share} is bubble.",
+    verdictPeriod: "You predicted {predicted}; a step takes {real}: {verdict}.",
+    verdictBubble: "You predicted {predicted} of bubble; it is {real}: {verdict}.",
+    right: "right",
+    tooMany: "{n} too many",
+    tooFew: "{n} too few",
+    measureNote: "Measure runs the plan that is chosen above.",
+    recordedOn: "recorded on {machine}, {date}",
+    yours: "yours, on {machine}",
+    about: "{network}; {data}; torch {torch}, bpkit {bpkit}; {repetitions} runs of {steps} steps, over {backend}",
+  },
+};
+
+/** The words for `key`, its {names} filled in from `values`. */
+export const say = (key, values) => fillIn(WORDS[language()]?.[key] ?? WORDS.en[key], values);
+
+/** "1 rank", "33 units": the plural that the language asks for. */
+export function sayCount(key, n) {
+  const form = new Intl.PluralRules(language()).select(n);
+  return say(`${key}.${form === "one" ? "one" : "other"}`, { n: number(n) });
+}
+
+/** The key of a word about a schedule: "about" and "zb_v" give "aboutZb_v". */
+export const of = (what, name) => `${what}${name[0].toUpperCase()}${name.slice(1)}`;
+
+const sayUnits = (n) => sayCount("units", n);
+
+/** Which plan it is, for sentences and headings. */
+export const naming = (view) => ({ schedule: say(view.name), ranks: sayCount("ranks", view.p),
+  microbatches: sayCount("microbatches", view.m) });
+
+/** A pass, and what it waited for: the message of a pass on another rank, or the passes before it on its own. */
+export function describePass(view, pass) {
+  const at = (time) => number(time);
+  const { need, before } = pass;
+  const parts = [say("pass", { ...pass, what: say(pass.kind), begin: at(pass.begin), end: at(pass.end) })];
+  if (pass.blocked) parts.push(say("waitedFor", { ...need, end: at(need.end), gap: sayUnits(pass.gap) }));
+  else if (before) parts.push(say("busyUntil", { ...before, end: at(before.end) }));
+  else parts.push(say("first"));
+  if (need && !pass.blocked) parts.push(say("thereSince", { ...need, end: at(need.end) }));
+  return parts.join(" ");
+}
+
+function describeFormula(view) {
+  const formula = say(of("formula", view.name));
+  const { bubble } = view.film.formula;
+  if (bubble === null) return say("sayNoFormula", { formula, condition: say(of("condition", view.name)) });
+  return say("sayFormula", { formula, bubble: sayUnits(bubble) });
+}
+
+function describeMeasured({ name, point, unit, shares, run }) {
+  const share = (key) => sayPercent(shares[key]);
+  return say("sayMeasured", { name, batch: number(run.experiment.batch), step: saySeconds(point.step_s.median),
+    units: sayUnits(point.step_s.median / unit), unit: saySeconds(unit), compute: share("compute"),
+    core: share("waiting_for_core"), blocked: share("exposed_communication"), idle: share("idle"),
+    predicted: saySeconds(point.predicted_s, point.step_s.median) });
+}
+
+/** The whole state in words. */
+export function describe(view) {
+  if (!view.open) return [say("hidden", naming(view))];
+  const { film, work, bubble, share } = view;
+  return [say("sayStep", { ...naming(view), period: sayUnits(film.period), work: number(work), bubble: number(bubble),
+    share: sayPercent(share), makespan: sayUnits(film.makespan) }), describeFormula(view),
+  say("sayPeak", { list: film.peak.map((n) => number(n)).join(", ") }),
+  view.measured ? describeMeasured(view.measured) : say("sayNotMeasured")];
+}
+
+function judge(off, close, words) {
+  return Math.abs(off) < close ? say("right") : say(off > 0 ? "tooMany" : "tooFew", { n: words(Math.abs(off)) });
+}
+
+/** How far off the prediction was. */
+export function describeError(view) {
+  const { film, share, guess } = view;
+  const real = { period: film.period, bubble: 100 * share };
+  const percent = (n) => sayPercent(n / 100);
+  const judged = [["period", "verdictPeriod", 1e-6, sayUnits], ["bubble", "verdictBubble", 0.5, percent]]
+    .filter(([what]) => what in guess)
+    .map(([what, key, close, words]) => say(key, { predicted: words(guess[what]), real: words(real[what]),
+      verdict: judge(guess[what] - real[what], close, words) }));
+  return judged.join(" ") || say("predictedNothing", { period: sayUnits(film.period), share: sayPercent(share) });
+}
