@@ -93,8 +93,8 @@ def torch_schedule(plan: Plan, stages: Sequence[Any], loss: Callable[..., Any], 
     """
     text = to_csv(plan)
     if batch % plan.microbatches:
-        raise ValueError(f"{plan.name}: PyTorch needs equal microbatches, but {plan.microbatches} do not divide a batch "
-                         f"of {batch}: it would give the mean of unequal means")  # fmt: skip
+        raise ValueError(f"{plan.name}: PyTorch needs equal microbatches, but {plan.microbatches} do not divide "
+                         f"a batch of {batch}: it would give the mean of unequal means")  # fmt: skip
     version = ".".join(torch.__version__.split(".")[:2])
     if version not in TESTED:
         raise RuntimeError(f"the schedule runtime of PyTorch is private and was tested on {', '.join(TESTED)}, "

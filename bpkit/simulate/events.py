@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -139,6 +139,8 @@ class _Rank:
     def __init__(self, at: Coordinate, plan: Plan, steps: int) -> None:
         self.at, self.row = at, plan.row(at)
         self.waits = hazards(self.row, plan.shared)
+        seen: Counter[Action] = Counter()
+        self.nth = [seen.update([action]) or seen[action] for action in self.row]  # which of its like in the row
         self.log = Log.empty(range(steps), len(self.row))
         self.now = self.step = self.index = 0
         self.pending: dict[int, int] = {}  # communication of this step that has not ended: when the row reached it
@@ -184,8 +186,7 @@ class _Rank:
             if any(j in self.pending for j in self.waits[i]):
                 continue
             start = max([posted, *(int(self.log.end[self.step, j]) for j in self.waits[i])])
-            nth = self.step, sum(action == self.row[i] for action in self.row[:i])
-            end = world.meet(self.at, self.row[i], nth, start)
+            end = world.meet(self.at, self.row[i], (self.step, self.nth[i]), start)
             if end is not None:
                 self.log.end[self.step, i] = end
                 del self.pending[i]

@@ -9,6 +9,7 @@ import pytest
 
 import bpkit as bp
 from bpkit.measure.pipeline import bubble, makespan, period
+from bpkit.measure.steps import Steps
 from bpkit.plan import Action, Plan, PlanError, data_parallel, expand, parameter_server, serial, zero
 from bpkit.plan.pipeline import gpipe, interleaved, naive, one_f_one_b, pipedream, zb_v, zero_bubble_h1, zero_bubble_h2
 from bpkit.simulate import Times, simulate
@@ -125,6 +126,15 @@ def test_a_reader_waits_where_the_executor_would():
     trace = simulate(one_f_one_b(2, 2), steps=1)
     first = next(row for row in trace.rows() if row[2] == "1F0")
     assert first[3:] == (0, 2 * 10**9, 10**9)  # reached at 0, waits for one forward, runs one second
+
+
+def test_a_simulated_trace_is_read_like_a_measured_one(tmp_path):
+    trace = simulate(one_f_one_b(2, 4), steps=4)
+    steps = Steps.of(trace)
+    assert steps.compute == pytest.approx(np.full((2, 3), 12.0)) and (steps.waiting_for_core == 0).all()
+    assert steps.exposed_communication[:, 1:] == pytest.approx(np.full((2, 2), 3.0))  # the bubble
+    assert trace.to_chrome(tmp_path / "trace.json").stat().st_size > 1000
+    assert bp.show.timeline(trace) is not None
 
 
 def test_bad_input_is_named():
