@@ -132,6 +132,7 @@ class Cluster:
         seed: int = 0,
         shards: Shards | None = None,
         compress: Compressor | None = None,
+        sync_batch_norm: bool = False,
         evaluate_every: int = 0,
         target: float | None = None,
         record: int = 200,
@@ -161,6 +162,8 @@ class Cluster:
         compress : Compressor, optional
             How gradients travel (see `bpkit.compress`); the run is then *lossy*.  For plans that reduce whole gradients
             by REDUCE_GRAD; without data parallelism nothing travels, and nothing is lost.
+        sync_batch_norm : bool
+            Take batch norm's statistics over the samples of all data ranks (of one microbatch), not of each rank's own.
         evaluate_every : int
             Steps between evaluations on the test samples (0: none); their time is not counted.
         target : float, optional
@@ -186,7 +189,7 @@ class Cluster:
         compress = checks.checked_compressor(plan, compress)
         program = self._program(plan, network, data, optimizer, batch)
         job = Job(program, network, data, optimizer, batch, steps, seed, chosen, record, evaluate_every, target,
-                  compress)  # fmt: skip
+                  compress, sync_batch_norm)  # fmt: skip
         outcomes = self._train(rounds if plan.servers else train, (job,), progress, stop)
         return assemble(job, outcomes, self.backend)
 
@@ -273,6 +276,7 @@ class Cluster:
         shards: Shards | None = None,
         step: int = 0,
         compress: Compressor | None = None,
+        sync_batch_norm: bool = False,
     ) -> Tensor:
         """What UPDATE would apply, after one step on the given global batch; for proofs.
 
@@ -286,7 +290,7 @@ class Cluster:
             Samples (or weights) of each data rank.
         step : int
             Step number, on which dropout masks depend.
-        compress : Compressor, optional
+        compress, sync_batch_norm
             As in `train`, at its first step.
 
         Returns
@@ -323,6 +327,7 @@ class Cluster:
             checks.checked_shards(len(inputs), plan, shards),
             step,
             checks.checked_compressor(plan, compress),
+            sync_batch_norm,
             describe=_describer(program),
         )
         parts = network.split(program.cuts)

@@ -43,6 +43,7 @@ class StepData:
     scale: float = 1.0  # of the merged gradient, in UPDATE
     losses: list[float] = field(default_factory=list)  # of each microbatch: the sum over its terms, weighted
     squares: float = 0.0  # this step's squared gradient norm, where a NORM runs
+    sum_over_data: Callable[[Tensor], Tensor] | None = None  # for batch norm over all data ranks
 
     def load(self, number: int, inputs: Tensor, targets: Tensor, first: int, microbatches: int) -> None:
         """Cut this rank's shard into microbatches; the first ones take the remainder."""
@@ -50,7 +51,7 @@ class StepData:
         starts = [first]
         for part in self.inputs:
             starts.append(starts[-1] + len(part))
-        self.contexts = [Context(step=number, first=start, training=True) for start in starts[:-1]]
+        self.contexts = [Context(number, start, True, self.sum_over_data) for start in starts[:-1]]
         self.number, self.losses, self.squares = number, [0.0] * microbatches, 0.0
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.plan import Plan, Program
-from bpkit.run.training import Job, Outcome, join
+from bpkit.run.training import Job, Outcome, gathered
 from bpkit.trace import Trace
 
 
@@ -118,10 +118,6 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
     """One result from the answers of all ranks."""
     plan, mesh = job.program.plan, job.program.plan.mesh
     same_bits(plan, outcomes)
-    parts = job.network.split(job.program.cuts)
-    for outcome in outcomes:
-        for stage, flat in outcome.parameters.items():
-            parts[stage].flat_parameters.copy_(flat)
     loss_ranks = [
         rank for rank, at in enumerate(mesh.coordinates()) if at.pipeline == plan.place[-1] and at.tensor == 0
     ]
@@ -131,7 +127,7 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
     rows = [[str(step.action) for step in job.program.row(at)] for at in mesh.coordinates()]
     trace = Trace.collect([outcome.log for outcome in outcomes], rows)
     return TrainResult(
-        join(job.network, parts),
+        gathered(job, [outcome.parameters for outcome in outcomes]),
         losses,
         np.diff(starts, axis=1).mean(axis=0) / 1e9,
         trace,

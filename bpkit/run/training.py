@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -44,6 +44,7 @@ class Job:
     evaluate_every: int
     target: float | None
     compress: Compressor | None = None
+    sync_batch_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Outcome:
     log : Log
         The last steps, as many as were to be recorded.
     parameters : dict
-        Flat parameters by stage, from data coordinate 0; elsewhere only their digests.
+        Flat parameters by stage, and what is kept beside them, from data coordinate 0; elsewhere only their digests.
     digests : dict
         A digest of the bits of each stage's parameters.
     accuracies : list of (step, test accuracy)
@@ -74,7 +75,7 @@ class Outcome:
     losses: list[float]
     starts: list[int]
     log: Log
-    parameters: dict[int, Tensor]
+    parameters: dict[int, tuple[Tensor, Tensor]]
     digests: dict[int, str]
     accuracies: list[tuple[int, float]]
     memory: dict[str, int]
@@ -154,11 +155,13 @@ class Runner:
     """One rank's buffers, bound row and executor."""
 
     def __init__(self, comm: Comm, program: Program, network: Network, optimizer: Optimizer, rows: int,
-                 captured: dict[int, Tensor] | None = None, compress: Compressor | None = None) -> None:  # fmt: skip
+                 captured: dict[int, Tensor] | None = None, compress: Compressor | None = None,
+                 sync_batch_norm: bool = False) -> None:  # fmt: skip
         self.program, self.plan, self.network = program, program.plan, network
         groups = Groups(comm, program.plan.mesh)
         self.buffers = Buffers(program, network, groups, optimizer, rows, compress)
-        self.step = StepData()
+        over = groups.data.all_reduce if sync_batch_norm and self.plan.mesh.data > 1 else None
+        self.step = StepData(sum_over_data=over)
         self.executor = Executor(program.row(self.buffers.at), Verbs(self.buffers, self.step, captured).bind(), groups)
 
     def run(self, number: int, inputs: Tensor, targets: Tensor, everyone: Tensor, sizes: Sequence[int],
@@ -200,7 +203,8 @@ class Runner:
 def train(comm: Comm, job: Job) -> Outcome:
     """Run all steps of a job on one rank."""
     most = largest(job.program.plan, job.batch, job.shards)
-    runner = Runner(comm, job.program, job.network, job.optimizer, most, compress=job.compress)
+    runner = Runner(comm, job.program, job.network, job.optimizer, most, compress=job.compress,
+                    sync_batch_norm=job.sync_batch_norm)  # fmt: skip
     buffers, plan = runner.buffers, job.program.plan
     recorded = min(job.steps, job.record)
     log = Log.empty(range(job.steps - recorded, job.steps), len(buffers.row))
@@ -230,29 +234,43 @@ def train(comm: Comm, job: Job) -> Outcome:
 def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
             accuracies: Sequence[tuple[int, float]] = ()) -> Outcome:  # fmt: skip
     """What a rank returns after its last step."""
-    parameters = {stage: buffers.whole(stage) for stage in buffers.stages}
-    digests = {stage: _digest(flat) for stage, flat in parameters.items()}
-    first = buffers.at.data == buffers.at.tensor == 0
-    return Outcome(losses, starts, log, parameters if first else {}, digests, list(accuracies), buffers.memory(),
-                   buffers.encoded)  # fmt: skip
+    held = holdings(buffers)
+    digests = {stage: _digest(flat) for stage, (flat, _) in held.items()}
+    return Outcome(losses, starts, log, held if buffers.at.data == 0 else {}, digests, list(accuracies),
+                   buffers.memory(), buffers.encoded)  # fmt: skip
+
+
+def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
+    """Each stage's parameters, whole, and what is kept beside them."""
+    return {stage: (buffers.whole(stage), net.flat_buffers.clone()) for stage, net in buffers.stages.items()}
+
+
+def gathered(job: Job, held: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> Network:
+    """The network with the values that ranks hold: one mapping a rank, empty where its values are another's too."""
+    parts = job.network.split(job.program.cuts)
+    for stage, part in enumerate(parts):
+        flats = [mapping[stage] for mapping in held if stage in mapping]  # in the order of tensor coordinates
+        part.flat_buffers.copy_(flats[0][1])
+        part.flat_parameters.copy_(flats[0][0])
+    return join(job.network, parts)
 
 
 def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
-    """Test accuracy, computed by rank 0 from the stages of all pipeline ranks; the same number on every rank."""
-    plan, at = job.program.plan, buffers.at
-    own = {stage: buffers.whole(stage) for stage in buffers.stages}
-    if at.pipeline and at.data == at.tensor == 0:
-        for flat in own.values():
-            comm.send(flat, 0)
+    """Test accuracy, computed by rank 0 from what all ranks hold; the same number on every rank."""
+    mesh, held = job.program.plan.mesh, holdings(buffers)
     result = torch.zeros(1, dtype=torch.float64)
-    if comm.rank == 0:
-        parts = job.network.split(job.program.cuts)
-        for stage, part in enumerate(parts):
-            if stage in own:
-                part.flat_parameters.copy_(own[stage])
-            else:
-                comm.recv(part.flat_parameters, plan.mesh.rank(at._replace(pipeline=plan.place[stage])))
-        result[0] = join(job.network, parts).accuracy(job.data.test_inputs, job.data.test_targets)
+    others: list[dict[int, tuple[Tensor, Tensor]]] = []
+    if comm.rank:
+        for tensors in held.values() if buffers.at.data == 0 else ():
+            for tensor in tensors:
+                comm.send(tensor, 0)
+    else:
+        for rank, at in enumerate(mesh.coordinates()):
+            if rank and at.data == 0:
+                owned = job.program.plan.owned(at.pipeline)
+                others.append({stage: (comm.recv(None, rank), comm.recv(None, rank)) for stage in owned})
+        network = gathered(job, [held, *others])
+        result[0] = network.accuracy(job.data.test_inputs, job.data.test_targets)
     return float(comm.broadcast(result, 0)) if comm.size > 1 else float(result)
 
 
@@ -260,14 +278,17 @@ def join(network: Network, stages: Sequence[Network]) -> Network:
     """A copy of `network` with the parameters of its stages."""
     whole = network.copy()
     whole.load([tensor for stage in stages for tensor in stage.parameters()])
+    whole.flat_buffers.copy_(torch.cat([stage.flat_buffers for stage in stages]))
     return whole
 
 
 def gradients(comm: Comm, program: Program, network: Network, inputs: Tensor, targets: Tensor, optimizer: Optimizer,
-              shards: Shards | None, step: int, compress: Compressor | None) -> dict[int, Tensor]:  # fmt: skip
+              shards: Shards | None, step: int, compress: Compressor | None,
+              sync_batch_norm: bool) -> dict[int, Tensor]:  # fmt: skip
     """Run one step up to UPDATE; what each UPDATE would have applied, by stage (NaN where another rank updates)."""
     captured: dict[int, Tensor] = {}
-    runner = Runner(comm, program, network, optimizer, largest(program.plan, len(inputs), shards), captured, compress)
+    runner = Runner(comm, program, network, optimizer, largest(program.plan, len(inputs), shards), captured, compress,
+                    sync_batch_norm)  # fmt: skip
     sizes = shard_sizes_of(program.plan, len(inputs), shards, step)
     low = sum(sizes[: runner.buffers.at.data])
     mine = slice(low, low + sizes[runner.buffers.at.data])
