@@ -82,7 +82,7 @@ def one_f_one_b(workers: int, microbatches: int, **options: Unpack[Options]) -> 
         rank 1  .  F0 B0 B0 F1 B1 B1 F2 B2 B2 .  .
 
     Bubble (p-1)(F+B), makespan (m+p-1)(F+B), as GPipe; activations of only min(m, p-r) microbatches
-    (arXiv:2006.09503, section 2.2).
+    (arXiv:2006.09503).
     """
     return _plan("one_f_one_b", lambda rank: _one_f_one_b(workers - rank - 1, microbatches), range(workers),
                  microbatches, options, workers, microbatches)  # fmt: skip
@@ -127,7 +127,7 @@ def zero_bubble_h1(workers: int, microbatches: int, **options: Unpack[Options]) 
         rank 0  F0 F1 .  I0 W0 F2 I1 W1 I2 W2
         rank 1  .  F0 I0 F1 I1 W0 F2 I2 W1 W2
 
-    Bubble (p-1)(F+I-W) where F = I = W; activations of min(m, p) microbatches (arXiv:2401.10241, section 2.1).
+    Bubble (p-1)(F+I-W) where W <= I, and m >= p; activations of min(m, p) microbatches (arXiv:2401.10241, section 2.1).
     """
     return _halves("zero_bubble_h1", lambda rank: (workers - rank, rank), workers, microbatches, options)
 
@@ -140,9 +140,9 @@ def zero_bubble_h2(workers: int, microbatches: int, **options: Unpack[Options]) 
         rank 0  F0 F1 F2 I0 W0 I1 W1 I2 W2 .
         rank 1  .  F0 I0 F1 I1 F2 I2 W0 W1 W2
 
-    Bubble (p-1)(F+I-2W), which is 0 where F = I = W, m >= 2p-1 and no rank waits for all others between steps (a
-    clipped gradient norm does): each rank works from its first start to its last end, though the makespan of one step
-    exceeds the work by p-1.  Activations of min(m, 2p-1) microbatches (arXiv:2401.10241, section 2.2).
+    Bubble (p-1)(F+I-2W) where W <= I and m >= 2p-1: 0 where F = I = W and no rank waits for all others between steps
+    (a clipped gradient norm does).  Then each rank works from its first start to its last end, though the makespan of
+    one step exceeds the work by p-1.  Activations of min(m, 2p-1) microbatches (arXiv:2401.10241, section 2.2).
     """
     return _halves("zero_bubble_h2", lambda rank: (2 * (workers - rank) - 1, 2 * rank), workers, microbatches, options)
 

@@ -77,6 +77,14 @@ def test_periods_of_zero_bubble(plan, chunks, expected):
     assert period(trace) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("f", "i", "w"), [(1, 1, 1), (1, 1, 0.5), (1, 1.2, 0.8), (2, 1, 1)])
+@pytest.mark.parametrize(("p", "m"), [(3, 5), (4, 12), (8, 24)])
+def test_bubbles_of_zero_bubble_where_w_is_at_most_i(p, m, f, i, w):
+    times, work = Times(f, i, w), m * (f + i + w)
+    assert period(simulate(zero_bubble_h1(p, m), times, 5)) - work == pytest.approx((p - 1) * (f + i - w))
+    assert period(simulate(zero_bubble_h2(p, m), times, 5)) - work == pytest.approx((p - 1) * (f + i - 2 * w))
+
+
 @pytest.mark.parametrize("p", [2, 3, 4, 8])
 def test_a_rank_of_zero_bubble_never_waits_after_its_first_start(p):
     m = 3 * p
