@@ -1,36 +1,55 @@
 """Layers, losses and networks with hand-written forward and backward; no autograd outside `gradcheck`."""
 
+from bpkit.nn.attention import Attention, Heads, block
 from bpkit.nn.containers import Residual, Sequential
+from bpkit.nn.convolution import AveragePool2d, Conv2d, Flatten, MaxPool2d, Reshape
 from bpkit.nn.costs import StageCost
 from bpkit.nn.dropout import Dropout, dropout_mask
+from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.gradcheck import GradCheck, gradcheck
 from bpkit.nn.layer import Context, Layer, Pass, Site
 from bpkit.nn.layers import GELU, LayerNorm, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import MSE, CrossEntropy, Loss
-from bpkit.nn.models import mlp
+from bpkit.nn.models import convnet, gpt, mlp
 from bpkit.nn.network import Network
+from bpkit.nn.normalisation import BatchNorm, GroupNorm
 
 __all__ = [
     "GELU",
     "MSE",
+    "Attention",
+    "AveragePool2d",
+    "BatchNorm",
     "Context",
+    "Conv2d",
     "CrossEntropy",
     "Dropout",
+    "Embedding",
+    "Flatten",
     "GradCheck",
+    "GroupNorm",
+    "Heads",
     "Layer",
     "LayerNorm",
     "Linear",
     "Loss",
+    "MaxPool2d",
     "Network",
     "Pass",
+    "Positions",
     "ReLU",
+    "Reshape",
     "Residual",
     "Sequential",
     "Sigmoid",
     "Site",
     "StageCost",
     "Tanh",
+    "Unembedding",
+    "block",
+    "convnet",
     "dropout_mask",
+    "gpt",
     "gradcheck",
     "mlp",
 ]

@@ -28,6 +28,7 @@ class Sequential(Layer):
         self.leaves = sum(layer.leaves for layer in layers)
         self.keeps_output = layers[-1].keeps_output
         self.fresh_gradient = layers[0].fresh_gradient
+        self.input_dtype = layers[0].input_dtype
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"
@@ -46,6 +47,15 @@ class Sequential(Layer):
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         return [p for layer, s in self._inner(shape) for p in layer.initial(s, generator)]
+
+    def buffers(self, shape: Shape) -> list[Tensor]:
+        return [b for layer, s in self._inner(shape) for b in layer.buffers(s)]
+
+    def ties(self, shape: Shape) -> tuple[str, ...]:
+        return tuple(name for layer, s in self._inner(shape) for name in layer.ties(s))
+
+    def partial(self, shape: Shape) -> tuple[bool, ...]:
+        return tuple(share for layer, s in self._inner(shape) for share in layer.partial(s))
 
     def produced(self, shape: Shape) -> list[int]:
         return produced(self.layers, shape)

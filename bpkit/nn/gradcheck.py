@@ -82,10 +82,13 @@ def gradcheck(
         raise ValueError("an empty batch has no gradient to check: give at least one sample")
     parameters = network.parameters()
     ours = _by_hand(network, x, targets, context)
-    leaves = [t.detach().clone().requires_grad_() for t in (x, *parameters)]
-    theirs = torch.autograd.grad(reference_loss(network, leaves[0], leaves[1:], targets, context), leaves)
+    own = [p.detach().clone().requires_grad_() for p in parameters]
+    leaves = [own[i] for i in network.owners]  # tied weights are one leaf
+    point = x.detach().clone().requires_grad_() if x.is_floating_point() else x
+    wanted = [point, *leaves] if point.requires_grad else leaves
+    theirs = torch.autograd.grad(reference_loss(network, point, leaves, targets, context), wanted)
     largest = max(float(g.abs().max()) for g in theirs)
-    names = ["input", *(f"parameter {i}" for i in range(len(parameters)))]
+    names = [f"parameter {i}" for i in range(len(parameters))]
 
     def value(point: Tensor | None = None) -> float:
         y = network.forward(x if point is None else point, "gradcheck", context)
@@ -93,9 +96,12 @@ def gradcheck(
 
     moved = x.clone()
     autograd, differences = {}, {}
-    for name, tensor, a, b in zip(names, (moved, *parameters), ours, theirs, strict=True):
-        own = float(b.abs().max())
-        scale = own if own > 1e-10 * largest else 0.1 * largest or 1.0
+    tensors = parameters
+    if point.requires_grad:  # tokens have no gradient
+        names, tensors = ["input", *names], [moved, *parameters]
+    for name, tensor, a, b in zip(names, tensors, ours, theirs, strict=True):
+        size = float(b.abs().max())
+        scale = size if size > 1e-10 * largest else 0.1 * largest or 1.0
         autograd[name] = float((a - b).abs().max()) / scale
         probe: Callable[[], float] = (lambda: value(moved)) if tensor is moved else value
         differences[name] = _difference_error(tensor, a, probe, samples, step) / scale
@@ -116,8 +122,7 @@ def _by_hand(network: Network, x: Tensor, targets: Tensor, context: Context) -> 
     y = network.forward(x, "gradcheck", context)
     _, dy = network.loss.value_and_gradient(y, targets)
     dx = network.backward(dy, "gradcheck", need_input=True)
-    assert dx is not None
-    return [g.clone() for g in (dx, *network.gradients())]
+    return [g.clone() for g in (*([dx] if dx is not None else []), *network.gradients())]
 
 
 def _difference_error(tensor: Tensor, gradient: Tensor, value: Callable[[], float], samples: int, step: float) -> float:

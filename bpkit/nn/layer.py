@@ -33,12 +33,16 @@ class Context:
     first : int
         Position of row 0 of the input in the step's global batch; the rows are contiguous.
     training : bool
-        False switches dropout off.
+        False switches dropout off, and batch norm to its running statistics.
+    sum_over_data : callable, optional
+        Takes a small 1-D tensor and returns its sum over the data ranks, each of which calls it; batch norm then
+        takes its statistics over the samples of all ranks.
     """
 
     step: int = 0
     first: int = 0
     training: bool = True
+    sum_over_data: Callable[[Tensor], Tensor] | None = None
 
 
 START = Context()  # the first step of a training run
@@ -50,7 +54,8 @@ class Site:
 
     `layer` counts layers without their containers over the whole network, so neither splitting nor nesting
     changes it. `reuse_input` says that the input may be overwritten: nobody else reads it. `reuse_gradient`
-    says the same of the gradient that comes from above.
+    says the same of the gradient that comes from above. `buffers` are values that are kept but not trained.
+    `added` says of each gradient that a later layer has written it before (tied weights): it is always added to.
     """
 
     parameters: tuple[Tensor, ...]
@@ -62,6 +67,8 @@ class Site:
     seed: int = 0
     reuse_input: bool = False
     reuse_gradient: bool = False
+    buffers: tuple[Tensor, ...] = ()
+    added: tuple[bool, ...] = ()
 
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialised tensor of `shape` (default: the input's) on the site's device."""
@@ -92,11 +99,13 @@ class Layer:
     A layer with parameters overrides `parameter_shapes` and `initial`; every layer overrides `at`, `cost` and
     `reference`. `keeps_output`: its backward reads its output, or its output is its input, so the next layer
     must not overwrite it. `fresh_gradient`: the input gradient lies in memory that nobody else reads.
+    `input_dtype`: what it takes, if not the network's dtype.
     """
 
     keeps_output: bool = False
     fresh_gradient: bool = True
     leaves: int = 1
+    input_dtype: torch.dtype | None = None
 
     def output_shape(self, shape: Shape) -> Shape:
         """Return the shape of one output sample for input samples of `shape`; ValueError if it can't be."""
@@ -109,6 +118,18 @@ class Layer:
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw initial parameters in float64 on the CPU."""
         return []
+
+    def buffers(self, shape: Shape) -> list[Tensor]:
+        """Return the first values, in float64, of what is kept but not trained."""
+        return []
+
+    def ties(self, shape: Shape) -> tuple[str, ...]:
+        """Return a name for each parameter: parameters of one name (not "") are one tensor."""
+        return ("",) * len(self.parameter_shapes(shape))
+
+    def partial(self, shape: Shape) -> tuple[bool, ...]:
+        """Say of each parameter's gradient whether it is only a tensor rank's share, to be summed over them."""
+        return (False,) * len(self.parameter_shapes(shape))
 
     def produced(self, shape: Shape) -> list[int]:
         """Return the indices of the parameters in the order in which backward produces their gradients."""
@@ -175,8 +196,9 @@ def sites(layers: Sequence[Layer], site: Site) -> list[Site]:
     """Return one site for each layer of a chain that works at `site`."""
     shapes = output_shapes(layers, site.shape[1:])
     counts = [len(layer.parameter_shapes(s)) for layer, s in zip(layers, shapes, strict=False)]
+    kept = spans([len(layer.buffers(s)) for layer, s in zip(layers, shapes, strict=False)])
     result, leaf = [], site.layer
-    for i, (layer, span) in enumerate(zip(layers, spans(counts), strict=True)):
+    for i, (layer, span, own) in enumerate(zip(layers, spans(counts), kept, strict=True)):
         result.append(
             replace(
                 site,
@@ -186,10 +208,17 @@ def sites(layers: Sequence[Layer], site: Site) -> list[Site]:
                 layer=leaf,
                 reuse_input=not layers[i - 1].keeps_output if i else site.reuse_input,
                 reuse_gradient=layers[i + 1].fresh_gradient if i + 1 < len(layers) else site.reuse_gradient,
+                buffers=site.buffers[own],
+                added=site.added[span],
             )
         )
         leaf += layer.leaves
     return result
+
+
+def _weight_half(half: Callable[[bool], None], added: bool) -> Callable[[bool], None]:
+    """Return a weight half, or one that always adds: a tied parameter's gradient, which a later layer has written."""
+    return (lambda accumulate: half(True)) if added else half
 
 
 class Chain(Pass):
@@ -200,16 +229,13 @@ class Chain(Pass):
         passes = [layer.at(place) for layer, place in zip(layers, places, strict=True)]
         trained = [i for i, place in enumerate(places) if place.parameters]
         first = trained[0] if trained else len(layers)
+        weights = {i: _weight_half(passes[i].backward_weight, places[i].added == (True,)) for i in trained}
         self._forwards = [p.forward for p in passes]
         # Backward's order: (input half, weight half or None, is the input gradient of use to a layer below).
         self._needed: list[tuple[Callable, Callable | None, bool]] = [
-            (passes[i].backward_input, passes[i].backward_weight if i in trained else None, i > first)
-            for i in range(len(passes) - 1, first - 1, -1)
+            (passes[i].backward_input, weights.get(i), i > first) for i in range(len(passes) - 1, first - 1, -1)
         ]
-        self._all = [
-            (passes[i].backward_input, passes[i].backward_weight if i in trained else None, True)
-            for i in range(len(passes) - 1, -1, -1)
-        ]
+        self._all = [(passes[i].backward_input, weights.get(i), True) for i in range(len(passes) - 1, -1, -1)]
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for forward in self._forwards:

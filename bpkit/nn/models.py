@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 
+from bpkit.nn.attention import block
+from bpkit.nn.convolution import Conv2d, Flatten, MaxPool2d, Reshape
 from bpkit.nn.dropout import Dropout
+from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.layer import Layer
-from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers import GELU, LayerNorm, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import Loss
 from bpkit.nn.network import Network
+from bpkit.nn.normalisation import BatchNorm, GroupNorm
 
 
 def mlp(
@@ -50,3 +54,83 @@ def mlp(
             layers += [known[activation](), *([Dropout(dropout)] if dropout else [])]
         layers.append(Linear(inputs, outputs))
     return Network(layers, sizes[0], loss=loss, seed=seed, dtype=dtype)
+
+
+def gpt(
+    vocabulary: int,
+    length: int,
+    width: int = 64,
+    heads: int = 4,
+    layers: int = 2,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    tied: bool = True,
+    dropout: float = 0.0,
+    fused: bool | None = None,
+) -> Network:
+    """Return a language model of the form of GPT-2 (Radford et al. 2019): tokens (length,) in, scores of the next out.
+
+    Its layers: `Embedding`, `Positions`, two halves for each `block`, a last `LayerNorm`, and the scores.
+
+    Parameters
+    ----------
+    vocabulary, length, width, heads : int
+        Different tokens; tokens of a sample; width of the vectors; heads, which divide it.
+    layers : int
+        Blocks.
+    seed, dtype
+        As in `Network`.
+    tied : bool
+        The scores use the embedding's matrix.
+    dropout : float
+        After the positions and at the end of each half block; 0 adds no layer.
+    fused : bool, optional
+        As in `Heads`.
+    """
+    start: list[Layer] = [Embedding(vocabulary, width, "embedding" if tied else ""), Positions(length, width)]
+    halves = [half for _ in range(layers) for half in block(width, heads, dropout, fused)]
+    scores = Unembedding(width, vocabulary) if tied else Linear(width, vocabulary, bias=False)
+    drop: list[Layer] = [Dropout(dropout)] if dropout else []
+    return Network([*start, *drop, *halves, LayerNorm(width), scores], length, seed=seed, dtype=dtype)
+
+
+def convnet(
+    side: int = 8,
+    channels: Sequence[int] = (1, 16, 32),
+    classes: int = 10,
+    norm: str | None = "batch",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Network:
+    """Return a small convolutional network for square images given as vectors, such as digits or MNIST (side 28).
+
+    For each further number of channels: a 3 x 3 `Conv2d` that keeps the size, the norm, `ReLU`, `MaxPool2d`.
+
+    Parameters
+    ----------
+    side : int
+        Height and width of an image, a multiple of 2 for each halving.
+    channels : sequence of int
+        Of the image, then of each convolution.
+    classes : int
+    norm : "batch", "layer" or None
+        "layer" is `GroupNorm` with one group: over channels and places, the layer norm for images.
+    seed, dtype
+        As in `Network`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown norm.
+    """
+    norms: dict[str | None, Callable[[int], Layer] | None] = {"batch": BatchNorm, "layer": GroupNorm, None: None}
+    if norm not in norms:
+        raise ValueError(f'unknown norm {norm!r}: choose "batch", "layer" or None')
+    kind = norms[norm]
+    made: list[Layer] = [Reshape((channels[0], side, side))]
+    for inputs, outputs in pairwise(channels):
+        made.append(Conv2d(inputs, outputs, 3, padding=1, bias=norm != "batch"))
+        made += [*([kind(outputs)] if kind else []), ReLU(), MaxPool2d(2)]
+    features = channels[-1] * (side >> (len(channels) - 1)) ** 2
+    inputs = channels[0] * side * side
+    return Network([*made, Flatten(), Linear(features, classes)], inputs, seed=seed, dtype=dtype)

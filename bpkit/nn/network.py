@@ -13,11 +13,10 @@ from torch import Tensor
 
 from bpkit.nn.costs import StageCost, balanced_cuts
 from bpkit.nn.dropout import Dropout
+from bpkit.nn.flat import ALIGNMENT, aligned, lay_out, owners, views
 from bpkit.nn.layer import START, Chain, Context, Layer, Shape, Site, output_shapes, produced
 from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import Loss, make_loss
-
-ALIGNMENT = 64  # bytes: a cache line, and the widest vector register; unaligned views change a product's bits
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,10 @@ class Network:
         multiple of 64 bytes; the padding in between is zero.
     flat_size : int
         Elements of a flat buffer, padding included.
+    flat_buffers : Tensor
+        What is kept but not trained, such as batch norm's running statistics.
+    input_dtype : torch.dtype
+        What `forward` takes: the network's dtype, or that of its first layer's numbers (tokens).
 
     Raises
     ------
@@ -64,6 +67,7 @@ class Network:
 
     flat_parameters: Tensor
     flat_gradients: Tensor
+    flat_buffers: Tensor
 
     def __init__(
         self,
@@ -78,7 +82,8 @@ class Network:
         shape = (input_shape,) if isinstance(input_shape, int) else tuple(int(n) for n in input_shape)
         self._define(tuple(layers), shape, make_loss(loss), seed, dtype, torch.device(device), 0)
         generator = torch.Generator().manual_seed(seed)
-        self.load([p for layer, s in self._placed() for p in layer.initial(s, generator)])
+        drawn = [p for layer, s in self._placed() for p in layer.initial(s, generator)]
+        self.load([drawn[i] for i in self.owners])
 
     def _define(
         self,
@@ -102,42 +107,26 @@ class Network:
         self.seed, self.dtype, self.device, self._first_leaf = seed, dtype, device, first_leaf
         self._shapes = output_shapes(layers, input_shape)
         self.output_shape = self._shapes[-1]
+        self.input_dtype = layers[0].input_dtype or dtype
         self._parameter_shapes = [p for layer, s in self._placed() for p in layer.parameter_shapes(s)]
-        self._lay_out()
+        self._names = [name for layer, s in self._placed() for name in layer.ties(s)]
+        self.owners = owners(self._names, self._parameter_shapes)
+        order = produced(layers, input_shape)
+        self._offsets, self.flat_size = lay_out(order, self.owners, self._parameter_shapes, dtype.itemsize)
         self._runs: dict[Hashable, _Run] = {}
-        self.flat_parameters, self.flat_gradients = self._aligned(), self._aligned()
+        self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, dtype, device) for _ in range(2))
+        kept = [b for layer, s in self._placed() for b in layer.buffers(s)]
+        self.flat_buffers = torch.cat([torch.zeros(0), *(b.flatten() for b in kept)]).to(device, dtype)
+        parts = self.flat_buffers.split([b.numel() for b in kept]) if kept else ()
+        self._buffers = tuple(part.view(b.shape) for part, b in zip(parts, kept, strict=True))
         self._make_views()
-
-    def _lay_out(self) -> None:
-        """Place each tensor on the next 64-byte boundary, in the order of production."""
-        line = ALIGNMENT // self.dtype.itemsize
-        offset, self._offsets = 0, [0] * len(self._parameter_shapes)
-        for i in produced(self.layers, self.input_shape):
-            self._offsets[i] = offset
-            offset += -(-math.prod(self._parameter_shapes[i]) // line) * line
-        self.flat_size = offset
-
-    def _aligned(self) -> Tensor:
-        """Return `flat_size` zeros whose first element lies on a 64-byte boundary."""
-        line = ALIGNMENT // self.dtype.itemsize
-        room = torch.zeros(self.flat_size + line, dtype=self.dtype, device=self.device)
-        skip = (-room.data_ptr() % ALIGNMENT) // self.dtype.itemsize
-        return room[skip : skip + self.flat_size]
 
     def _placed(self) -> Iterator[tuple[Layer, Shape]]:
         return zip(self.layers, self._shapes, strict=False)
 
-    def _views(self, flat: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            flat[start : start + math.prod(shape)].view(shape)
-            for start, shape in zip(self._offsets, self._parameter_shapes, strict=True)
-        )
-
     def _make_views(self) -> None:
-        self._parameters, self._gradients = (
-            self._views(self.flat_parameters),
-            self._views(self.flat_gradients),
-        )
+        flats = (self.flat_parameters, self.flat_gradients)
+        self._parameters, self._gradients = (views(flat, self._offsets, self._parameter_shapes) for flat in flats)
         self._runs.clear()  # their passes hold the old views
 
     # Tensors.
@@ -149,6 +138,26 @@ class Network:
     def gradients(self) -> list[Tensor]:
         """Return views of the gradients, in the order of `parameters`."""
         return list(self._gradients)
+
+    def buffers(self) -> list[Tensor]:
+        """Return views of what is kept but not trained, in layer order."""
+        return list(self._buffers)
+
+    @property
+    def ties(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Pairs of (layer, number among its parameters) that are one tensor."""
+        places = [(i, j) for i, (layer, s) in enumerate(self._placed()) for j in range(len(layer.parameter_shapes(s)))]
+        return [(places[own], places[i]) for i, own in enumerate(self.owners) if i != own]
+
+    def tied_slices(self) -> dict[str, slice]:
+        """Return where each parameter with a name lies in the flat buffers; other stages may hold copies of it."""
+        parts = zip(self._names, self._offsets, self._parameter_shapes, strict=True)
+        return {name: slice(start, start + math.prod(shape)) for name, start, shape in parts if name}
+
+    def shares(self) -> list[Tensor]:
+        """Return flat views of the gradients that are only a tensor rank's share: to be summed over the ranks."""
+        partial = [share for layer, s in self._placed() for share in layer.partial(s)]
+        return [g.view(-1) for g, share in zip(self._gradients, partial, strict=True) if share]
 
     def load(self, tensors: Sequence[Tensor]) -> None:
         """Copy values into the parameters, given in the order of `parameters`.
@@ -255,8 +264,8 @@ class Network:
         """Check an input and bind a chain for its shape."""
         if tuple(x.shape[1:]) != self.input_shape or x.ndim == 0:
             raise ValueError(f"the network takes inputs of shape {('rows', *self.input_shape)}, not {tuple(x.shape)}")
-        if x.dtype is not self.dtype:
-            raise TypeError(f"the network computes in {self.dtype} and got inputs of {x.dtype}")
+        if x.dtype is not self.input_dtype:
+            raise TypeError(f"the network takes inputs of {self.input_dtype} and got inputs of {x.dtype}")
         if x.device.type != self.device.type:
             raise ValueError(f"the network is on {self.device} and got inputs on {x.device}")
         run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
@@ -273,6 +282,8 @@ class Network:
             self.device,
             self._first_leaf,
             self.seed,
+            buffers=self._buffers,
+            added=tuple(own == i and own in self.owners[i + 1 :] for i, own in enumerate(self.owners)),
         )
 
     def release(self) -> None:
@@ -326,11 +337,14 @@ class Network:
 
     def _stage(self, start: int, stop: int) -> Network:
         """Return layers `start` to `stop` as a network of their own."""
-        counts = list(running_sums((len(la.parameter_shapes(s)) for la, s in self._placed()), initial=0))
+        placed = list(self._placed())
+        counts = list(running_sums((len(la.parameter_shapes(s)) for la, s in placed), initial=0))
         leaf = self._first_leaf + sum(layer.leaves for layer in self.layers[:start])
         stage = Network.__new__(Network)
         stage._define(self.layers[start:stop], self._shapes[start], self.loss, self.seed, self.dtype, self.device, leaf)
         stage.load(self._parameters[counts[start] : counts[stop]])
+        kept = [sum(b.numel() for la, s in run for b in la.buffers(s)) for run in (placed[:start], placed[:stop])]
+        stage.flat_buffers.copy_(self.flat_buffers[kept[0] : kept[1]])
         return stage
 
     def copy(self, device: str | torch.device | None = None) -> Network:
@@ -340,28 +354,26 @@ class Network:
         other._define(*define, torch.device(device or self.device), self._first_leaf)
         other.flat_parameters.copy_(self.flat_parameters)
         other.flat_gradients.copy_(self.flat_gradients)
+        other.flat_buffers.copy_(self.flat_buffers)
         return other
+
+    def _definition(self) -> tuple[Any, ...]:
+        return self.layers, self.input_shape, self.loss, self.seed, self.dtype, self.device, self._first_leaf
 
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
         return {
-            "define": (
-                self.layers,
-                self.input_shape,
-                self.loss,
-                self.seed,
-                self.dtype,
-                self.device,
-                self._first_leaf,
-            ),
+            "define": self._definition(),
             "parameters": self.flat_parameters.cpu().numpy(),
             "gradients": self.flat_gradients.cpu().numpy(),
+            "buffers": self.flat_buffers.cpu().numpy(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._define(*state["define"])
         self.flat_parameters.copy_(torch.from_numpy(state["parameters"]))
         self.flat_gradients.copy_(torch.from_numpy(state["gradients"]))
+        self.flat_buffers.copy_(torch.from_numpy(state["buffers"]))
 
     # Describing.
 
@@ -371,7 +383,7 @@ class Network:
 
     def describe(self) -> str:
         """Return a short text, such as ``mlp 64-512-512-10, 301,066 parameters``."""
-        count = sum(math.prod(shape) for shape in self._parameter_shapes)
+        count = sum(math.prod(self._parameter_shapes[i]) for i in set(self.owners))
         small = (Linear, ReLU, Tanh, Sigmoid, GELU, Dropout)
         if all(isinstance(layer, small) for layer in self.layers) and len(self.input_shape) == 1:
             linear = [layer for layer in self.layers if isinstance(layer, Linear)]

@@ -1,0 +1,52 @@
+"""Flat memory: tensors one after another, each on a 64-byte boundary, and tensors that are one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bpkit.nn.layer import Shape
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register; unaligned views change a product's bits
+
+
+def owners(names: Sequence[str], shapes: Sequence[Shape]) -> list[int]:
+    """Return, for each parameter, the first one of its name: they are one tensor. Without a name each is its own.
+
+    Raises
+    ------
+    ValueError
+        If parameters of one name differ in shape.
+    """
+    result = [names.index(name) if name else i for i, name in enumerate(names)]
+    for i, owner in enumerate(result):
+        if shapes[i] != shapes[owner]:
+            raise ValueError(f"tied as {names[i]!r}: parameters of shapes {shapes[owner]} and {shapes[i]} are not one")
+    return result
+
+
+def lay_out(order: Sequence[int], own: Sequence[int], shapes: Sequence[Shape], itemsize: int) -> tuple[list[int], int]:
+    """Return where each tensor starts, and the size of it all: in `order`, a tied one where its gradient is whole."""
+    line, offset, offsets = ALIGNMENT // itemsize, 0, [0] * len(shapes)
+    for i in order:
+        if own[i] == i:
+            offsets[i] = offset
+            offset += -(-math.prod(shapes[i]) // line) * line
+    return [offsets[i] for i in own], offset
+
+
+def aligned(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `size` zeros whose first element lies on a 64-byte boundary."""
+    room = torch.zeros(size + ALIGNMENT // dtype.itemsize, dtype=dtype, device=device)
+    skip = (-room.data_ptr() % ALIGNMENT) // dtype.itemsize
+    return room[skip : skip + size]
+
+
+def views(flat: Tensor, offsets: Sequence[int], shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
+    """Return the tensors that lie in a flat buffer."""
+    return tuple(
+        flat[start : start + math.prod(shape)].view(shape) for start, shape in zip(offsets, shapes, strict=True)
+    )

@@ -1,0 +1,164 @@
+"""Norms by channel, for samples (channels,) or (channels, height, width): `BatchNorm` and `GroupNorm`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bpkit.nn.costs import StageCost
+from bpkit.nn.layer import Context, Layer, Pass, Shape, Site
+
+
+@dataclass(frozen=True)
+class _ChannelNorm(Layer):
+    """What has a weight and a bias for each channel."""
+
+    channels: int
+    eps: float = field(default=1e-5, kw_only=True)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if not shape or shape[0] != self.channels or self.channels % getattr(self, "groups", 1):
+            raise ValueError(f"{self!r} takes samples of shape ({self.channels}, ...), in equal groups")
+        return shape
+
+    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        return ((self.channels,), (self.channels,))
+
+    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
+        return [torch.ones(self.channels, dtype=torch.float64), torch.zeros(self.channels, dtype=torch.float64)]
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Count 8 FLOPs an element for F and for I, 3 for W, as `LayerNorm` does."""
+        size = math.prod(shape)
+        return StageCost(8 * size, 8 * size, 3 * size, size, size, 2 * self.channels)
+
+
+@dataclass(frozen=True)
+class GroupNorm(_ChannelNorm):
+    """y = w n + b, n = (x - mean) / sqrt(variance + eps), the statistics of each sample's groups of channels with all
+    their places (Wu and He 2018, arXiv:1803.08494); w and b by channel. One group is layer norm for images.
+
+    Backward: with g = w dy, dx = (g - mean(g) - n mean(g n)) / sqrt(variance + eps); dw = sum of dy n, db = sum
+    of dy, over rows and places.
+    """
+
+    groups: int = 1
+
+    def at(self, site: Site) -> Pass:
+        return _GroupNormPass(self, site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        return F.group_norm(x, self.groups, parameters[0], parameters[1], self.eps)
+
+
+@dataclass(frozen=True)
+class BatchNorm(_ChannelNorm):
+    """y = w n + b, n = (x - mean) / sqrt(variance + eps), the statistics of each channel over all rows and places of
+    the microbatch (Ioffe and Szegedy 2015, arXiv:1502.03167), or, where the context has `sum_over_data`, of all data
+    ranks' rows of this microbatch, weighted by their numbers (a rank may have none).
+
+    Backward as in `GroupNorm`, with means over the same rows; a bias in front of it has no gradient in theory.
+    The weight half also moves the running mean and (unbiased) variance by `momentum`; evaluation uses these, and there
+    dx = w dy / sqrt(variance + eps).
+    """
+
+    momentum: float = 0.1
+
+    def buffers(self, shape: Shape) -> list[Tensor]:
+        """Return running mean and running variance."""
+        return self.initial(shape, torch.Generator())[::-1]
+
+    def at(self, site: Site) -> Pass:
+        return _BatchNormPass(self, site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        """Over this rank's rows, without `sum_over_data`."""
+        mean, variance = (b.clone() for b in site.buffers)
+        return F.batch_norm(x, mean, variance, parameters[0], parameters[1], context.training, 0.0, self.eps)
+
+
+class _GroupNormPass(Pass):
+    """Works on (rows, channels, places)."""
+
+    def __init__(self, layer: GroupNorm | BatchNorm, site: Site) -> None:
+        self._layer, self._site = layer, site
+        self._view = (site.shape[0], layer.channels, math.prod(site.shape[2:]))
+        self._weight, self._bias = (p.view(-1, 1) for p in site.parameters)
+        self._n, self._dy, self._scale = site.empty(*self._view), site.empty(0), site.empty(0)
+
+    def _means(self, *values: Tensor) -> Sequence[Tensor]:
+        """Means over what is normalised together."""
+        assert isinstance(self._layer, GroupNorm)
+        groups = self._layer.groups
+        shape = (self._view[0], groups, self._view[1] * self._view[2] // groups)
+        return [v.reshape(shape).mean(-1, keepdim=True).repeat_interleave(self._view[1] // groups, 1) for v in values]
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x.reshape(self._view)
+        (mean,) = self._means(x)
+        torch.sub(x, mean, out=self._n)
+        (variance,) = self._means(self._n.square())
+        return self._scaled(variance)
+
+    def _scaled(self, variance: Tensor) -> Tensor:
+        self._scale = (variance + self._layer.eps).rsqrt_()
+        self._n.mul_(self._scale)
+        return torch.addcmul(self._bias, self._n, self._weight).view(self._site.shape)
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        self._dy = dy.reshape(self._view)
+        if not need:
+            return None
+        g = self._dy * self._weight
+        mean, along_n = self._means(g, g * self._n)
+        return g.sub_(mean).sub_(self._n * along_n).mul_(self._scale).view(self._site.shape)
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        for own, made in zip(self._site.gradients, (self._dy * self._n, self._dy), strict=True):
+            if accumulate:
+                own.add_(made.sum((0, 2)))
+            else:
+                torch.sum(made, (0, 2), out=own)
+
+
+class _BatchNormPass(_GroupNormPass):
+    def _means(self, *values: Tensor) -> Sequence[Tensor]:
+        """One sum over the data ranks, the number of rows with it."""
+        count = values[0].new_full((1,), self._view[0] * self._view[2])
+        sums = torch.cat([*(v.sum((0, 2)) for v in values), count])
+        if self._context.sum_over_data is not None:
+            sums = self._context.sum_over_data(sums)
+        self._count = sums[-1]
+        means = sums[:-1] / self._count.clamp(min=1)
+        return means.view(len(values), 1, -1, 1).unbind(0)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        self._context = context
+        if not context.training:
+            mean, variance = (b.view(1, -1, 1) for b in self._site.buffers)
+            torch.sub(x.reshape(self._view), mean, out=self._n)
+            return self._scaled(variance)
+        x = x.reshape(self._view)
+        (self._mean,) = self._means(x)
+        torch.sub(x, self._mean, out=self._n)
+        (self._variance,) = self._means(self._n.square())
+        return self._scaled(self._variance)
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        if self._context.training:
+            return super().backward_input(dy, need)
+        self._dy = dy.reshape(self._view)
+        return (self._dy * self._weight * self._scale).view(self._site.shape)
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        super().backward_weight(accumulate)
+        if self._context.training and self._count > 0:  # here, as a forward may be computed again (RECOMPUTE)
+            assert isinstance(self._layer, BatchNorm)
+            unbiased = self._variance * (self._count / (self._count - 1).clamp(min=1))
+            for own, seen in zip(self._site.buffers, (self._mean, unbiased), strict=True):
+                own.lerp_(seen.view(-1), self._layer.momentum)
