@@ -9,10 +9,11 @@ from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.gradcheck import GradCheck, gradcheck
 from bpkit.nn.layer import Context, Layer, Pass, Site
 from bpkit.nn.layers import GELU, LayerNorm, Linear, ReLU, Sigmoid, Tanh
-from bpkit.nn.losses import MSE, CrossEntropy, Loss
+from bpkit.nn.losses import MSE, CrossEntropy, Loss, VocabularyCrossEntropy
 from bpkit.nn.models import convnet, gpt, mlp
 from bpkit.nn.network import Network
 from bpkit.nn.normalisation import BatchNorm, GroupNorm
+from bpkit.nn.tensor import TensorLayout, merge, shard, tensor_layout
 
 __all__ = [
     "GELU",
@@ -45,11 +46,16 @@ __all__ = [
     "Site",
     "StageCost",
     "Tanh",
+    "TensorLayout",
     "Unembedding",
+    "VocabularyCrossEntropy",
     "block",
     "convnet",
     "dropout_mask",
     "gpt",
     "gradcheck",
+    "merge",
     "mlp",
+    "shard",
+    "tensor_layout",
 ]

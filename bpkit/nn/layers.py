@@ -117,6 +117,10 @@ class LayerNorm(Layer):
 
     features: int
     eps: float = 1e-5
+    shared: bool = False  # in front of products split over a tensor axis: each rank's gradient is a share
+
+    def partial(self, shape: Shape) -> tuple[bool, ...]:
+        return (self.shared, self.shared)
 
     def output_shape(self, shape: Shape) -> Shape:
         if not shape or shape[-1] != self.features:

@@ -6,6 +6,7 @@ global batch (`terms`), whatever the number of workers and microbatches.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +113,45 @@ class CrossEntropy(Loss):
         flat = targets.reshape(-1)
         logits = y.reshape(flat.numel(), y.shape[-1])
         return F.cross_entropy(logits, flat, ignore_index=self.ignore_index, reduction="sum")
+
+
+@dataclass(frozen=True)
+class VocabularyCrossEntropy(CrossEntropy):
+    """Cross-entropy of scores whose classes are split over tensor ranks: this one has classes low to high of `classes`.
+
+    The maximum, then the sum of exponentials together with the target's score, are taken over the ranks (Shoeybi et al.
+    2019, arXiv:1909.08053, section 3). Every rank returns the value of the whole, and the gradient of its own classes.
+
+    Parameters
+    ----------
+    reduce : callable, optional
+        ``reduce(tensor, "max" or "sum")`` over the tensor ranks, each of which calls it; bound where the loss runs.
+    """
+
+    low: int = 0
+    high: int = 0
+    classes: int = 0
+    reduce: Callable[[Tensor, str], Tensor] | None = None
+
+    def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        if self.reduce is None:
+            raise RuntimeError("VocabularyCrossEntropy needs `reduce`, which sums over the tensor ranks")
+        flat, rows = y.reshape(targets.numel(), -1), targets.reshape(-1, 1)
+        valid, own = rows != self.ignore_index, (rows >= self.low) & (rows < self.high)
+        top = self.reduce(flat.amax(1, keepdim=True), "max")
+        gradient = (flat - top).exp_()
+        index = (rows - self.low).masked_fill(~own, 0)
+        mine = (flat.gather(1, index) - top) * own
+        total, score = self.reduce(torch.cat([gradient.sum(1, keepdim=True), mine], 1), "sum").split(1, 1)
+        gradient.div_(total).scatter_add_(1, index, -own.to(y.dtype)).mul_(valid)
+        return ((total.log() - score) * valid).sum(), gradient.view(y.shape)
+
+    def value(self, y: Tensor, targets: Tensor) -> Tensor:
+        return self.value_and_gradient(y, targets)[0]
+
+    def check(self, targets: Tensor, output_shape: Shape) -> None:
+        """Refuse what `CrossEntropy` refuses, of all classes."""
+        super().check(targets, (*output_shape[:-1], self.classes))
 
 
 @dataclass(frozen=True)

@@ -105,8 +105,8 @@ class Network:
                 raise TypeError(f"layer {i} is {layer!r}, not a bp.nn layer")
         self.layers, self.input_shape, self.loss = layers, input_shape, loss
         self.seed, self.dtype, self.device, self._first_leaf = seed, dtype, device, first_leaf
-        self._shapes = output_shapes(layers, input_shape)
-        self.output_shape = self._shapes[-1]
+        self.shapes = output_shapes(layers, input_shape)
+        self.output_shape = self.shapes[-1]
         self.input_dtype = layers[0].input_dtype or dtype
         self._parameter_shapes = [p for layer, s in self._placed() for p in layer.parameter_shapes(s)]
         self._names = [name for layer, s in self._placed() for name in layer.ties(s)]
@@ -122,7 +122,7 @@ class Network:
         self._make_views()
 
     def _placed(self) -> Iterator[tuple[Layer, Shape]]:
-        return zip(self.layers, self._shapes, strict=False)
+        return zip(self.layers, self.shapes, strict=False)
 
     def _make_views(self) -> None:
         flats = (self.flat_parameters, self.flat_gradients)
@@ -341,29 +341,31 @@ class Network:
         counts = list(running_sums((len(la.parameter_shapes(s)) for la, s in placed), initial=0))
         leaf = self._first_leaf + sum(layer.leaves for layer in self.layers[:start])
         stage = Network.__new__(Network)
-        stage._define(self.layers[start:stop], self._shapes[start], self.loss, self.seed, self.dtype, self.device, leaf)
+        stage._define(self.layers[start:stop], self.shapes[start], self.loss, self.seed, self.dtype, self.device, leaf)
         stage.load(self._parameters[counts[start] : counts[stop]])
         kept = [sum(b.numel() for la, s in run for b in la.buffers(s)) for run in (placed[:start], placed[:stop])]
         stage.flat_buffers.copy_(self.flat_buffers[kept[0] : kept[1]])
         return stage
 
+    def like(self, layers: tuple[Layer, ...], loss: Loss, device: str | torch.device | None = None) -> Network:
+        """Return a network of these layers at the same place in its whole, its parameters zero."""
+        other, at = Network.__new__(Network), torch.device(device or self.device)
+        other._define(layers, self.input_shape, loss, self.seed, self.dtype, at, self._first_leaf)
+        return other
+
     def copy(self, device: str | torch.device | None = None) -> Network:
         """Return a network with the same values in buffers of its own (on `device`), without kept activations."""
-        define = (self.layers, self.input_shape, self.loss, self.seed, self.dtype)
-        other = Network.__new__(Network)
-        other._define(*define, torch.device(device or self.device), self._first_leaf)
+        other = self.like(self.layers, self.loss, device)
         other.flat_parameters.copy_(self.flat_parameters)
         other.flat_gradients.copy_(self.flat_gradients)
         other.flat_buffers.copy_(self.flat_buffers)
         return other
 
-    def _definition(self) -> tuple[Any, ...]:
-        return self.layers, self.input_shape, self.loss, self.seed, self.dtype, self.device, self._first_leaf
-
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
+        define = (self.layers, self.input_shape, self.loss, self.seed, self.dtype, self.device, self._first_leaf)
         return {
-            "define": self._definition(),
+            "define": define,
             "parameters": self.flat_parameters.cpu().numpy(),
             "gradients": self.flat_gradients.cpu().numpy(),
             "buffers": self.flat_buffers.cpu().numpy(),
