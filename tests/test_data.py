@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bpkit.data import Dataset, digits, mnist, sets, shard_sizes
+from bpkit.data import Dataset, digits, mnist, sets, shard_sizes, text
 
 
 def small(n: int = 10) -> Dataset:
@@ -98,8 +98,8 @@ def test_shards_cut_in_order() -> None:
         small().shards(11)
     with pytest.raises(ValueError, match="shard 1 of small would be empty"):
         small().shards(2, [10, 0])
-    for n, uneven, text in ((0, None, "at least one shard"), (2, [1], "2 sizes"), (2, [-1, 2], "negative")):
-        with pytest.raises(ValueError, match=text):
+    for n, uneven, said in ((0, None, "at least one shard"), (2, [1], "2 sizes"), (2, [-1, 2], "negative")):
+        with pytest.raises(ValueError, match=said):
             shard_sizes(10, n, uneven)
 
 
@@ -178,3 +178,27 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPat
     assert sets._cache_folder() == tmp_path / "bpkit"
     monkeypatch.setenv("BPKIT_CACHE", str(tmp_path / "own"))
     assert sets._cache_folder() == tmp_path / "own"
+
+
+def test_text_gives_next_characters() -> None:
+    data = text(length=16)
+    assert data.inputs.dtype is torch.int64 and data.inputs.shape[1:] == (16,) == data.targets.shape[1:]
+    assert torch.equal(data.inputs[:, 1:], data.targets[:, :-1])
+    assert torch.equal(data.inputs[1:, 0], data.targets[:-1, -1])
+    whole = (Path(sets.__file__).with_name("tales.txt")).read_text()
+    read = data.decode(torch.cat([data.inputs.flatten(), data.test_inputs.flatten()]))
+    assert whole.startswith(read) and len(whole) - len(read) <= 16
+    assert torch.equal(data.encode(data.decode(range(data.vocabulary))), torch.arange(data.vocabulary))
+    assert len(data.test_inputs) == int(0.1 * (len(data) + len(data.test_inputs)))
+    assert data.shards(3)[1].vocabulary == data.vocabulary == data.to("cpu", torch.float64).vocabulary
+    assert data.to("cpu", torch.float64).inputs.dtype is torch.int64
+
+
+def test_text_of_ones_own() -> None:
+    data = text(2, test=0, source="ababc")
+    assert data.inputs.tolist() == [[0, 1], [0, 1]] and data.targets.tolist() == [[1, 0], [1, 2]]
+    with pytest.raises(ValueError, match="holds no 'z'"):
+        data.encode("az")
+    for length in (0, 5):
+        with pytest.raises(ValueError, match=f"5 characters give no sample of {length}"):
+            text(length, source="ababc")

@@ -115,9 +115,8 @@ class Dataset:
         def move(t: Tensor) -> Tensor:
             return t.to(device=device, dtype=dtype if t.dtype.is_floating_point else None)
 
-        return Dataset(
-            self.name, move(self.inputs), move(self.targets), move(self.test_inputs), move(self.test_targets)
-        )
+        x, t, test_x, test_t = map(move, (self.inputs, self.targets, self.test_inputs, self.test_targets))
+        return replace(self, inputs=x, targets=t, test_inputs=test_x, test_targets=test_t)
 
 
 def shard_sizes(samples: int, n: int, uneven: Sequence[float] | None = None) -> list[int]:

@@ -26,9 +26,9 @@ def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers:
             f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
             f"which takes {tuple(network.input_shape)}"
         )
-    if inputs.dtype != network.dtype:
+    if inputs.dtype != network.input_dtype:
         raise TypeError(
-            f"inputs are {inputs.dtype} but the network computes in {network.dtype}: load the data with the same dtype"
+            f"inputs are {inputs.dtype} but the network takes {network.input_dtype}: load the data with the same dtype"
         )
     network.loss.check(targets, network.output_shape)
 
