@@ -55,7 +55,8 @@ def memory(shm: bp.Cluster, gloo: bp.Cluster, net: Network, data: Dataset, size:
     for name, shards in (("DDP, gradients as bucket views", False), ("FSDP (fully_shard), own shards", True)):
         found = gloo.call(peers.memory, size, data.inputs, data.targets, shards)
         line(name, max(found, key=lambda m: sum(m.values())), None)
-    lines.append("  on shm the parameters of ZeRO lie once for all workers, counted 1/n each: below the formula")
+    lines.append("  on shm the parameters of ZeRO lie once for all workers, counted 1/n each: below the formula; "
+                 "FSDP's gathered parameters and whole gradients are not counted, our two units of each are")
     return lines
 
 
@@ -80,8 +81,8 @@ def speedup(
 
     def train(cluster: bp.Cluster, by: Plan) -> float:
         optimizer = bp.optim.SGD(**peers.SGD)
-        result = cluster.train(net, data, by, batch=len(data), steps=steps + peers.WARM_UP, optimizer=optimizer)
-        return statistics.median(result.step_times[peers.WARM_UP :])
+        result = cluster.train(net, data, by, batch=len(data), steps=steps + peers.warm_up(steps), optimizer=optimizer)
+        return statistics.median(result.step_times[-steps:])
 
     x, t = data.inputs, data.targets
     times = _harness.interleave({

@@ -20,13 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bpkit.run import Comm
 
-WARM_UP = 3  # steps that are not timed: DDP rebuilds its buckets after its first
 SGD = {"lr": 0.01, "momentum": 0.9}
+
+
+def warm_up(steps: int) -> int:
+    """Steps before `steps` that are timed: DDP rebuilds its buckets after its first, and the system must have put
+    the workers on different cores."""
+    return max(3, steps // 2)
 
 
 def timed(comm: Comm, step: Callable[[], object], steps: int) -> float:
     """Median seconds of `step`, after the warm-up; all ranks start together."""
-    for _ in range(WARM_UP):
+    for _ in range(warm_up(steps)):
         step()
     comm.barrier()
     marks = [time.perf_counter()]

@@ -31,6 +31,8 @@ SIZES = ((12, 512, 128), (24, 256, 64), (6, 1024, 64), (4, 128, 64), (12, 512, 5
 FEW_PEERS = 512  # batch from which, for time, only DDP and shared memory run
 BUCKET_MEGABYTES = (1, 4, 25)
 BUCKETS = (1, 2, 4)
+FSDP_STEPS = 4  # it is so much slower that more would only take time
+LEAST_WORK = 5e7  # multiply-adds of a forward; smaller sizes take more steps, so that no run is over in a moment
 
 
 def network(layers: int, width: int) -> Network:
@@ -55,13 +57,13 @@ class Ours:
 
     def run(self, name: str, cluster: bp.Cluster, plan: bp.plan.Plan) -> float:
         """Median seconds of a step."""
-        batch, steps, optimizer = len(self.samples), self.steps + peers.WARM_UP, bp.optim.SGD(**peers.SGD)
+        batch, steps, optimizer = len(self.samples), self.steps + peers.warm_up(self.steps), bp.optim.SGD(**peers.SGD)
         result = cluster.train(self.net, self.samples, plan, batch=batch, steps=steps, optimizer=optimizer,
                                record=self.steps)  # fmt: skip
         found = bp.report(result)
         hidden, exposed = found.hidden_communication, found.parts.exposed_communication
         self.hidden.setdefault(name, []).append(hidden / (hidden + exposed))
-        return statistics.median(result.step_times[peers.WARM_UP :])
+        return statistics.median(result.step_times[-self.steps :])
 
 
 def runs_of(shm: bp.Cluster, gloo: bp.Cluster, size: tuple[int, int, int], ours: Ours) -> dict[str, Callable]:
@@ -89,7 +91,7 @@ def runs_of(shm: bp.Cluster, gloo: bp.Cluster, size: tuple[int, int, int], ours:
         for name, plan in plans.items():
             add(f"gloo, {name}", gloo, plan)
         add("again gloo, 1 bucket", gloo, plans["1 bucket"])
-        peer("FSDP", peers.fsdp)
+        runs["FSDP"] = lambda: max(gloo.call(peers.fsdp, (layers, width), x, t, FSDP_STEPS))
         peer("flat all-reduce", peers.flat_all_reduce)
     return runs
 
@@ -98,6 +100,7 @@ def case(shm: bp.Cluster, gloo: bp.Cluster, size: tuple[int, int, int], rounds: 
          ) -> tuple[list[dict], list[str]]:  # fmt: skip
     """The rows of one size, and what its traces say of hidden communication."""
     layers, width, batch = size
+    steps *= max(1, round(LEAST_WORK / (layers * width * width * batch)))
     ours = Ours(network(layers, width), data(width, batch), steps)
     runs = runs_of(shm, gloo, size, ours)
     times = _harness.interleave(runs, rounds)
@@ -126,7 +129,7 @@ def case(shm: bp.Cluster, gloo: bp.Cluster, size: tuple[int, int, int], rounds: 
 def main() -> None:
     """Run all sizes, then what the engine itself costs."""
     given = _harness.arguments(__doc__ or "")
-    rounds, steps = (3, 4) if given.quick else (5, 8)
+    rounds, steps = (3, 4) if given.quick else (5, 4)
     rows: list[dict] = []
     facts: list[str] = []
     with (
@@ -139,7 +142,7 @@ def main() -> None:
             rows, facts = rows + found, facts + said
         net, samples = network(12, 512), data(512, 512)
         plan = bp.plan.zero(WORKERS, 1, units=4)
-        found, said = costs.speedup(shm, one, net, samples, plan, "12 x 512, batch 512", rounds + 2, steps)
+        found, said = costs.speedup(shm, one, net, samples, plan, "12 x 512, batch 512", rounds, steps)
         rows, facts = rows + found, facts + said
         facts += costs.overhead(one)
         facts += costs.memory(shm, gloo, net, data(512, 64), (12, 512))
