@@ -37,24 +37,25 @@ def frames(program: Program) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``frames``: for each step, for each rank, its parts parted by spaces, a part as the ranks whose contributions
-        it holds, one digit each ("0 02 1").  ``steps``: for each step its messages ``[source, to, low, high, bytes,
-        adds]``, with parts low to high (exclusive), and whether the receiver adds (1) or replaces (0).  ``parts``: into
-        how many a buffer is cut.
+        ``frames``: what all ranks hold, before the first step and after each: "0 02 0|1 1 01|12 2 2" is rank after rank
+        and part after part, a part as the ranks whose contributions it holds, one digit each.  ``steps``: for each step
+        its messages: "0 1 2 3 1120 1|..." is rank 0 to rank 1, parts 2 to 3 (exclusive), 1120 bytes, which the receiver
+        adds (or 0: puts in place of its own).  ``parts``: into how many a buffer is cut.  Text, since it is stored in
+        notebooks, where each number of a list takes a line.
     """
     plan, world = program.plan, Provenance(program.plan)
     ranks = [world.holdings(at) for at in plan.mesh.coordinates()]
     parts = max((action.part.of for row in plan.rows for action in row if action.part), default=1)
     firsts = [world.inside(Part(i, i + 1, parts))[0] for i in range(parts)]  # atoms of a part share their fate
 
-    def held() -> list[str]:
-        return [" ".join(_members(rank, atom) for atom in firsts) for rank in ranks]
+    def held() -> str:
+        return "|".join(" ".join(_members(rank, atom) for atom in firsts) for rank in ranks)
 
-    def described(message: Message) -> list[int]:
+    def described(message: Message) -> str:
         step, receive = program.rows[message.source][message.send], program.rows[message.to][message.receive]
         low, high, of = step.action.part or (0, 1, 1)
-        span = (low * parts // of, high * parts // of)
-        return [message.source, message.to, *span, step.payload, int(receive.action.kind == "ADD_G")]
+        span = f"{low * parts // of} {high * parts // of}"
+        return f"{message.source} {message.to} {span} {step.payload} {int(receive.action.kind == 'ADD_G')}"
 
     shown, steps = [held()], []
     for _, group in groupby(messages(program, lambda *_: 1.0), key=lambda message: message.start):
@@ -63,7 +64,7 @@ def frames(program: Program) -> dict[str, Any]:
         for m, content in zip(step, carried, strict=True):
             world.deliver(ranks[m.to], m.receive, content)
         shown.append(held())
-        steps.append([described(m) for m in step])
+        steps.append("|".join(described(m) for m in step))
     return {"parts": parts, "frames": shown, "steps": steps}
 
 

@@ -57,7 +57,8 @@ def drawn(figure: Locator) -> list[str]:
 
 def frames(figure: Any, name: str, workers: int) -> list[list[str]]:
     """What the plan says is held, before the first step and after each."""
-    return next(film["frames"] for film in figure.films if (film["name"], film["workers"]) == (name, workers))
+    found = next(film["frames"] for film in figure.films if (film["name"], film["workers"]) == (name, workers))
+    return [frame.split("|") for frame in found]
 
 
 def test_stepping_changes_what_is_drawn(show: Callable[..., Locator]) -> None:

@@ -85,7 +85,7 @@ def test_frames_are_what_a_simulation_on_sets_gives(name: str, n: int) -> None:
     assert len(found["frames"]) == len(wanted) == len(found["steps"]) + 1
     parts = found["parts"]
     for shown, buffers in zip(found["frames"], wanted, strict=True):
-        for text, elements in zip(shown, buffers, strict=True):
+        for text, elements in zip(shown.split("|"), buffers, strict=True):
             assert len(text.split()) == parts
             for part, members in enumerate(text.split()):
                 here = set(elements[part * SIZE // parts:(part + 1) * SIZE // parts])
@@ -98,14 +98,17 @@ def test_messages_are_those_of_the_plan(name: str, n: int, size: int) -> None:
     program = compiled(name, n, size)
     found = frames(program)
     whole = "".join(map(str, range(n)))
-    assert set(" ".join(found["frames"][-1]).split()) == {whole}, "at the end all hold the whole sum"
-    messages = [message for step in found["steps"] for message in step]
+    assert set(found["frames"][-1].replace("|", " ").split()) == {whole}, "at the end all hold the whole sum"
+    steps = [[list(map(int, text.split())) for text in step.split("|")] for step in found["steps"]]
+    messages = [message for step in steps for message in step]
     for rank, row in enumerate(program.rows):
-        assert sum(m[4] for m in messages if m[0] == rank) == sum(step.payload for step in row if step.counted)
-        assert sum(m[5] for m in messages if m[1] == rank) == sum(step.action.kind == "ADD_G" for step in row)
+        sent = sum(size_bytes for source, _, _, _, size_bytes, _ in messages if source == rank)
+        assert sent == sum(step.payload for step in row if step.counted)
+        added = sum(adds for _, to, _, _, _, adds in messages if to == rank)
+        assert added == sum(step.action.kind == "ADD_G" for step in row)
     for _, _, low, high, bytes_, _ in messages:
         assert bytes_ == 4 * (high * size // found["parts"] - low * size // found["parts"])
-    for step in found["steps"]:
+    for step in steps:
         for end in (0, 1):
             assert len({m[end] for m in step}) == len(step), "a rank sends one message and receives one at a time"
 

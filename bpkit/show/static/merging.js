@@ -9,9 +9,13 @@ import { stripsPanel } from "./merging_strips.js";
 const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
 const MILLISECONDS_A_STEP = 1500;
 
+// What the kernel packed as text: a message is [source, to, low, high, bytes, adds], a frame a list of parts a rank.
+const movesOf = (film, step) => film.steps[step].split("|").map((message) => message.split(" ").map(Number));
+const frameOf = (film, step) => film.frames[step].split("|").map((rank) => rank.split(" "));
+
 function sentUpTo(film, step) {
-  const sent = film.frames[0].map(() => 0);
-  for (const [source, , , , bytes] of film.steps.slice(0, step).flat()) sent[source] += bytes;
+  const sent = Array(film.workers).fill(0);
+  for (let at = 0; at < step; at += 1) for (const [source, , , , bytes] of movesOf(film, at)) sent[source] += bytes;
   return sent;
 }
 
@@ -29,7 +33,7 @@ function viewOf(model) {
   const last = film.steps.length;
   const step = open ? Math.min(model.get("step"), last) : 0;
   return { names, name, counts, chosen, film, key, open, last, step, size: model.get("size_bytes"),
-    frame: film.frames[step].map((row) => row.split(" ")), moves: step ? film.steps[step - 1] : [],
+    frame: frameOf(film, step), moves: step ? movesOf(film, step - 1) : [],
     sent: sentUpTo(film, step), total: sentUpTo(film, last)[0], guess: model.get("prediction")[key] ?? {} };
 }
 

@@ -29,11 +29,11 @@ function drawPart({ chosen, film }, rank, part, members, changed, place) {
   svg("title", {}, say("cell", cell)));
 }
 
-// Arrows of messages with the same parts stand side by side, to the right of the words under a strip.
+// Arrows of messages with the same parts stand side by side in the last of them, to the right of the words under it.
 function drawMove([source, to, low, high], at, of, x, wide) {
   const down = to > source;
   const share = WORDS_SHARE + (1 - WORDS_SHARE) * ((at + 0.5) / of);
-  const middle = x(low) + (high - low) * wide * share;
+  const middle = x(high - 1) + wide * share;
   const from = barTop(source) + (down ? BAR : 0);
   const tip = barTop(to) + (down ? 0 : BAR);
   const base = tip + (down ? -7 : 7);
