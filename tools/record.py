@@ -45,8 +45,8 @@ def experiments(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
 def pipelines(name: str | None, quick: bool) -> str:
     """Every schedule of chapter 3.3's figure on 1, 2 and 4 workers, as JSON with a line for each plan."""
     plans = [make(p, m) for p in (1, 2, 4) for m in (4, 8) for make in SCHEDULES.values()]
-    short = {"steps": 3, "warmup": 1, "repetitions": 1} if quick else {}
-    found = schedules(equal_stages(), bp.data.digits(), list(dict.fromkeys(plans)), name=name, **short)
+    runs = {"steps": 3, "warmup": 1, "repetitions": 1} if quick else {"repetitions": 5}
+    found = schedules(equal_stages(), bp.data.digits(), list(dict.fromkeys(plans)), name=name, **runs)
     points = ",\n".join(json.dumps(point) for point in found.pop("points"))
     return json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}") + f',\n "points": [\n{points}\n ]\n}}\n'
 

@@ -106,9 +106,9 @@ def _times(costs: dict[Action, float], stages: int) -> Times:
 
 def _timeline(trace: Trace, median: float) -> list[list[Any]]:
     nearest = int(np.argmin(np.abs(trace.step_times()[:-1] - median)))
-    step = trace.where((trace.step == trace.steps[nearest]) & trace.compute())
-    begin, origin = step.start + step.wait, int((step.start + step.wait).min())
-    columns = (step.rank, step.cell, begin - origin, step.end - origin, step.cpu)
-    rows = [[rank, step.cells[cell], *(round(t / 1e3) for t in times)] for rank, cell, *times in
+    kept = np.isin(trace.kinds(), ["F", "B", "I", "W", "UPDATE"])
+    step = trace.where((trace.step == trace.steps[nearest]) & kept)
+    begin = step.start + step.wait
+    columns = (step.rank, step.cell, begin - begin.min(), step.end - begin.min(), step.cpu)
+    return [[rank, step.cells[cell], *(round(t / 1e3) for t in times)] for rank, cell, *times in
             zip(*(column.tolist() for column in columns), strict=True)]  # fmt: skip
-    return [row for row in rows if Action.parse(row[1]).kind in ("F", "B", "I", "W", "UPDATE")]

@@ -37,7 +37,6 @@ function build(model, live) {
     for (const part of [...answer, { root: pair }]) part.root.hidden = !now.open;
     for (const part of [choice, prediction, words, measuring]) part.draw(now);
     if (now.open) for (const part of answer) part.draw(now);
-    else for (const part of answer) part.root.querySelector("svg")?.replaceChildren();
   } };
 }
 

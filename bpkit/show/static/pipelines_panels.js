@@ -125,29 +125,51 @@ export function factsPanel() {
   } };
 }
 
-const BAR = 15;
-const STEP = 24;
+const BAR = 13;
+const THIN = 7;
+const NAMES = 108; // pixels
+const NOTES = 112;
 
-/** Work and bubble of each schedule whose answer is shown. */
+function stack(parts, x, y, tall) {
+  let at = 0;
+  return parts.map(([kind, length]) => {
+    const rect = svg("rect", { class: `part ${kind}`, x: x(at), y, width: x(length) - x(0), height: tall, "data-value": length });
+    at += length;
+    return rect;
+  });
+}
+
+function measuredBar({ period, shares, bubble }, x, y) {
+  const parts = [["work", shares.compute], ["core", shares.waiting_for_core], ["blocked", bubble]];
+  return [stack(parts.map(([kind, share]) => [kind, share * period]), x, y, THIN),
+    label(x(period) + 6, y + THIN + 1, say("compareMeasured", { period: number(period) }), { class: "value" })];
+}
+
+function compareRow(one, view, x, y) {
+  const group = { class: one.name === view.name ? "row chosen" : "row", "data-schedule": one.name };
+  const name = label(0, y + BAR - 2, say(one.name), { class: "tick" });
+  if (!one.open) return svg("g", group, name, label(NAMES, y + BAR - 2, say("notShown"), { class: "value" }));
+  const note = say("compareNote", { period: number(one.period), share: sayPercent(one.share) });
+  return svg("g", group, name, stack([["work", one.work], ["bubble", one.bubble]], x, y, BAR),
+    label(x(one.period) + 6, y + BAR - 2, note, { class: "value" }),
+    one.measured ? measuredBar(one.measured, x, y + BAR + 3) : null);
+}
+
+/** Work and bubble of each schedule whose answer is shown; what was measured of it under that. */
 export function comparePanel() {
   const { root, canvas, heading, width } = panel("compare", "", say("compareAlt"));
-  root.append(legend([["work", say("work")], ["bubble", say("bubble")]]));
+  const key = html("div");
+  root.append(key);
   return { root, draw(view) {
     heading.textContent = say("compareTitle", naming(view));
-    const left = 108;
-    const longest = Math.max(...view.beside.filter((one) => one.open).map((one) => one.period));
-    const x = linear([0, longest], [left, Math.max(left + 40, width() - 104)]);
-    const rows = view.beside.map((one, i) => {
-      const y = 4 + i * STEP;
-      const name = label(0, y + BAR - 3, say(one.name), { class: "tick" });
-      const group = { class: one.name === view.name ? "row chosen" : "row", "data-schedule": one.name };
-      if (!one.open) return svg("g", group, name, label(left, y + BAR - 3, say("notShown"), { class: "value" }));
-      const note = say("compareNote", { period: number(one.period), share: sayPercent(one.share) });
-      const bar = (kind, from, to) => svg("rect", { class: `part ${kind}`, x: x(from), y, width: x(to) - x(from), height: BAR });
-      return svg("g", group, name, bar("work", 0, one.work), bar("bubble", one.work, one.period),
-        label(x(one.period) + 6, y + BAR - 3, note, { class: "value" }));
-    });
-    redraw(canvas, width(), 4 + view.beside.length * STEP, ...rows);
+    const open = view.beside.filter((one) => one.open);
+    const longest = Math.max(...open.flatMap((one) => [one.period, one.measured?.period ?? 0]));
+    const x = linear([0, longest], [NAMES, Math.max(NAMES + 40, width() - NOTES)]);
+    const measured = open.some((one) => one.measured);
+    const tall = measured ? BAR + THIN + 13 : BAR + 9;
+    redraw(canvas, width(), 4 + view.beside.length * tall, ...view.beside.map((one, i) => compareRow(one, view, x, 4 + i * tall)));
+    key.replaceChildren(legend([["work", say("work")], ["bubble", say("bubble")],
+      ...(measured ? [["core", say("coreShort")], ["blocked", say("blocked")]] : [])]));
   } };
 }
 

@@ -56,7 +56,8 @@ function measuredOf(model, film) {
       const events = point.timeline.map(([rank, cell, begin, end, cpu]) => ({ ...parse(cell), rank,
         begin: begin / 1e6 / unit, end: end / 1e6 / unit, cpu: cpu < 0 ? null : cpu / 1e6 / unit }));
       for (let rank = 0; rank < film.rows.length; rank += 1) labelled(events.filter((event) => event.rank === rank));
-      return { run, point, unit, shares, name, events, bubble: shares.exposed_communication + shares.idle };
+      return { run, point, unit, shares, name, events, period: step / unit,
+        bubble: shares.exposed_communication + shares.idle };
     }
   }
   return null;
@@ -79,5 +80,6 @@ export function viewOf(model) {
   return { name, p, m, key, film, ...costs(film), names: beside.map((one) => one.name), workers: values("p"),
     microbatches: values("m"), open: isOpen(film), passes: passesOf(film, model.get("units")),
     measured: measuredOf(model, film), guess: model.get("prediction")[key] ?? {}, ahead: model.get("ahead"),
-    beside: beside.map((one) => ({ name: one.name, open: isOpen(one), period: one.period, ...costs(one) })) };
+    beside: beside.map((one) => ({ name: one.name, open: isOpen(one), period: one.period, ...costs(one),
+      measured: measuredOf(model, one) })) };
 }

@@ -47,8 +47,8 @@ const WORDS = {
     UPDATE: "update",
     legend: "{letter}: {words}",
     chunk: "small letters: the rank's second stage",
+    coreShort: "waiting for a core",
     core: "waiting for a core (drawn at the end of its pass)",
-    next: "the next step",
     waited: "the pass whose message was waited for",
     // one pass
     hint: "Point at a pass, or move with the arrow keys, to see what it waits for.",
@@ -66,7 +66,7 @@ const WORDS = {
     sayPeak: "Activations stored at most, in microbatches, by rank: {list}.",
     sayMeasured: "Measured ({name}; {batch} samples a step): a step takes {step}, {units}, where a unit is the CPU time of a "
       + "forward, {unit}. Of the step {compute} is compute, {core} waiting for a core, {blocked} blocked by communication "
-      + "(most of the bubble) and {idle} idle. Simulated at the CPU times of its own passes, with a core for each rank: "
+      + "(the bubble, and what a rank loses while another waits for a core) and {idle} idle. Simulated at the CPU times of its own passes, with a core for each rank: "
       + "{predicted}.",
     sayNotMeasured: "No measurement of this plan is there.",
     // formulas
@@ -88,18 +88,20 @@ const WORDS = {
     asMeasured: "measured",
     rowPeriod: "a step of many, units",
     rowMakespan: "a step by itself, units",
-    rowBubble: "bubble, units",
-    rowShare: "bubble, share of the step",
+    rowBubble: "bubble (measured: blocked or idle), units",
+    rowShare: "the same, share of the step",
     rowCore: "waiting for a core, share",
     rowPeak: "stored activations by rank, microbatches",
     rowSeconds: "a step, seconds",
     none: "–",
     compareTitle: "All schedules, {ranks}, {microbatches}: units a step",
-    compareAlt: "Work and bubble of a step by schedule.",
+    compareAlt: "Work and bubble of a step by schedule, simulated, and measured under it.",
     work: "work",
     bubble: "bubble",
+    blocked: "thin bars, measured: blocked or idle",
     notShown: "predict first",
     compareNote: "{period} ({share} bubble)",
+    compareMeasured: "measured {period}",
     table: "The timeline as a table",
     columnRank: "rank",
     columnPass: "pass",
