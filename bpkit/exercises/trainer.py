@@ -21,7 +21,7 @@ TOLERANCE, LEARNING_RATE = 1e-6, 0.5
 SHARDS, MICROBATCHES = ((6, 6), (7, 4)), 3
 
 
-def _gradient(network: Network, inputs: Tensor, targets: Tensor) -> Tensor:
+def serial_gradient(network: Network, inputs: Tensor, targets: Tensor) -> Tensor:
     """The gradient of the summed loss, in layer order."""
     _, dy = network.loss.value_and_gradient(network.forward(inputs), targets)
     network.backward(dy)
@@ -106,7 +106,7 @@ def _judge_accumulate(answer: Any) -> str:
             cut = zip(data.inputs[:total].split(sizes), data.targets[:total].split(sizes), strict=True)
             parts = [list(zip(x.tensor_split(MICROBATCHES), t.tensor_split(MICROBATCHES), strict=True)) for x, t in cut]
             ends = bench.run(_accumulate, answer, network, parts, case=case)
-            basis = torch.stack([_gradient(network, x, t) for share in parts for x, t in share], 1)
+            basis = torch.stack([serial_gradient(network, x, t) for share in parts for x, t in share], 1)
             for rank, (change, _) in enumerate(ends):
                 _judge_change(change * total / -LEARNING_RATE, basis, f"{case}: rank {rank}")
             if ends[0][1] > 1:
@@ -146,7 +146,7 @@ def _judge_buckets(answer: Any) -> str:
     x, t = data.batch(0, 9)
     with Cluster(2, timeout=5) as cluster:
         found = cluster.gradients(network, x, t, plan)
-    if (found - _gradient(network, x, t) / len(t)).norm() > TOLERANCE * found.norm():
+    if (found - serial_gradient(network, x, t) / len(t)).norm() > TOLERANCE * found.norm():
         raise Wrong("two workers do not end with the serial gradient")
     return "two workers end with the serial gradient, and each bucket but the last can hide behind a backward"
 
