@@ -11,11 +11,11 @@ from bpkit.plan.pipeline import gpipe, interleaved, naive, one_f_one_b, pipedrea
 from bpkit.plan.plan import MERGES, Plan, PlanError, grid
 from bpkit.plan.servers import asynchronous_server, local_sgd, parameter_server
 from bpkit.plan.strategies import data_parallel, serial
-from bpkit.plan.tensor import Layout, shard_optimizer, tensor_parallel
+from bpkit.plan.tensor import shard_optimizer, tensor_parallel
 from bpkit.plan.zero import zero
 
 __all__ = [
-    "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Layout", "Mesh", "Part", "Plan", "PlanError", "Program",
+    "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Mesh", "Part", "Plan", "PlanError", "Program",
     "Verb", "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel",
     "expand", "from_csv", "gpipe", "grid", "interleaved", "local_sgd", "naive", "one_f_one_b", "parameter_server",
     "pipedream", "refine", "serial", "shard_optimizer", "tensor_parallel", "to_csv", "torch_schedule", "zb_v", "zero",

@@ -104,6 +104,7 @@ VERBS: Final[dict[str, Verb]] = {
     "SUM_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
     "SUM_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
     "SUM_G": _verb("tensor", "tensor", "G", "G", "", "stage"),
+    "SUM_TIED": _verb("out", "pipeline", "G", "G", "", "stage"),
     "REDUCE_GRAD": _verb("data", "data", "G", "G", "", "stage"),
     "SCATTER_GRAD": _verb("data", "data", "G R", "G R", "", "stage"),
     "UNSHARD": _verb("data", "data", "P", "P", "", "stage"),

@@ -116,6 +116,12 @@ class _Walk:
         if action.kind == "NORM":
             group: list[_Rank] = list(self.ranks.values())
             key: tuple[object, ...] = ("NORM",)
+        elif action.kind == "SUM_TIED":
+            holders = sorted({self.plan.place[stage] for stage in self.plan.tied})
+            group = [self.ranks[rank.at._replace(pipeline=p)] for p in holders]
+            key = ("SUM_TIED", rank.at.data, rank.at.tensor)
+            if rank.at.pipeline not in holders:
+                self.world.fail(rank.holds, index, "this rank holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
             peer = rank.at._replace(data=action.peer or 0)
             group = [rank, self.ranks[peer]]

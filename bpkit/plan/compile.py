@@ -15,6 +15,7 @@ from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.check import check
 from bpkit.plan.hazards import hazards
 from bpkit.plan.mesh import Coordinate
+from bpkit.plan.passes import tie
 from bpkit.plan.plan import Plan
 
 
@@ -110,10 +111,13 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
             f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} layers: "
             "use fewer stages or buckets"
         )
-    plan = _with_norm(plan) if clip else plan
-    check_once(plan)
     cuts = plan.cuts if weights is None or plan.cuts is not None else balanced_cuts(weights, plan.stages)
     parts = network.split(cuts if cuts is not None else plan.stages)
+    for name in sorted({name for part in parts for name in part.tied_slices()}):
+        holders = [stage for stage, part in enumerate(parts) if name in part.tied_slices()]
+        plan = tie(plan, holders) if len(holders) > 1 else plan
+    plan = _with_norm(plan) if clip else plan
+    check_once(plan)
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + len(part.layers))

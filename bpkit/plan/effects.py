@@ -14,6 +14,7 @@ from bpkit.plan.provenance import STALE, Contributions, Holdings, Members, Prove
 
 def _zero(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.lives_here(rank, index, action.stage)
+    rank.tied |= {action.stage: Counter()} if action.stage in rank.tied else {}
     rank.gradients[action.stage] = [Counter() for _ in world.atoms]
     rank.reduced[action.stage] = [Counter() for _ in world.atoms]
 
@@ -61,6 +62,8 @@ def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) 
     for stage in world.sharing("G", rank, action.stage):
         if any(counts and STALE not in counts for counts in rank.gradients[stage]):
             world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {stage}")
+    if action.stage in rank.tied:
+        rank.tied[action.stage][rank.at.data, action.mb, action.stage] += 1
     share = (rank.at.tensor,) if action.stage in world.split else ()
     for counts in rank.gradients[action.stage]:
         counts[(rank.at.data, action.mb, *share)] += 1
@@ -92,8 +95,17 @@ def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> No
         if version is None:
             return world.fail(rank, index, f"this part of stage {action.stage} is not on this rank")
         versions[atom] = version + 1
+    if action.stage in rank.tied:
+        world.complete_tie(rank, index, action.stage)
     world.used(rank, index, action.stage, held[atoms[0]] if atoms else Counter())
     rank.averaged.discard(action.stage)
+
+
+def _tie(world: Provenance, members: Members, action: Action) -> None:
+    copies = [(rank, stage) for rank, _ in members for stage in rank.tied]
+    total = sum((rank.tied[stage] for rank, stage in copies), Counter[object]())
+    for rank, stage in copies:
+        rank.tied[stage] = Counter(total)
 
 
 def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -113,7 +125,20 @@ def _reduce(world: Provenance, members: Members, action: Action) -> None:
             rank.gradients[action.stage][atom] = Counter(total)
 
 
+def _reduce_data(world: Provenance, members: Members, action: Action) -> None:
+    _reduce(world, members, action)
+    _reduce_tied(world, members, action)
+
+
+def _reduce_tied(world: Provenance, members: Members, action: Action) -> None:
+    if action.stage in world.plan.tied:
+        total = sum((rank.tied[action.stage] for rank, _ in members), Counter[object]())
+        for rank, _ in members:
+            rank.tied[action.stage] = Counter(total)
+
+
 def _scatter(world: Provenance, members: Members, action: Action) -> None:
+    _reduce_tied(world, members, action)
     if not any(counts for rank, _ in members for counts in rank.gradients[action.stage]):
         world.fail(*members[0], "there is nothing to scatter: no rank has written this gradient")
     for atom in range(len(world.atoms)):
@@ -185,13 +210,14 @@ COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
     "RESHARD": _reshard,
 }
 GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
-    "REDUCE_GRAD": _reduce,
+    "REDUCE_GRAD": _reduce_data,
     "SCATTER_GRAD": _scatter,
     "UNSHARD": _unshard,
     "AVERAGE": _average,
     "SUM_F": _sum_edges(1),
     "SUM_B": _sum_edges(0),
     "SUM_G": _reduce,
+    "SUM_TIED": _tie,
     "NORM": _norm,
     "SWAP_G": _swap,
 }

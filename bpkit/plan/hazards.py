@@ -23,6 +23,8 @@ def _buffers(action: Action, stages: set[int], shared: Mapping[str, int]) -> tup
     reads = {buffer(action, touch) for touch in verb.reads}
     if action.kind == "NORM":  # one scalar over all stages of the rank
         reads = {Buffer(letter, stage, None) for stage in stages for letter in "GR"}
+    if action.kind == "SUM_TIED":  # copies in several stages of the rank
+        changed = {Buffer("G", stage, None) for stage in stages}
     changed, reads = ({_slot(buf, shared) for buf in bufs} for bufs in (changed, reads))
     return reads - changed, changed
 

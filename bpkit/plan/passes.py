@@ -7,7 +7,8 @@ one thing that follows from that order.  ``complete`` applies them all.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from bpkit.plan.actions import Action
 from bpkit.plan.plan import Plan
@@ -91,7 +92,7 @@ def tensor_sums(plan: Plan) -> Plan:
             yield action
             if action.kind == "F" and action.stage in plan.partial_outputs:
                 yield Action(action.stage, "SUM_F", action.mb)
-            if action.kind in ("I", "B") and action.stage in plan.partial_inputs:
+            if action.kind in ("I", "B") and action.stage in plan.partial_inputs and action.stage:
                 yield Action(action.stage, "SUM_B", action.mb)
 
     return _each_row(plan, insert)
@@ -210,6 +211,33 @@ def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
                 yield after[index]
 
     return _each_row(plan, insert)
+
+
+def tie(plan: Plan, stages: Sequence[int]) -> Plan:
+    """A SUM_TIED in each row that holds one of `stages`, whose copies of one tensor must get one gradient.
+
+    It comes when all backwards of the row have run and been sent; what reduces the gradients of these stages follows.
+
+    Raises
+    ------
+    ValueError
+        If more than two pipeline ranks hold copies, or their gradients are reduced more than once or by parts.
+    """
+    if len({plan.place[stage] for stage in stages}) > 2:
+        raise ValueError(f"{plan.name}: at most two pipeline ranks can share a tied tensor, not stages {tuple(stages)}")
+
+    def insert(row: list[Action]) -> Iterable[Action]:
+        own = [action for action in row if action.stage in stages]
+        late = [action for action in own if action.kind in ("REDUCE_GRAD", "SCATTER_GRAD")]
+        others = {action.kind for action in own if action.verb.axis == "data"} - {*(a.kind for a in late), "UNSHARD"}
+        if others or plan.shared or plan.holds != "all" or len(late) > len(set(late)):
+            raise ValueError(f"{plan.name}: a tensor tied across stages needs a plan that reduces each gradient once; "
+                             "or cut so that one stage holds both of its uses")  # fmt: skip
+        rest = [action for action in row if action not in late]
+        last = max(i for i, action in enumerate(rest) if action.kind in ("B", "W", "SUM_B", "SEND_B", "SUM_G"))
+        return [*rest[: last + 1], *([Action(own[0].stage, "SUM_TIED")] if own else []), *late, *rest[last + 1 :]]
+
+    return replace(_each_row(plan, insert), tied=tuple(stages), name=f"{plan.name} with tied weights")
 
 
 def clip(plan: Plan) -> Plan:

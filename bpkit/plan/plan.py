@@ -64,6 +64,8 @@ class Plan:
         With ``holds="one"``: how many updates a gradient may be older than the parameters it updates.
     gradient_buffers, parameter_buffers : int
         Buffers that stages share in turn (stage modulo number); 0 gives each stage its own.
+    tied : tuple of int
+        Stages that hold copies of one tensor (see `bpkit.plan.passes.tie`).
     stashed : bool
         Whether a backward uses the parameters that its forward used, kept over the updates between.
 
@@ -90,6 +92,7 @@ class Plan:
     staleness: int = 0
     gradient_buffers: int = 0
     parameter_buffers: int = 0
+    tied: tuple[int, ...] = ()
     stashed: bool = False
 
     def __post_init__(self) -> None:
@@ -184,7 +187,7 @@ class Plan:
         lines = [f"plan {self.name}", f"mesh {self.mesh}"]
         for key in ("stages", "microbatches", "merge"):
             lines.append(f"{key} {getattr(self, key)}")
-        for key in ("place", "cuts", "partial_outputs", "partial_inputs", "servers"):
+        for key in ("place", "cuts", "partial_outputs", "partial_inputs", "servers", "tied"):
             value = getattr(self, key)
             if value:
                 lines.append(f"{key} {' '.join(map(str, value))}")

@@ -34,6 +34,7 @@ class Holdings:
     sharded: dict[int, bool] = field(default_factory=dict)  # whether the step begins with this rank's part only
     seen: dict[tuple[int, int | None], int] = field(default_factory=dict)  # version that each forward read
     averaged: set[int] = field(default_factory=set)  # stages whose parameters are the mean over data ranks
+    tied: dict[int, Contributions] = field(default_factory=dict)  # of the tensor of which stages hold copies
 
 
 Members = list[tuple[Holdings, int]]
@@ -56,6 +57,7 @@ class Provenance:
         for stage in self.plan.owned(at.pipeline):
             rank.gradients[stage] = [self._before(at.data, atom) for atom in range(len(self.atoms))]
             rank.reduced[stage] = [Counter({STALE: 1}) for _ in self.atoms]
+            rank.tied |= {stage: Counter()} if stage in self.plan.tied else {}
             touching = [a.kind for a in rank.row if a.stage == stage and a.kind in ("F", "UNSHARD")]
             sharded = touching[:1] == ["UNSHARD"] and self.plan.mesh.data > 1
             rank.sharded[stage] = sharded
@@ -183,6 +185,13 @@ class Provenance:
             missing, extra = wanted - held, held - wanted
             parts = [f"it lacks {_say(missing)}"] * bool(missing) + [f"it holds {_say(extra)} too often"] * bool(extra)
             self.fail(rank, index, f"{where} the sum of all shards: " + " and ".join(parts))
+
+    def complete_tie(self, rank: Holdings, index: int, stage: int) -> None:
+        """Refuse a tied gradient that lacks what another stage's copy contributed, or holds it twice."""
+        wanted = Counter({(*key, s): 1 for key in self.expected(-1) for s in self.plan.tied})  # type: ignore[misc]
+        if rank.tied[stage] != wanted:
+            self.fail(rank, index, f"the gradient of the tensor that stages {self.plan.tied} share is not the sum of "
+                      "all their contributions: SUM_TIED comes once, after the last backward of each")  # fmt: skip
 
     def updates(self) -> int:
         """How often each part is updated in one run of the plan."""

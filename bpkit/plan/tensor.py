@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
+from bpkit.nn import TensorLayout
 from bpkit.nn.costs import balanced_cuts
 from bpkit.plan.actions import Action
 from bpkit.plan.mesh import Mesh
@@ -14,27 +15,7 @@ from bpkit.plan.plan import Plan
 _COMPUTE = ("F", "B", "I", "W", "RECOMPUTE")
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a network is cut for the tensor axis (see `bpkit.nn.tensor_layout`).
-
-    Parameters
-    ----------
-    cuts : tuple of int
-        Layers at which stages 1, 2, ... start.
-    partial_outputs, partial_inputs : tuple of int
-        Stages whose output (gradient of input) is a sum over the tensor ranks.
-    costs : tuple of int
-        Of each stage, to balance what pipeline ranks hold.
-    """
-
-    cuts: tuple[int, ...]
-    partial_outputs: tuple[int, ...]
-    partial_inputs: tuple[int, ...]
-    costs: tuple[int, ...]
-
-
-def tensor_parallel(plan: Plan, tensor: int, layout: Layout) -> Plan:
+def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
     """The plan with its products split over a tensor axis: stages are cut at the sums that this needs.
 
     With one worker's plan, and a network of one split stage between two whole ones::
@@ -43,7 +24,8 @@ def tensor_parallel(plan: Plan, tensor: int, layout: Layout) -> Plan:
 
     A split stage's whole backward B is written as I and W, so that W overlaps the sum.  Two sums of one edge a
     microbatch and split stage: sent a rank by a ring of t ranks, ``4 (t-1)/t`` edges (Shoeybi et al. 2019, section 3).
-    SUM_G adds the gradients of parameters that every tensor rank holds, of which each has a share.
+    SUM_G adds the gradients of parameters that every tensor rank holds, of which each has a share.  Where the layout
+    splits the classes of the last stage, LOSS sums one maximum and two numbers a row over the tensor ranks.
 
     Parameters
     ----------
@@ -51,8 +33,9 @@ def tensor_parallel(plan: Plan, tensor: int, layout: Layout) -> Plan:
         Serial, data-parallel or a pipeline; its order of F, B, I and W and its data axis are kept.
     tensor : int
         Ranks of the tensor axis.
-    layout : Layout
-        Of the network; each stage of `plan` takes consecutive stages of it, balanced by their costs.
+    layout : TensorLayout
+        Of the network (`bpkit.nn.tensor_layout`); each stage of `plan` takes consecutive stages of it, balanced by
+        their costs.
 
     Raises
     ------

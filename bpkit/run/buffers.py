@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from bpkit.compress import Compressor
-from bpkit.nn import Network
+from bpkit.nn import Loss, Network, VocabularyCrossEntropy, shard
 from bpkit.optim import Optimizer
 from bpkit.plan.actions import Action
 from bpkit.plan.compile import Program
@@ -59,7 +59,9 @@ class Buffers:
         plan = self.program.plan
         self.at = plan.mesh.coordinate(self.groups.world.rank)
         self.row = plan.row(self.at)
-        parts = self.network.split(self.program.cuts)
+        mesh = plan.mesh
+        own = shard(self.network, self.at.tensor, mesh.tensor) if mesh.tensor > 1 else self.network
+        parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
         kinds = {action.kind for row in plan.rows for action in row}
         if plan.mesh.data > 1:
@@ -71,11 +73,28 @@ class Buffers:
         self.state = {stage: self.optimizer.state(self.masters[stage]) for stage in self.stages}
         self.edges = self._make_edges(plan) if plan.mesh.pipeline > 1 else None
         self._make_sums()
+        self.squares = self.groups.world.empty(1, torch.float64) if self._has("NORM") else torch.empty(0)
+
+    def _has(self, kind: str) -> bool:
+        return any(action.kind == kind for action in self.row)
+
+    def _own_loss(self, own: Network) -> Loss:
+        """The loss; where each tensor rank has some of the classes, one that sums over them."""
+        comm = self.groups.tensor
+
+        def reduce(values: Tensor, how: str) -> Tensor:
+            if how == "sum":
+                return comm.all_reduce(values)
+            every = values.new_empty(comm.size, values.numel())
+            every[comm.rank] = values.flatten()
+            return comm.all_gather(every.view(-1)).view(every.shape).amax(0).view(values.shape)
+
+        return replace(own.loss, reduce=reduce) if isinstance(own.loss, VocabularyCrossEntropy) else own.loss
 
     # -- placing -----------------------------------------------------------------------------------------
 
-    def _rooms(self, plan: Plan, count: int) -> Callable[[int], tuple[int, int]]:
-        """Where each stage lies in a block of this rank: by itself, or sharing one of `count` buffers in turn.
+    def _rooms(self, plan: Plan, count: int) -> Callable[[int], int]:
+        """Where each stage begins in a block of this rank: by itself, or sharing one of `count` buffers in turn.
 
         Every rank reserves as much as the rank that needs most, so that places mean the same on all.
         """
@@ -84,13 +103,13 @@ class Buffers:
             widths = [max((sizes[s] for s in range(plan.stages) if s % count == i), default=0) for i in range(count)]
             starts = [sum(widths[:i]) for i in range(count + 1)]
             self._most = starts[-1]
-            return lambda stage: (starts[stage % count], starts[stage % count] + sizes[stage])
-        places: dict[int, tuple[int, int]] = {}
+            return lambda stage: starts[stage % count]
+        places: dict[int, int] = {}
         self._most = 0
         for pipeline in range(plan.mesh.pipeline):
             low = 0
             for stage in plan.owned(pipeline):
-                places[stage] = (low, low + sizes[stage])
+                places[stage] = low
                 low += sizes[stage]
             self._most = max(self._most, low)
         return places.__getitem__
@@ -99,7 +118,7 @@ class Buffers:
         place = self._rooms(plan, plan.gradient_buffers)
         block = self.groups.data.empty(self._most, self.network.dtype)
         for stage, net in self.stages.items():
-            net.bind(gradients=block[slice(*place(stage))])
+            net.bind(gradients=block[place(stage) :][: net.flat_size])
 
     def _place_parameters(self, plan: Plan, kinds: set[str]) -> None:
         if "UNSHARD" in kinds:
@@ -118,7 +137,7 @@ class Buffers:
         for stage, net in self.stages.items():
             if self.gathered_parts:
                 self.masters[stage] = net.flat_parameters[slice(*self.own_bounds(net.flat_size))].clone()
-            net.bind(parameters=block[slice(*place(stage))])
+            net.bind(parameters=block[place(stage) :][: net.flat_size])
         if self.one_copy:
             self.groups.data.barrier()  # everybody has written the same initial values
 
@@ -132,6 +151,9 @@ class Buffers:
                 sender = stage - 1 if kind == "RECV_F" else stage + 1
                 channel = (kind.replace("RECV", "SEND"), sender)
                 channels[plan.place[sender]][channel] = (count, self.rows * math.prod(shape))
+        for stage in plan.tied:
+            size = sum(place.stop - place.start for place in parts[stage].tied_slices().values())
+            channels[plan.place[stage]]["SUM_TIED", 0] = (1, size)
         most = max(sum(count * size for count, size in own.values()) for own in channels)
         tokens = max(sum(count for count, _ in own.values()) for own in channels)
         return self.groups.world.edges(channels[self.at.pipeline], most, max(1, tokens), self.network.dtype)
@@ -174,6 +196,25 @@ class Buffers:
                 self._padding[stage] = _padding(net)[low:high].nonzero().flatten()
         if not self.gathered_parts:
             self.masters[stage] = net.flat_parameters[low:high]
+
+    def counted(self, stage: int) -> Tensor | None:
+        """Which elements of what this rank updates count in the gradient's norm: ones and zeros; None is all.
+
+        What several tensor ranks hold counts on the first, a tied tensor where it is first used.
+        """
+        plan, net = self.program.plan, self.stages[stage]
+        split = {*plan.partial_outputs, *plan.partial_inputs}
+        if self.at.tensor == 0 and stage not in plan.tied[1:]:
+            return None
+        mask = torch.ones_like(net.flat_gradients)
+        if self.at.tensor and stage not in split:
+            mask.zero_()
+        for share in net.shares() if self.at.tensor else ():
+            low = (share.data_ptr() - net.flat_gradients.data_ptr()) // share.element_size()
+            mask[low : low + len(share)] = 0.0
+        for place in net.tied_slices().values() if stage in plan.tied[1:] else ():
+            mask[place] = 0.0
+        return mask[slice(*self.own_bounds(net.flat_size))] if stage in self.reduced else mask
 
     # -- using -------------------------------------------------------------------------------------------
 

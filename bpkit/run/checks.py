@@ -20,7 +20,6 @@ def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers:
         raise ValueError(
             f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), but this cluster has {workers}"
         )
-    _runnable(plan)
     if tuple(inputs.shape[1:]) != tuple(network.input_shape):
         raise ValueError(
             f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
@@ -38,13 +37,6 @@ def room(program: Program, network: Network, backend: str) -> None:
     needed = program.plan.workers * sum(program.sizes) * network.dtype.itemsize
     if backend == "shm" and needed > memory.free_room():
         raise memory.no_room(f"the gradient of {program.plan.workers} workers", needed)
-
-
-def _runnable(plan: Plan) -> None:
-    """Refuse plans that can be written and checked, but not yet be run on workers."""
-    mesh = plan.mesh
-    if mesh.tensor > 1:
-        raise NotImplementedError(f"{plan.name}: workers do not run plans over the tensor axis yet (mesh {mesh})")
 
 
 def run_length(plan: Plan, steps: int, record: int, evaluate_every: int, target: float | None) -> None:

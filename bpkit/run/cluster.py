@@ -22,8 +22,9 @@ from bpkit.run import checks
 from bpkit.run.asynchronous import rounds
 from bpkit.run.pool import Pool
 from bpkit.run.progress import Progress
-from bpkit.run.results import CollectiveResult, TrainResult, assemble, overlaid
+from bpkit.run.results import CollectiveResult, TrainResult, assemble
 from bpkit.run.training import Job, Outcome, Shards, collective, gradients, train
+from bpkit.run.whole import overlaid, unsharded
 from bpkit.trace import Trace
 
 
@@ -330,10 +331,10 @@ class Cluster:
             sync_batch_norm,
             describe=_describer(program),
         )
-        parts = network.split(program.cuts)
-        for stage, part in enumerate(parts):
-            part.flat_gradients.copy_(overlaid(plan, stage, [pieces[stage] for pieces in found if stage in pieces]))
-        return torch.cat([tensor.flatten() for part in parts for tensor in part.gradients()])
+        ranks = plan.mesh.tensor
+        flats = [[overlaid(plan, stage, [pieces[stage] for pieces in found[index::ranks] if stage in pieces])
+                  for index in range(ranks)] for stage in range(plan.stages)]  # fmt: skip
+        return torch.cat([tensor.flatten() for tensor in unsharded(network, program.cuts, flats)])
 
     def collective(self, plan: Plan, tensors: Sequence[Tensor], repeat: int = 1) -> CollectiveResult:
         """Run a collective by itself (see `bpkit.plan.collective`).

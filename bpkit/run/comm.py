@@ -51,6 +51,9 @@ class Handle(abc.ABC):
     def wait(self) -> None:
         """Block until it has finished."""
 
+    def watch(self) -> None:  # noqa: B027 - only what is passive has anything to do
+        """Let a thread wait for it, so that `poll` tells its end although it is passive."""
+
 
 class Done(Handle):
     """Communication that has ended."""
@@ -82,10 +85,39 @@ class Loan(Handle):
             self.wait()
         return self._finished
 
+    def watch(self) -> None:
+        self._handle.watch()
+
     def wait(self) -> None:
         if not self._finished:
             self._handle.wait()
             self._take()
+            self._finished = True
+
+
+class Exchange(Handle):
+    """A send and a receive of one memory: what comes is taken once the own value has gone."""
+
+    polled = True
+
+    def __init__(self, sent: Handle, loan: Loan, then: Callable[[], object]) -> None:
+        self._sent, self._loan, self._then, self._finished = sent, loan, then, False
+        self.passive = loan.passive
+
+    def poll(self) -> bool:
+        if not self._finished and self._sent.poll() and self._loan.poll():
+            self.wait()
+        return self._finished
+
+    def watch(self) -> None:
+        self._loan.watch()
+
+    def wait(self) -> None:
+        if not self._finished:
+            self._sent.wait()
+            self._loan.wait()
+            self._loan.release()
+            self._then()
             self._finished = True
 
 

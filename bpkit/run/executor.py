@@ -154,9 +154,11 @@ class Executor:
             first = self._pending[left[0]].posted
             if first is not None and self._may_block():
                 first.wait()
-            elif (message := self._message_for(left)) is not None:
+            elif (message := self._message_for(left)) is not None and not self._others_follow():
                 message.wait()
             elif not moved:
+                if message is not None:
+                    message.watch()
                 self.groups.world.progress()
                 spins += 1
                 yield_core() if spins < _YIELDS else time.sleep(_NAP)
@@ -166,6 +168,11 @@ class Executor:
         """Whether nothing else of this rank waits to be started or polled."""
         handles = [entry.posted for entry in self._pending.values()]
         return len(handles) == 1 or not any(handle is None or handle.polled for handle in handles)
+
+    def _others_follow(self) -> bool:
+        """Whether something waits to be started after communication that ends by itself, such as a send of a sum."""
+        posted = {i for i, entry in self._pending.items() if entry.posted is not None and not entry.posted.passive}
+        return any(entry.posted is None and not posted.isdisjoint(entry.needs) for entry in self._pending.values())
 
     def _message_for(self, indices: Sequence[int]) -> Handle | None:
         """A message that only its reader takes, among all that must end first."""

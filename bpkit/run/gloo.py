@@ -12,6 +12,7 @@ import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from time import perf_counter_ns
@@ -74,13 +75,20 @@ class _Message(Handle):
 
     def __init__(self, comm: DistributedComm, work: Any, source: int, then: Callable[[], Any] | None) -> None:
         self._comm, self._work, self._source, self._then, self._finished = comm, work, source, then, False
+        self._watched: Future[Any] | None = None
 
     def poll(self) -> bool:
+        if self._watched is not None and self._watched.done():
+            self.wait()
         return self._finished
+
+    def watch(self) -> None:
+        if self._watched is None:
+            self._watched = self._comm.waiting_threads().submit(self._work.wait)
 
     def wait(self) -> None:
         if not self._finished:
-            self._comm.run("recv", self._source, self._work.wait)
+            self._comm.run("recv", self._source, self._watched.result if self._watched else self._work.wait)
             self._comm.count_received(self._source)
             if self._then is not None:
                 self._then()
@@ -127,6 +135,7 @@ class DistributedComm(Comm):
         super().__init__(rank, size, block, timeout, device)
         self._waited = 0
         self._members: Any = None  # the process group; None is all ranks
+        self._threads: ThreadPoolExecutor | None = None
         self._held: list[deque[tuple[int, Any, torch.Tensor]]] = [deque() for _ in range(size)]
         if device != "cpu":
             torch.cuda.set_device(self.device)
@@ -138,6 +147,12 @@ class DistributedComm(Comm):
     @property
     def waited(self) -> int:
         return self._waited
+
+    def waiting_threads(self) -> ThreadPoolExecutor:
+        """Threads that wait for messages while this rank has something else to move along."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.size, "bpkit-wait")
+        return self._threads
 
     def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Run a blocking call of torch.distributed: timed, noted for the caller, its errors translated."""
@@ -300,7 +315,7 @@ class DistributedComm(Comm):
     def _gather(self, memory: torch.Tensor) -> None:
         every, width = self._padded(memory.view(-1))
         mine = every[self.rank * width : (self.rank + 1) * width].clone()
-        _gather_into(every, mine)
+        _gather_into(every, mine, self._members)
         self._unpad(every, width, memory.view(-1))
 
     def _padded(self, flat: torch.Tensor) -> tuple[torch.Tensor, int]:

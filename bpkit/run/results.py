@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.plan import Plan, Program
-from bpkit.run.training import Job, Outcome, gathered
+from bpkit.run.training import Job, Outcome
+from bpkit.run.whole import gathered
 from bpkit.trace import Trace
 
 
@@ -127,7 +125,7 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
     rows = [[str(step.action) for step in job.program.row(at)] for at in mesh.coordinates()]
     trace = Trace.collect([outcome.log for outcome in outcomes], rows)
     return TrainResult(
-        gathered(job, [outcome.parameters for outcome in outcomes]),
+        gathered(job.network, job.program.cuts, [outcome.parameters for outcome in outcomes]),
         losses,
         np.diff(starts, axis=1).mean(axis=0) / 1e9,
         trace,
@@ -139,21 +137,6 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
         job.compress,
         tuple(outcome.encoded for outcome in outcomes),
     )
-
-
-def overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:
-    """One gradient from those of all ranks, which are NaN where another rank updates, and must agree elsewhere."""
-    whole = torch.full_like(pieces[0], math.nan)
-    for rank, piece in enumerate(pieces):
-        both = ~torch.isnan(piece) & ~torch.isnan(whole)
-        if not torch.equal(piece[both], whole[both]):
-            raise RuntimeError(
-                f"{plan.name}: replica {rank} ends with another gradient of stage {stage} than the others"
-            )
-        whole = torch.where(torch.isnan(piece), whole, piece)
-    if torch.isnan(whole).any():
-        raise FloatingPointError(f"{plan.name}: the gradient of stage {stage} is not a number")
-    return whole
 
 
 def same_bits(plan: Plan, outcomes: list[Outcome]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -23,6 +23,7 @@ from bpkit.run.comm import Comm
 from bpkit.run.executor import Executor, StepData
 from bpkit.run.groups import Groups
 from bpkit.run.verbs import Verbs
+from bpkit.run.whole import gathered
 from bpkit.trace import Log
 
 Shards = Sequence[float] | Sequence[Sequence[float]]
@@ -245,16 +246,6 @@ def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
     return {stage: (buffers.whole(stage), net.flat_buffers.clone()) for stage, net in buffers.stages.items()}
 
 
-def gathered(job: Job, held: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> Network:
-    """The network with the values that ranks hold: one mapping a rank, empty where its values are another's too."""
-    parts = job.network.split(job.program.cuts)
-    for stage, part in enumerate(parts):
-        flats = [mapping[stage] for mapping in held if stage in mapping]  # in the order of tensor coordinates
-        part.flat_buffers.copy_(flats[0][1])
-        part.flat_parameters.copy_(flats[0][0])
-    return join(job.network, parts)
-
-
 def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
     """Test accuracy, computed by rank 0 from what all ranks hold; the same number on every rank."""
     mesh, held = job.program.plan.mesh, holdings(buffers)
@@ -269,17 +260,9 @@ def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
             if rank and at.data == 0:
                 owned = job.program.plan.owned(at.pipeline)
                 others.append({stage: (comm.recv(None, rank), comm.recv(None, rank)) for stage in owned})
-        network = gathered(job, [held, *others])
+        network = gathered(job.network, job.program.cuts, [held, *others])
         result[0] = network.accuracy(job.data.test_inputs, job.data.test_targets)
     return float(comm.broadcast(result, 0)) if comm.size > 1 else float(result)
-
-
-def join(network: Network, stages: Sequence[Network]) -> Network:
-    """A copy of `network` with the parameters of its stages."""
-    whole = network.copy()
-    whole.load([tensor for stage in stages for tensor in stage.parameters()])
-    whole.flat_buffers.copy_(torch.cat([stage.flat_buffers for stage in stages]))
-    return whole
 
 
 def gradients(comm: Comm, program: Program, network: Network, inputs: Tensor, targets: Tensor, optimizer: Optimizer,

@@ -14,14 +14,15 @@ from bpkit.nn import Network
 from bpkit.optim import clip_factor
 from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
-from bpkit.run.comm import Handle, Loan
+from bpkit.run.comm import Exchange, Handle, Loan
 from bpkit.run.compressed import reducer
 from bpkit.run.executor import Runner, StepData, assign_slots
 from bpkit.run.stash import stash
 
 _ON_GRADIENTS = frozenset(
-    {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "UPDATE"}
-)
+    {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "SUM_TIED",
+     "UPDATE"}
+)  # fmt: skip
 
 
 @dataclass
@@ -66,6 +67,7 @@ class Verbs:
             "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter, "UNSHARD": self._unshard,
             "AVERAGE": self._average, "NORM": self._norm,
             "SUM_F": self._sum_edge, "SUM_B": self._sum_edge, "SUM_G": self._sum_gradients,
+            "SUM_TIED": self._sum_tied,
             "RESHARD": lambda action, index: lambda: None,  # its buffer is free for the next stage: that is all
             "SEND_F": self._send_edge, "SEND_B": self._send_edge, "RECV_F": self._receive_edge,
             "RECV_B": self._receive_edge, "SEND_G": self._send_part, "ADD_G": self._receive_part,
@@ -118,7 +120,7 @@ class Verbs:
 
     def _loss(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
-        loss, edges, step = self.buffers.network.loss, self._edges, self.step
+        loss, edges, step = self.buffers.loss, self._edges, self.step
 
         def value_and_gradient() -> None:
             value, gradient = loss.value_and_gradient(edges["A", s + 1, mb], step.targets[mb])
@@ -255,17 +257,24 @@ class Verbs:
 
     def _norm(self, action: Action, index: int) -> Runner:
         buffers, step, mesh = self.buffers, self.step, self.buffers.program.plan.mesh
-        gradients = [buffers.reduced.get(stage, buffers.gradients[stage]) for stage in buffers.stages]
+        gradients = [(buffers.reduced.get(s, buffers.gradients[s]), buffers.counted(s)) for s in buffers.stages]
         split = mesh.pipeline * mesh.tensor > 1
         scattered = bool(buffers.reduced) and mesh.data > 1
 
-        def norm() -> None:
+        squares, divided = buffers.squares, 1 if scattered or not split else mesh.data
+
+        def take() -> None:
+            step.squares = float(squares) / divided
+
+        def norm() -> Handle | None:
             for stage in buffers.stages:
                 buffers.clean(stage)
-            squares = torch.stack([torch.dot(g, g) for g in gradients]).sum().double().reshape(1)
+            parts = [torch.dot(g, g if mask is None else g * mask) for g, mask in gradients]
+            squares.copy_(torch.stack(parts).sum())
             if split or scattered:
-                buffers.groups.world.all_reduce(squares)
-            step.squares = float(squares) / (1 if scattered or not split else mesh.data)
+                return Loan(buffers.groups.world.post_all_reduce(squares), take, lambda: None)
+            take()
+            return None
 
         return norm
 
@@ -297,6 +306,32 @@ class Verbs:
             return Loan(comm.post_all_reduce(memory), put_back, lambda: None)
 
         return sum_gradients if shares else (lambda: None)
+
+    def _sum_tied(self, action: Action, index: int) -> Runner:
+        buffers, plan, at = self.buffers, self.buffers.program.plan, self.buffers.at
+        copies = [buffers.gradients[stage][place] for stage in plan.tied if stage in buffers.stages
+                  for place in buffers.stages[stage].tied_slices().values()]  # fmt: skip
+        peers = {plan.mesh.rank(at._replace(pipeline=plan.place[stage])) for stage in plan.tied}
+        others, channel = sorted(peers - {buffers.groups.world.rank}), buffers.edges
+
+        def add(other: Tensor) -> None:
+            copies[0].add_(other)
+
+        def spread() -> None:
+            for copy in copies[1:]:
+                copy.copy_(copies[0])
+
+        def sum_tied() -> Handle | None:
+            for copy in copies[1:]:
+                copies[0].add_(copy)
+            if not others:
+                spread()
+                return None
+            assert channel is not None  # one peer: a + b has the same bits as b + a
+            sent = channel.send(("SUM_TIED", 0), copies[0], others[0])
+            return Exchange(sent, channel.receive(copies[0].shape, copies[0].dtype, others[0], add), spread)
+
+        return sum_tied
 
     # -- messages ----------------------------------------------------------------------------------------
 

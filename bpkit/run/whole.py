@@ -1,0 +1,55 @@
+"""Whole networks and whole gradients, put together from what ranks hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bpkit.nn import Network, merge, shard
+from bpkit.plan.plan import Plan
+
+Held = Mapping[int, tuple[Tensor, Tensor]]  # by stage: flat parameters, and what is kept beside them
+
+
+def gathered(network: Network, cuts: Sequence[int], held: Sequence[Held]) -> Network:
+    """A copy of a network with what ranks hold: one mapping a rank, empty where its values are another's too."""
+    stages = [[mapping[stage] for mapping in held if stage in mapping] for stage in range(len(cuts) + 1)]
+    whole = network.copy()
+    whole.load(unsharded(network, cuts, [[flat for flat, _ in flats] for flats in stages]))
+    whole.flat_buffers.copy_(torch.cat([flats[0][1] for flats in stages]))
+    return whole
+
+
+def unsharded(network: Network, cuts: Sequence[int], flats: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Tensors of the whole network, in the order of ``parameters()``.
+
+    Parameters
+    ----------
+    flats : sequence of sequence of Tensor
+        For each stage, the flat buffer of each tensor rank.
+    """
+    ranks, found = len(flats[0]), []
+    for index in range(ranks):
+        parts = (shard(network, index, ranks) if ranks > 1 else network).split(cuts)
+        for part, own in zip(parts, flats, strict=True):
+            part.flat_parameters.copy_(own[index])
+        found.append([tensor for part in parts for tensor in part.parameters()])
+    return merge(network, found) if ranks > 1 else found[0]
+
+
+def overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:
+    """One gradient from those of all ranks, which are NaN where another rank updates, and must agree elsewhere."""
+    whole = torch.full_like(pieces[0], math.nan)
+    for rank, piece in enumerate(pieces):
+        both = ~torch.isnan(piece) & ~torch.isnan(whole)
+        if not torch.equal(piece[both], whole[both]):
+            raise RuntimeError(
+                f"{plan.name}: replica {rank} ends with another gradient of stage {stage} than the others"
+            )
+        whole = torch.where(torch.isnan(piece), whole, piece)
+    if torch.isnan(whole).any():
+        raise FloatingPointError(f"{plan.name}: the gradient of stage {stage} is not a number")
+    return whole

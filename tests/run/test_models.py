@@ -1,0 +1,112 @@
+"""Real models on meshes of up to three axes: gradients and weights against serial training, on both transports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import bpkit as bp
+from bpkit.nn import Network
+from bpkit.plan import Plan, data_parallel, serial, shard_optimizer, tensor_parallel, zero
+from bpkit.plan.pipeline import gpipe, interleaved, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+
+from .oracle import flat, gradient_sum, worst
+
+EXACT, SAMPLES = 1e-12, 11
+TEXT, DIGITS = bp.data.text(length=12), bp.data.digits(dtype=torch.float64)
+F64 = {"seed": 1, "dtype": torch.float64}
+
+
+def gpt(tied: bool) -> Network:
+    return bp.nn.gpt(int(TEXT.inputs.max()) + 1, 12, width=16, heads=4, layers=2, tied=tied, dropout=0.1, **F64)
+
+
+MODELS = {
+    "mlp": (bp.nn.mlp([64, 24, 20, 16, 10], **F64), DIGITS),
+    "convnet": (bp.nn.convnet(channels=(1, 4, 8), norm="layer", **F64), DIGITS),
+    "gpt": (gpt(tied=False), TEXT),
+    "gpt, tied": (gpt(tied=True), TEXT),
+}
+
+
+def plans(network: Network) -> list[Plan]:
+    """Pipelines, tensor plans and hybrids of up to four workers."""
+    made = [data_parallel(2, 3, microbatches=2), zero(2, 1, units=3), gpipe(2, 3), gpipe(4, 2)]
+    made += [one_f_one_b(3, 1), one_f_one_b(2, 3, data=2), one_f_one_b(2, 5, recompute=True), interleaved(2, 3)]
+    made += [zero_bubble_h1(2, 3, data=2, recompute=True), zero_bubble_h2(3, 4), zb_v(2, 3), zb_v(2, 3, data=2)]
+    made.append(shard_optimizer(one_f_one_b(2, 3, data=2)))
+    layout = bp.nn.tensor_layout(network)
+    if layout.partial_outputs:
+        bases = [serial(1, 2), data_parallel(2), one_f_one_b(2, 3), zero_bubble_h1(2, 2)]
+        made += [tensor_parallel(base, 2, layout) for base in bases]
+        made += [tensor_parallel(serial(), 4, layout), shard_optimizer(tensor_parallel(data_parallel(2), 2, layout))]
+    return made
+
+
+@pytest.fixture(scope="module", params=["shm", "gloo"])
+def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
+    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
+    yield made
+    for cluster in made.values():
+        cluster.close()
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
+def test_gradients_equal_serial(clusters, model, uneven):
+    network, data = MODELS[model]
+    inputs, targets = data.inputs[:SAMPLES], data.targets[:SAMPLES]
+    oracle = gradient_sum(network, inputs, targets, step=3) / network.loss.terms(targets)
+    for plan in plans(network):
+        shards = [9, 2] if uneven and plan.mesh.data == 2 else None
+        found = clusters[plan.workers].gradients(network, inputs, targets, plan, step=3, shards=shards)
+        assert worst(network, found, oracle) <= EXACT, plan.name
+
+
+@pytest.mark.parametrize("model", ["gpt, tied", "mlp"])
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["SGD", "clipped"])
+def test_weights_equal_serial_after_several_steps(clusters, model, clip):
+    network, data = MODELS[model]
+    arguments = dict(batch=12, steps=6, optimizer=bp.optim.SGD(0.2, momentum=0.9, clip=clip))
+    expected = clusters[1].train(network, data, serial(), **arguments)
+    for plan in plans(network):
+        result = clusters[plan.workers].train(network, data, plan, **arguments)
+        difference = flat(result.network.parameters()) - flat(expected.network.parameters())
+        assert float(difference.abs().max()) <= 1e-10, plan.name
+        assert abs(result.losses - expected.losses).max() <= 1e-10, plan.name
+
+
+def by_groups(network: Network, groups: list[torch.Tensor], inputs, targets) -> torch.Tensor:
+    """The gradient whose batch norm takes its statistics over each group of samples in turn."""
+    return sum(gradient_sum(network, inputs[rows], targets[rows]) for rows in groups) / len(inputs)
+
+
+@pytest.mark.parametrize("synchronised", [False, True], ids=["local", "over data ranks"])
+def test_batch_norm_has_the_same_statistic_groups(clusters, synchronised):
+    network = bp.nn.convnet(channels=(1, 4, 8), norm="batch", **F64)
+    inputs, targets = DIGITS.inputs[:20], DIGITS.targets[:20]
+    made = [data_parallel(2, microbatches=2), one_f_one_b(2, 2, data=2), data_parallel(3), one_f_one_b(2, 2)]
+    for plan in made:
+        ranks, m = plan.mesh.data, plan.microbatches
+        sizes = [13, 7, 0][:ranks] if ranks > 1 else [20]
+        own = [rows.tensor_split(m) for rows in torch.arange(20).split(sizes)]
+        groups = [rows for parts in own for rows in parts if len(rows)]
+        if synchronised:
+            groups = [torch.cat([parts[k] for parts in own]) for k in range(m)]
+        found = clusters[plan.workers].gradients(
+            network, inputs, targets, plan, shards=sizes, sync_batch_norm=synchronised
+        )
+        assert worst(network, found, by_groups(network, groups, inputs, targets)) <= EXACT, plan.name
+
+
+def test_running_statistics_come_back(clusters):
+    network = bp.nn.convnet(channels=(1, 4), norm="batch", **F64)
+    arguments = dict(batch=40, steps=30, lr=0.1, evaluate_every=30)
+    one = clusters[1].train(network, DIGITS, serial(), **arguments)
+    many = clusters[4].train(network, DIGITS, one_f_one_b(2, 1, data=2), sync_batch_norm=True, **arguments)
+    assert torch.allclose(one.network.flat_buffers, many.network.flat_buffers, rtol=1e-9)
+    assert not torch.equal(one.network.flat_buffers, network.flat_buffers)
+    accuracy = many.network.accuracy(DIGITS.test_inputs, DIGITS.test_targets)
+    assert many.accuracies[-1][1] == accuracy == one.accuracies[-1][1] > 0.6
