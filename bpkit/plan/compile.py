@@ -115,7 +115,7 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     parts = network.split(cuts if cuts is not None else plan.stages)
     for name in sorted({name for part in parts for name in part.tied_slices()}):
         holders = [stage for stage, part in enumerate(parts) if name in part.tied_slices()]
-        plan = tie(plan, holders) if len(holders) > 1 else plan
+        plan = tie(plan, holders) if len(holders) > 1 and not plan.tied else plan
     plan = _with_norm(plan) if clip else plan
     check_once(plan)
     starts = [0]

@@ -49,19 +49,29 @@ class Model(torch.nn.Module):
         return self.scores(self.norm(x))
 
 
+def order(model: Model) -> list[str]:
+    """Names in our order: the module lists its free parameter first and a tied matrix once."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return ["tokens.weight", "places", *(n for n in names if n not in ("tokens.weight", "places"))]
+
+
+def copied(ours: nn.Network, vocabulary: int, tied: bool) -> Model:
+    """PyTorch's model with our initial weights."""
+    model = Model(vocabulary, tied)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in zip(order(model), ours.parameters(), strict=True):
+            weights[name].copy_(value)
+    return model
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
 def test_losses_follow_pytorch_step_by_step(tied: bool, fused: bool) -> None:
     text = data.text(LENGTH)
     ours = nn.gpt(text.vocabulary, LENGTH, WIDTH, HEADS, BLOCKS, dtype=D, tied=tied, fused=fused)
-    theirs = Model(text.vocabulary, tied)
-    # The same order of tensors, but that the module lists its free parameter first and a tied matrix once.
-    names = [name for name, _ in theirs.named_parameters(remove_duplicate=False)]
-    order = ["tokens.weight", "places", *(n for n in names if n not in ("tokens.weight", "places"))]
-    weights = dict(theirs.named_parameters(remove_duplicate=False))
-    with torch.no_grad():
-        for name, value in zip(order, ours.parameters(), strict=True):
-            weights[name].copy_(value)
+    theirs = copied(ours, text.vocabulary, tied)
+    names = order(theirs)
     optimizer, losses = torch.optim.SGD(theirs.parameters(), lr=0.5), []
     for step in range(12):
         x, t = text.batch(step, 16)
@@ -75,5 +85,6 @@ def test_losses_follow_pytorch_step_by_step(tied: bool, fused: bool) -> None:
         assert abs(float(value) / t.numel() - float(loss.detach())) < 1e-8
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.3
-    worst = max(float((weights[n].detach() - p).abs().max()) for n, p in zip(order, ours.parameters(), strict=True))
+    weights = dict(theirs.named_parameters(remove_duplicate=False))
+    worst = max(float((weights[n].detach() - p).abs().max()) for n, p in zip(names, ours.parameters(), strict=True))
     assert worst < 1e-10

@@ -11,6 +11,7 @@ import bpkit as bp
 from bpkit.nn import Network
 from bpkit.plan import Plan, data_parallel, serial, shard_optimizer, tensor_parallel, zero
 from bpkit.plan.pipeline import gpipe, interleaved, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+from tests.nn import test_gpt
 
 from .oracle import flat, gradient_sum, worst
 
@@ -76,6 +77,28 @@ def test_weights_equal_serial_after_several_steps(clusters, model, clip):
         difference = flat(result.network.parameters()) - flat(expected.network.parameters())
         assert float(difference.abs().max()) <= 1e-10, plan.name
         assert abs(result.losses - expected.losses).max() <= 1e-10, plan.name
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gpt_learns_step_by_step_as_in_pytorch(clusters, tied):
+    text = bp.data.text(test_gpt.LENGTH)
+    sizes = (test_gpt.LENGTH, test_gpt.WIDTH, test_gpt.HEADS, test_gpt.BLOCKS)
+    network = bp.nn.gpt(text.vocabulary, *sizes, dtype=torch.float64, tied=tied)
+    copy = test_gpt.copied(network, text.vocabulary, tied)
+    optimizer, expected = torch.optim.SGD(copy.parameters(), lr=0.5), []
+    for step in range(15):
+        x, t = text.batch(step, 16)
+        loss = torch.nn.functional.cross_entropy(copy(x).flatten(0, 1), t.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        expected.append(float(loss.detach()))
+    assert expected[-1] < expected[0] - 0.3
+    layout = bp.nn.tensor_layout(network)
+    two = one_f_one_b(2, 2)
+    for plan in (serial(), two, tensor_parallel(serial(), 2, layout), tensor_parallel(two, 2, layout)):
+        result = clusters[plan.workers].train(network, text, plan, batch=16, steps=15, lr=0.5)
+        assert abs(result.losses - expected).max() < 1e-8, plan.name
 
 
 def by_groups(network: Network, groups: list[torch.Tensor], inputs, targets) -> torch.Tensor:

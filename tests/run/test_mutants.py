@@ -7,9 +7,24 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
 
 import bpkit as bp
-from bpkit.plan import Action, Part, Plan, check, data_parallel, expand, parameter_server, zero
+from bpkit.plan import (
+    Action,
+    Part,
+    Plan,
+    check,
+    compile,
+    data_parallel,
+    expand,
+    parameter_server,
+    serial,
+    shard_optimizer,
+    tensor_parallel,
+    zero,
+)  # fmt: skip
 from bpkit.plan.pipeline import gpipe, interleaved, one_f_one_b, zb_v
 from tests.plan.hand_written import PIPELINE_1F1B
 
@@ -18,12 +33,15 @@ from .oracle import gradient_sum, worst
 
 NETWORK = every_layer()
 MUTANTS = 60  # a plan
+TEXT = bp.data.text(length=8)
+GPT = bp.nn.gpt(TEXT.vocabulary, 8, width=8, heads=2, layers=1, seed=1, dtype=torch.float64, dropout=0.1)
 
 
 def plans() -> list[Plan]:
     made = [data_parallel(2, 3, microbatches=2), Plan.parse(PIPELINE_1F1B), parameter_server(3, 2, buckets=2)]
     made += [expand(data_parallel(n, 2), name) for n in (2, 3) for name in ("ring", "tree", "halving_doubling")]
     made += [one_f_one_b(3, 3), zb_v(2, 2), interleaved(2, 3), gpipe(2, 2, recompute=True)]
+    made += [one_f_one_b(2, 2, data=2)]
     return made + [zero(2, level, units=3, microbatches=2) for level in (1, 2, 3)]
 
 
@@ -62,16 +80,33 @@ def mutant(plan: Plan, draw: random.Random) -> Plan:
 
 @pytest.fixture(scope="module")
 def clusters():
-    made = {n: bp.Cluster(n, backend="shm", timeout=10) for n in (2, 3)}
+    made = {n: bp.Cluster(n, backend="shm", timeout=10) for n in (2, 3, 4)}
     yield made
     for cluster in made.values():
         cluster.close()
 
 
+def hybrids() -> list[Plan]:
+    """Plans of a GPT with tied weights, as they are compiled: with SUM_TIED."""
+    layout = bp.nn.tensor_layout(GPT)
+    made = [tensor_parallel(base, 2, layout) for base in (serial(1, 2), data_parallel(2), one_f_one_b(2, 2))]
+    made += [one_f_one_b(2, 2), one_f_one_b(2, 2, data=2), shard_optimizer(made[1])]
+    return [compile(plan, GPT).plan for plan in made]
+
+
 @pytest.mark.parametrize("plan", plans(), ids=lambda plan: plan.name)
 def test_what_the_checker_accepts_is_right(clusters, plan):
-    inputs, targets = batch(NETWORK)
-    oracle = gradient_sum(NETWORK, inputs, targets, step=1) / SAMPLES
+    judge(clusters, NETWORK, *batch(NETWORK), plan)
+
+
+@pytest.mark.parametrize("plan", hybrids(), ids=lambda plan: plan.name)
+def test_what_the_checker_accepts_of_hybrids_is_right(clusters, plan):
+    judge(clusters, GPT, TEXT.inputs[:SAMPLES], TEXT.targets[:SAMPLES], plan)
+
+
+def judge(clusters, network: bp.nn.Network, inputs: Tensor, targets: Tensor, plan: Plan) -> None:
+    """Run each mutant that is accepted: its gradient must be right."""
+    oracle = gradient_sum(network, inputs, targets, step=1) / network.loss.terms(targets)
     draw, counts = random.Random(plan.digest), Counter()
     for _ in range(MUTANTS):
         try:
@@ -80,8 +115,8 @@ def test_what_the_checker_accepts_is_right(clusters, plan):
         except ValueError:
             counts["refused"] += 1
             continue
-        found = clusters[plan.workers].gradients(NETWORK, inputs, targets, changed, step=1)
-        counts["harmless" if worst(NETWORK, found, oracle) <= 1e-12 else "missed"] += 1
+        found = clusters[plan.workers].gradients(network, inputs, targets, changed, step=1)
+        counts["harmless" if worst(network, found, oracle) <= 1e-12 else "missed"] += 1
     print(f"{plan.name}: {dict(counts)}")
     assert counts["missed"] == 0
     assert counts["refused"] > MUTANTS // 4
