@@ -141,7 +141,7 @@ function stack(parts, x, y, tall) {
 
 function measuredBar({ period, shares, bubble }, x, y) {
   const parts = [["work", shares.compute], ["core", shares.waiting_for_core], ["blocked", bubble]];
-  return [stack(parts.map(([kind, share]) => [kind, share * period]), x, y, THIN),
+  return [...stack(parts.map(([kind, share]) => [kind, share * period]), x, y, THIN),
     label(x(period) + 6, y + THIN + 1, say("compareMeasured", { period: number(period) }), { class: "value" })];
 }
 
@@ -181,7 +181,7 @@ function tableOfPasses(view) {
   const rows = view.passes.map((pass) => [pass.cell, number(pass.rank), number(pass.begin), number(pass.end),
     pass.need && say("needs", pass.need), number(pass.gap),
     ...(view.measured ? [span(found.get(`${pass.rank}/${pass.cell}`))] : [])]);
-  return table(say("table"), columns, rows);
+  return table(say("tableCaption"), columns, rows);
 }
 
 /** The text equivalent: sentences, and every pass as a row. */

@@ -49,9 +49,13 @@ const WORDS = {
     chunk: "small letters: the rank's second stage",
     coreShort: "waiting for a core",
     core: "waiting for a core (drawn at the end of its pass)",
-    waited: "the pass whose message was waited for",
+    waited: "the pass whose message is needed",
     // one pass
     hint: "Point at a pass, or move with the arrow keys, to see what it waits for.",
+    sayF: "forward",
+    sayB: "backward, whole,",
+    sayI: "input half of the backward",
+    sayW: "weight half of the backward",
     pass: "{cell} on rank {rank}: {what} of microbatch {mb} on stage {stage}. Simulated from {begin} to {end}.",
     first: "It is the rank's first pass and waits for nothing.",
     waitedFor: "It waited for the message of {cell} on rank {rank}, which ended at {end}; its rank had nothing to do for {gap}.",
@@ -68,7 +72,7 @@ const WORDS = {
       + "forward, {unit}. Of the step {compute} is compute, {core} waiting for a core, {blocked} blocked by communication "
       + "(the bubble, and what a rank loses while another waits for a core) and {idle} idle. Simulated at the CPU times of its own passes, with a core for each rank: "
       + "{predicted}.",
-    sayNotMeasured: "No measurement of this plan is there.",
+    sayNotMeasured: "There is no measurement of this plan.",
     // formulas
     formulaNaive: "(p − 1)(F + B) of the whole batch",
     formulaGpipe: "(p − 1)(F + B)",
@@ -103,6 +107,7 @@ const WORDS = {
     compareNote: "{period} ({share} bubble)",
     compareMeasured: "measured {period}",
     table: "The timeline as a table",
+    tableCaption: "Every pass of a simulated step, in units",
     columnRank: "rank",
     columnPass: "pass",
     columnBegin: "begins",
@@ -157,7 +162,7 @@ export const naming = (view) => ({ schedule: say(view.name), ranks: sayCount("ra
 export function describePass(view, pass) {
   const at = (time) => number(time);
   const { need, before } = pass;
-  const parts = [say("pass", { ...pass, what: say(pass.kind), begin: at(pass.begin), end: at(pass.end) })];
+  const parts = [say("pass", { ...pass, what: say(`say${pass.kind}`), begin: at(pass.begin), end: at(pass.end) })];
   if (pass.blocked) parts.push(say("waitedFor", { ...need, end: at(need.end), gap: sayUnits(pass.gap) }));
   else if (before) parts.push(say("busyUntil", { ...before, end: at(before.end) }));
   else parts.push(say("first"));
