@@ -163,7 +163,8 @@ class Runner:
         self.buffers = Buffers(program, network, groups, optimizer, rows, compress)
         over = groups.data.all_reduce if sync_batch_norm and self.plan.mesh.data > 1 else None
         self.step = StepData(sum_over_data=over)
-        self.executor = Executor(program.row(self.buffers.at), Verbs(self.buffers, self.step, captured=captured).bind(), groups)
+        bound = Verbs(self.buffers, self.step, captured=captured).bind()
+        self.executor = Executor(program.row(self.buffers.at), bound, groups)
 
     def run(self, number: int, inputs: Tensor, targets: Tensor, everyone: Tensor, sizes: Sequence[int],
             log: Log, line: int) -> float:  # fmt: skip
