@@ -31,6 +31,12 @@ network, data = bp.nn.mlp([64, 64, 10], seed=0), bp.data.digits()
 figure = bp.show.explorer(network=network, data=data, workers=[1, 2], batch=64, steps=STEPS)
 figure
 """
+PIPELINES = """
+import bpkit as bp
+from bpkit.measure.schedules import equal_stages
+
+bp.show.pipelines(None, "gpipe", 2, 4, network=equal_stages(64))
+"""
 
 # Before the kernel is there, "run" would ask which one to take.
 KERNEL_IS_IDLE = "() => jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
@@ -90,13 +96,13 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Pa
 
 
 @pytest.fixture
-def notebook(lab: tuple[str, str, Path], browser: Browser) -> Iterator[Callable[[int], Page]]:
+def notebook(lab: tuple[str, str, Path], browser: Browser) -> Iterator[Callable[..., Page]]:
     """Open a new notebook whose explorer measures the given number of steps, and run it."""
     url, token, folder = lab
     contexts = []
 
-    def open_notebook(steps: int) -> Page:
-        cell = nbformat.v4.new_code_cell(CELL.replace("STEPS", str(steps)).strip())
+    def open_notebook(steps: int, source: str = CELL) -> Page:
+        cell = nbformat.v4.new_code_cell(source.replace("STEPS", str(steps)).strip())
         made = nbformat.v4.new_notebook(cells=[cell])
         made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
         name = f"figure{steps}.ipynb"
@@ -176,6 +182,22 @@ def test_measure_stop_and_measure_again(lab: tuple[str, str, Path], notebook: Ca
     page.keyboard.press("ArrowLeft")
     expect(figure.locator("output")).to_have_text("1")
     expect(slider).to_be_focused()
+
+
+def test_pipelines_are_measured_and_keep_their_keys(notebook: Callable[..., Page]) -> None:
+    page = notebook(0, PIPELINES)
+    figure = page.locator(".bpkit-pipelines")
+    figure.get_by_role("button", name="Measure on this machine").click()
+    expect(figure.get_by_text("Measured. Make your prediction, then show it.")).to_be_visible(timeout=60_000)
+    figure.get_by_label("units a step").fill("15")
+    figure.get_by_role("button", name="Show the timeline").click()
+    expect(figure.locator(".bpkit-verdict")).to_have_text(re.compile("a step takes 15 units: right"))
+    expect(figure.locator(".bpkit-words")).to_contain_text("Measured (yours, on ")
+    expect(figure.locator(".pass.measured[data-cell='1B3']")).to_have_count(1)
+    figure.locator(".bpkit-lanes .bpkit-scroll").focus()
+    for key, cell in (("ArrowRight", "0F0"), ("ArrowDown", "1F0"), ("ArrowRight", "1F1"), ("ArrowUp", "0F2")):
+        page.keyboard.press(key)
+        expect(figure.locator(".frame.looked")).to_have_attribute("data-cell", cell)
 
 
 def test_restart_in_mid_run_leaves_no_worker(lab: tuple[str, str, Path], notebook: Callable[[int], Page]) -> None:
