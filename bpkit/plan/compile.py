@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from bpkit.nn import Network
+from bpkit.nn import Network, TensorLayout, shard, tensor_layout
 from bpkit.nn.costs import balanced_cuts
 from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.check import check
@@ -102,7 +102,8 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     PlanError
         If the plan would deadlock or compute something else than it declares.
     ValueError
-        If the network has fewer layers than the plan has stages, or there is not one weight a layer.
+        If the network has fewer layers than the plan has stages, there is not one weight a layer, or the network
+        cannot be split over the plan's tensor ranks.
     """
     if weights is not None and len(weights) != len(network.layers):
         raise ValueError(f"compile takes one weight a layer: {len(network.layers)}, not {len(weights)}")
@@ -121,13 +122,29 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + len(part.layers))
-    sizes = tuple(part.flat_size for part in parts)
+    sizes = _sizes(plan, network, starts[1:-1])
     edges = (*(_elements(part.input_shape) for part in parts), _elements(network.output_shape))
     itemsize = network.dtype.itemsize
     rows = tuple(_instructions(row, plan.shared, sizes, edges, itemsize) for row in plan.rows)
     return Program(
         plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)), tuple(map(peak_activations, plan.rows))
     )
+
+
+def _sizes(plan: Plan, network: Network, cuts: Sequence[int]) -> tuple[int, ...]:
+    """Elements of each stage's flat buffers; of the tensor rank that has most of them."""
+    if plan.mesh.tensor == 1:
+        return tuple(part.flat_size for part in network.split(cuts))
+    layout = tensor_layout(network)
+    if (tuple(cuts), *_partial(plan)) != (layout.cuts, *_partial(layout)):
+        raise ValueError(f"{plan.name} splits another network than this one over the tensor axis: make it with "
+                         "bp.plan.tensor_parallel(plan, ranks, bp.nn.tensor_layout(network))")  # fmt: skip
+    ranks = [shard(network, index, plan.mesh.tensor).split(cuts) for index in range(plan.mesh.tensor)]
+    return tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
+
+
+def _partial(of: Plan | TensorLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return of.partial_outputs, of.partial_inputs
 
 
 def compile_collective(plan: Plan, size: int, dtype: torch.dtype) -> Program:

@@ -14,12 +14,15 @@ from bpkit.run import memory
 from bpkit.run.training import Shards, shard_sizes_of
 
 
-def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers: int) -> None:
-    """Refuse a plan for other workers, and samples that do not fit the network."""
+def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers: int, samples: int) -> None:
+    """Refuse a plan for other workers or a larger batch, and samples that do not fit the network."""
     if plan.workers != workers:
         raise ValueError(
             f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), but this cluster has {workers}"
         )
+    if plan.microbatches > samples and not plan.servers:
+        raise ValueError(f"{plan.name}: {plan.microbatches} microbatches of a batch of {samples} samples: some would "
+                         "be empty; use fewer microbatches or a larger batch")  # fmt: skip
     if tuple(inputs.shape[1:]) != tuple(network.input_shape):
         raise ValueError(
             f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "

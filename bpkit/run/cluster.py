@@ -201,7 +201,7 @@ class Cluster:
             raise ValueError(
                 f"{data.name} has {len(data)} training samples for {self.workers} workers: use fewer workers"
             )
-        checks.fits(plan, network, data.inputs, data.targets, self.workers)
+        checks.fits(plan, network, data.inputs, data.targets, self.workers, batch)
         if optimizer.clip is not None and plan.holds != "all":
             raise ValueError(f"{plan.name} has no one gradient whose norm could be clipped: do without clip")
         program = compile(plan, network, clip=optimizer.clip is not None)
@@ -315,7 +315,7 @@ class Cluster:
             raise ValueError(
                 f"{plan.name} has no one gradient: its ranks apply different ones; compare weights after train"
             )
-        checks.fits(plan, network, inputs, targets, self.workers)
+        checks.fits(plan, network, inputs, targets, self.workers, len(inputs))
         program = compile(plan, network)
         checks.room(program, network, self.backend)
         found: list[dict[int, Tensor]] = self._pool.call(

@@ -7,7 +7,8 @@ import torch
 
 import bpkit as bp
 from bpkit.data import Dataset
-from bpkit.plan import Plan
+from bpkit.plan import Action, Plan
+from bpkit.plan.pipeline import gpipe, interleaved
 from bpkit.run import memory
 from tests.plan.hand_written import TENSOR
 
@@ -79,9 +80,26 @@ def test_a_small_shared_memory_is_named(cluster, monkeypatch):
         cluster.train(NET, DATA, batch=32, steps=2, lr=0.1)
 
 
-def test_plans_that_workers_cannot_run_yet_are_refused(cluster):
-    with pytest.raises(NotImplementedError, match="tensor=2"):
-        cluster.gradients(NET, DATA.inputs[:8], DATA.targets[:8], Plan.parse(TENSOR))
+def test_plans_that_do_not_fit_the_network_are_refused(cluster):
+    gpt = bp.nn.gpt(20, 8, width=12, heads=3, layers=1)
+    layout = bp.nn.tensor_layout(gpt)
+    tokens = torch.zeros(4, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="3 heads cannot be divided among 2 tensor ranks"):
+        cluster.gradients(gpt, tokens, tokens, bp.plan.tensor_parallel(bp.plan.serial(), 2, layout))
+    for plan in (Plan.parse(TENSOR), bp.plan.tensor_parallel(bp.plan.serial(), 2, layout)):
+        with pytest.raises(ValueError, match="splits another network than this one"):
+            cluster.gradients(bp.nn.mlp([64, 20, 20, 16, 16, 16, 10]), DATA.inputs[:8], DATA.targets[:8], plan)
+    with pytest.raises(ValueError, match="10 stages, but the network has only 5 layers"):
+        cluster.train(bp.nn.mlp([64, 20, 20, 10]), DATA, interleaved(2, 2, chunks=5), batch=32, steps=1, lr=0.1)
+    with pytest.raises(ValueError, match="9 microbatches of a batch of 8 samples"):
+        cluster.gradients(NET, DATA.inputs[:8], DATA.targets[:8], gpipe(2, 9))
+    with pytest.raises(ValueError, match="is a plan for 4 workers"):
+        cluster.gradients(NET, DATA.inputs[:8], DATA.targets[:8], gpipe(2, 2, data=2))
+    with pytest.raises(bp.plan.PlanError, match="deadlock"):
+        rows = [[*row] for row in gpipe(2, 2).rows]
+        rows[0].insert(1, rows[0].pop(rows[0].index(Action(0, "RECV_B", 0))))
+        rows[0].insert(2, rows[0].pop(rows[0].index(Action(0, "B", 0))))
+        cluster.gradients(NET, DATA.inputs[:8], DATA.targets[:8], gpipe(2, 2).with_rows(rows))
 
 
 def test_clipping_needs_one_gradient(cluster):
