@@ -54,10 +54,10 @@ def film(name: str, p: int, m: int) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``plan``: its name.  ``unit``: what 1 means in ``begin`` and ``again``.  For each rank: ``rows``, its passes;
-        ``begin`` and ``again``, when they begin in the first step and in the next; ``needs``, the number (over all
-        ranks) of the pass on another rank whose message a pass is the first to read, -1 for none; ``peak``, stored
-        activations in microbatches.  ``makespan`` of the first step, ``period`` of later ones, and the `formulas`.
+        ``plan``: its name.  ``unit``: what 1 means in ``begin``.  For each rank: ``rows``, its passes; ``begin``, when
+        they begin in the first step; ``needs``, the number (over all ranks) of the pass on another rank whose message a
+        pass is the first to read, -1 for none; ``peak``, stored activations in microbatches.  ``makespan`` of the first
+        step, ``period`` from each step to the next, and the `formulas`.
     """
     plan = SCHEDULES[name](p, m)
     unit = float(m) if name == "naive" else p / plan.stages
@@ -65,14 +65,12 @@ def film(name: str, p: int, m: int) -> dict[str, Any]:
     passes = [[i for i, action in enumerate(row) if action.kind in UNITS] for row in plan.rows]
     numbers = {place: n for n, place in enumerate((rank, i) for rank, row in enumerate(passes) for i in row)}
 
-    def begins(step: int) -> list[list[int]]:
-        mine = [trace.where((trace.rank == rank) & (trace.step == step)) for rank in range(p)]
-        starts = [(t.start + t.wait) / (1e9 * unit) for t in mine]
-        return [[round(start[i]) for i in row] for start, row in zip(starts, passes, strict=True)]
-
+    first = [trace.where((trace.rank == rank) & (trace.step == 0)) for rank in range(p)]
+    starts = [(mine.start + mine.wait) / (1e9 * unit) for mine in first]
     needs = {(rank, i): numbers[source] for rank, i, source in _messages(plan)}
     bubble, stored = formulas(name, p, m)
-    return {"name": name, "p": p, "m": m, "plan": plan.name, "unit": unit, "begin": begins(0), "again": begins(1),
+    return {"name": name, "p": p, "m": m, "plan": plan.name, "unit": unit,
+            "begin": [[round(start[i]) for i in row] for start, row in zip(starts, passes, strict=True)],
             "rows": [" ".join(str(plan.rows[rank][i]) for i in row) for rank, row in enumerate(passes)],
             "needs": [[needs.get((rank, i), -1) for i in row] for rank, row in enumerate(passes)],
             "makespan": makespan(trace), "period": period(trace), "formula": {"bubble": bubble, "peak": stored},
@@ -127,12 +125,9 @@ def _measurement(found: Any, source: str) -> dict[str, Any]:
     return found
 
 
-def _load(measurements: str | Path | None) -> list[dict[str, Any]]:
-    if measurements is None:
-        return []
-    path = Path(measurements)
-    paths = sorted(path.glob("pipelines-*.json")) if path.is_dir() else [path]
-    if not paths or not paths[0].is_file():
+def _load(path: Path) -> list[dict[str, Any]]:
+    paths = sorted(path.glob("pipelines-*.json")) if path.is_dir() else [path] * path.is_file()
+    if not paths:
         raise ValueError(f"there is no measurement of pipelines in {path}")
     return [_measurement(json.loads(one.read_text(encoding="utf-8")), one.name) for one in paths]
 
@@ -173,5 +168,5 @@ def pipelines(
         return schedules(network or equal_stages(), data or digits(), [plan], **live)
 
     figure = Pipelines(run, films=films, schedule=schedule, workers=workers, microbatches=microbatches,
-                       recorded=_load(measurements), skipped=revealed)  # fmt: skip
+                       recorded=_load(Path(measurements)) if measurements else [], skipped=revealed)  # fmt: skip
     return figure

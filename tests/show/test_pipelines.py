@@ -77,12 +77,12 @@ def test_times_are_those_of_a_schedule_made_by_hand(figure: Pipelines) -> None:
         rows = [row.split() for row in one["rows"]]
         stages = 1 + max(read(cell)[0] for row in rows for cell in row)
         begins = scheduled(rows, stages, 3)
-        assert [one["begin"], one["again"]] == begins[:2], (one["name"], one["p"], one["m"])
+        assert one["begin"] == begins[0], (one["name"], one["p"], one["m"])
+        shift = one["period"] / one["unit"]
+        assert begins[1:] == [[[b + k * shift for b in row] for row in begins[0]] for k in (1, 2)], "each step is alike"
         lengths = [[UNITS[read(cell)[1]] for cell in row] for row in rows]
         ends = [b + n for row, many in zip(begins[0], lengths, strict=True) for b, n in zip(row, many, strict=True)]
         assert one["makespan"] == one["unit"] * max(ends)
-        periods = [(later[0] - earlier[0]) * one["unit"] for later, earlier in zip(begins[2], begins[1], strict=True)]
-        assert one["period"] == pytest.approx(sum(periods) / len(periods))
 
 
 def test_messages_are_what_backpropagation_needs_of_other_ranks(figure: Pipelines) -> None:
@@ -122,7 +122,7 @@ def test_random_picks_agree_with_the_simulator_and_the_compiler() -> None:
 def test_it_opens_as_asked_with_the_answer_hidden(figure: Pipelines) -> None:
     assert repr(figure) == "Pipelines(gpipe, 4 ranks, 8 microbatches)"
     assert (figure.skipped, figure.shown, figure.recorded, figure.measurable) == (False, [], [], True)
-    assert len(json.dumps(figure.films)) < 200_000
+    assert len(json.dumps(figure.films)) < 150_000
     assert bp.show.pipelines is pipelines
 
 

@@ -48,8 +48,7 @@ function rows(top, p, from, to) {
 /** Draw the view into `canvas`; gives the group in which the pass that is looked at is marked. */
 function drawLanes(canvas, width, view) {
   const { p, film, passes, measured, ahead } = view;
-  const ends = passes.map((pass) => (ahead ? pass.again + pass.length : pass.end));
-  const end = Math.max(last(ends), last((measured?.events ?? []).map((event) => event.end)));
+  const end = Math.max(film.makespan + (ahead ? film.period : 0), last((measured?.events ?? []).map((event) => event.end)));
   const scale = Math.max((width - LEFT - RIGHT) / end, NARROWEST / Math.min(1, film.unit));
   const x = linear([0, end], [LEFT, LEFT + scale * end]);
   const [top, under] = [22, 22 + p * ROW + 24];
@@ -58,8 +57,8 @@ function drawLanes(canvas, width, view) {
   const drawn = [
     grid(x, top - 4, bottom, end),
     label(LEFT, top - 8, say("simulated"), { class: "tick caption" }), rows(top, p, LEFT, x(film.makespan)),
-    ahead ? passes.map((pass) => cell({ ...pass, begin: pass.again, end: pass.again + pass.length },
-      rowTop(top, pass.rank), x, "next")) : [],
+    ahead ? passes.map((pass) => cell({ ...pass, begin: pass.begin + film.period,
+      end: pass.end + film.period }, rowTop(top, pass.rank), x, "next")) : [],
     passes.map((pass) => cell(pass, rowTop(top, pass.rank), x, "simulated",
       { "data-id": pass.id, "data-rank": pass.rank, "data-cell": pass.cell })),
     measured ? [label(LEFT, under - 8, say("measured", measured), { class: "tick caption" }),

@@ -23,8 +23,8 @@ function passesOf(film, units) {
   const all = [];
   for (const [rank, row] of film.rows.entries()) {
     const mine = row.split(" ").map((cell, i) => {
-      const pass = { ...parse(cell), rank, begin: film.begin[rank][i] * film.unit, again: film.again[rank][i] * film.unit };
-      return { ...pass, length: units[pass.kind] * film.unit, end: pass.begin + units[pass.kind] * film.unit };
+      const pass = { ...parse(cell), rank, begin: film.begin[rank][i] * film.unit };
+      return { ...pass, end: pass.begin + units[pass.kind] * film.unit };
     });
     mine.forEach((pass, i) => { pass.id = all.length + i; pass.before = mine[i - 1] ?? null; pass.after = mine[i + 1] ?? null; });
     labelled(mine);
