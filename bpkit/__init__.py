@@ -17,10 +17,8 @@ if TYPE_CHECKING:
     from bpkit.measure import report, scaling
 
 __version__ = "0.1.0"
-__all__ = [
-    "Cluster", "compress", "data", "exercises", "measure", "nn", "optim", "plan", "report", "run", "scaling", "show",
-    "simulate", "trace",
-]  # fmt: skip
+__all__ = ["Cluster", "compress", "data", "exercises", "measure", "nn", "optim", "plan", "report", "run", "scaling",
+           "show", "simulate", "trace"]  # fmt: skip
 
 _LAZY = {"report": "measure", "scaling": "measure"}
 

@@ -91,24 +91,16 @@ class Trace:
 
         The last step lasts to its own last end, since no step follows it.
         """
-        starts = np.array(
-            [[self.start[(self.rank == r) & (self.step == s)].min() for s in self.steps] for r in range(self.ranks)],
-            dtype=float,
-        )
+        starts = np.array([[self.start[(self.rank == r) & (self.step == s)].min() for s in self.steps]
+                           for r in range(self.ranks)], dtype=float)  # fmt: skip
         ends = np.array([self.end[self.rank == r].max() for r in range(self.ranks)], dtype=float)
         return np.diff(np.column_stack([starts, ends]), axis=1).mean(axis=0) / 1e9
 
     def rows(self) -> Iterator[tuple[int, int, str, int, int, int]]:
         """Entries as (rank, step, cell, start, end, wait)."""
         for i in range(len(self)):
-            yield (
-                int(self.rank[i]),
-                int(self.step[i]),
-                self.cells[self.cell[i]],
-                int(self.start[i]),
-                int(self.end[i]),
-                int(self.wait[i]),
-            )
+            yield (int(self.rank[i]), int(self.step[i]), self.cells[self.cell[i]], int(self.start[i]), int(self.end[i]),
+                   int(self.wait[i]))  # fmt: skip
 
     def to_chrome(self, path: str | Path) -> Path:
         """Write the trace in Chrome's trace-event format, which Perfetto opens.
@@ -119,18 +111,15 @@ class Trace:
         events: list[dict[str, object]] = []
         for rank in range(self.ranks):
             events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
-            events += [
-                {"ph": "M", "pid": rank, "tid": i, "name": "thread_name", "args": {"name": name}}
-                for i, name in enumerate(streams)
-            ]
+            events += [{"ph": "M", "pid": rank, "tid": i, "name": "thread_name", "args": {"name": name}}
+                       for i, name in enumerate(streams)]  # fmt: skip
         for rank, step, cell, start, end, wait in self.rows():
             action = Action.parse(cell)
             stream = action.verb.stream
             base = {"ph": "X", "pid": rank, "tid": streams.index(stream), "args": {"step": step}}
             begin = start + (wait if stream == "compute" else 0)
-            events.append(
-                {**base, "name": cell, "cat": action.kind, "ts": begin / 1e3, "dur": max(0, end - begin) / 1e3}
-            )
+            events.append({**base, "name": cell, "cat": action.kind, "ts": begin / 1e3,
+                           "dur": max(0, end - begin) / 1e3})  # fmt: skip
             if wait and stream == "compute":
                 events.append({**base, "name": f"wait for {cell}", "cat": "wait", "ts": start / 1e3, "dur": wait / 1e3})
         target = Path(path)
@@ -154,16 +143,8 @@ class Trace:
         for rank, (log, row) in enumerate(zip(logs, cells, strict=True)):
             steps, width = log.start.shape
             index = np.array([lookup[name] for name in row], dtype=np.int64)
-            flat = (
-                np.full(steps * width, rank),
-                np.repeat(log.steps, width),
-                np.tile(index, steps),
-                log.start.ravel(),
-                log.end.ravel(),
-                log.wait.ravel(),
-                log.cpu.ravel(),
-                log.bytes.ravel(),
-            )
+            flat = (np.full(steps * width, rank), np.repeat(log.steps, width), np.tile(index, steps), log.start.ravel(),
+                    log.end.ravel(), log.wait.ravel(), log.cpu.ravel(), log.bytes.ravel())  # fmt: skip
             for column, values in zip(columns, flat, strict=True):
                 column.append(np.asarray(values, dtype=np.int64))
         joined = [np.concatenate(column) if column else np.empty(0, np.int64) for column in columns]
@@ -194,6 +175,5 @@ class Log:
     def until(self, line: int) -> Log:
         """The lines up to and with `line`, when a run ended early."""
         kept = slice(0, line + 1)
-        return Log(
-            self.steps[kept], self.start[kept], self.end[kept], self.wait[kept], self.cpu[kept], self.bytes[kept]
-        )
+        return Log(self.steps[kept], self.start[kept], self.end[kept], self.wait[kept], self.cpu[kept],
+                   self.bytes[kept])  # fmt: skip

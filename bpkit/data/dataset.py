@@ -39,10 +39,7 @@ class Dataset:
     test_targets: Tensor
 
     def __post_init__(self) -> None:
-        for kind, x, t in (
-            ("training", self.inputs, self.targets),
-            ("test", self.test_inputs, self.test_targets),
-        ):
+        for kind, x, t in (("training", self.inputs, self.targets), ("test", self.test_inputs, self.test_targets)):
             if len(x) != len(t):
                 raise ValueError(f"{self.name}: {len(x)} {kind} inputs, but {len(t)} {kind} targets")
         if len(self.inputs) == 0:
@@ -105,9 +102,8 @@ class Dataset:
         if 0 in sizes:
             raise ValueError(f"shard {sizes.index(0)} of {self.name} would be empty: sizes {sizes}")
         parts = zip(self.inputs.split(sizes), self.targets.split(sizes), strict=True)
-        return tuple(
-            replace(self, name=f"{self.name} {i + 1}/{n}", inputs=x, targets=t) for i, (x, t) in enumerate(parts)
-        )
+        return tuple(replace(self, name=f"{self.name} {i + 1}/{n}", inputs=x, targets=t)
+                     for i, (x, t) in enumerate(parts))  # fmt: skip
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Dataset:
         """Return the data set on a device, its floating tensors in `dtype`."""

@@ -21,10 +21,8 @@ from bpkit.data.dataset import Dataset
 Opener = Callable[[str], BinaryIO]
 
 # The files of LeCun, Cortes and Burges, as mirrored for PyTorch and by Google; SHA-256 as compressed.
-_MNIST_MIRRORS = (
-    "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "https://storage.googleapis.com/cvdf-datasets/mnist/",
-)
+_MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+                  "https://storage.googleapis.com/cvdf-datasets/mnist/")  # fmt: skip
 _MNIST_FILES = {
     "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
     "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
@@ -60,12 +58,8 @@ def digits(dtype: torch.dtype = torch.float32, test: int = 360, seed: int = 0) -
     return Dataset("digits", inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
 
 
-def mnist(
-    cache: str | os.PathLike[str] | None = None,
-    dtype: torch.dtype = torch.float32,
-    *,
-    opener: Opener | None = None,
-) -> Dataset:
+def mnist(cache: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32, *,
+          opener: Opener | None = None) -> Dataset:  # fmt: skip
     """Return MNIST: 60,000 training and 10,000 test digits of 28 x 28 pixels, from 0 to 1, as vectors of 784.
 
     The four files (11 MB) are downloaded once, checked by SHA-256, and kept in the cache.

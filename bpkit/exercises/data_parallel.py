@@ -62,10 +62,8 @@ def _serial(network: Network, inputs: Tensor, targets: Tensor, steps: int) -> Te
     return network.flat_parameters
 
 
-def _run_steps(
-    comm: Comm, answer: Callable[..., Any], network: Network, inputs: Tensor, targets: Tensor,
-    shards: Sequence[int], steps: int,
-) -> Tensor:  # fmt: skip
+def _run_steps(comm: Comm, answer: Callable[..., Any], network: Network, inputs: Tensor, targets: Tensor,
+               shards: Sequence[int], steps: int) -> Tensor:  # fmt: skip
     x, t = inputs.split(list(shards))[comm.rank], targets.split(list(shards))[comm.rank]
     for _ in range(steps):
         answer(comm, network, x, t, LEARNING_RATE)
@@ -120,13 +118,11 @@ def _judge_change(change: Tensor, wanted: Tensor, shards: Sequence[int], steps: 
 
 def _times(factor: float, samples: int) -> str:
     """A factor in words, with its likely reason."""
-    known = {
-        1 / RANKS: f"{RANKS} times too small: divided by the samples of all ranks, and then by the ranks again",
-        RANKS: f"{RANKS} times too large: the means of {RANKS} shards are added and not divided",
-        samples: f"{samples} times too large: the sum over all samples is not divided by their number",
-        1 / samples: f"{samples} times too small: it is divided twice by the number of samples",
-        -1.0: "turned round: subtract the gradient",
-    }
+    known = {1 / RANKS: f"{RANKS} times too small: divided by the samples of all ranks, and then by the ranks again",
+             RANKS: f"{RANKS} times too large: the means of {RANKS} shards are added and not divided",
+             samples: f"{samples} times too large: the sum over all samples is not divided by their number",
+             1 / samples: f"{samples} times too small: it is divided twice by the number of samples",
+             -1.0: "turned round: subtract the gradient"}  # fmt: skip
     for value, text in known.items():
         if abs(factor - value) <= TOLERANCE * abs(value):
             return text

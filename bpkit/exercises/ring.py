@@ -106,10 +106,8 @@ def judge(answer: Any, to_the_left: bool = False) -> str:
             _judge_sends(results, size, case, to_the_left)
             sent = sent or [one.elements for one in results]
     n, size = CASES[0]
-    return (
-        f"every rank holds the sum, for 1, 2, 3 and 4 workers, also where a chunk is empty; of {size} elements, "
-        f"{n} ranks send {', '.join(map(str, sent))}, no more than a ring needs"
-    )
+    return (f"every rank holds the sum, for 1, 2, 3 and 4 workers, also where a chunk is empty; of {size} elements, "
+            f"{n} ranks send {', '.join(map(str, sent))}, no more than a ring needs")  # fmt: skip
 
 
 def counted(ranks: int, size: int) -> list[int]:
@@ -150,9 +148,8 @@ def _judge_values(results: list[Ran], size: int, case: str) -> None:
             low, high = part_bounds(size, n, chunk)
             if not torch.equal(one.tensor[low:high], wanted[low:high]):
                 what = _contents(one.tensor[low:high], low, n)
-                raise Wrong(
-                    f"{case}: rank {rank}, chunk {chunk} of {n} (elements {low} to {high - 1}) is wrong: {what}"
-                )
+                raise Wrong(f"{case}: rank {rank}, chunk {chunk} of {n} (elements {low} to {high - 1}) "
+                            f"is wrong: {what}")  # fmt: skip
 
 
 def _only_scattered(results: list[Ran], wanted: Tensor) -> bool:
@@ -202,6 +199,5 @@ def _judge_sends(results: list[Ran], size: int, case: str, to_the_left: bool) ->
         if len(peers) > 1 or not peers <= {(rank - 1) % n, (rank + 1) % n}:
             raise Wrong(f"{case}: rank {rank} sends to ranks {sorted(peers)}: in a ring it sends to one neighbour")
         if to_the_left and not peers <= {(rank - 1) % n}:
-            raise Wrong(
-                f"{case}: rank {rank} sends to rank {peers.pop()}: this ring goes to the left, from r to r - 1 (mod n)"
-            )
+            raise Wrong(f"{case}: rank {rank} sends to rank {peers.pop()}: this ring goes to the left, from r "
+                        "to r - 1 (mod n)")  # fmt: skip

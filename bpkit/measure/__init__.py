@@ -8,7 +8,5 @@ from bpkit.measure.measurement import FORMAT, Point, Scaling
 from bpkit.measure.pipeline import bubble, makespan, period
 from bpkit.measure.reports import Parts, RankReport, Report, Spread, report
 
-__all__ = [
-    "FORMAT", "AlphaBeta", "Parts", "Point", "RankReport", "Report", "Scaling", "Spread", "alpha_beta", "bubble", "fit",
-    "machine", "makespan", "period", "report", "scaling",
-]  # fmt: skip
+__all__ = ["FORMAT", "AlphaBeta", "Parts", "Point", "RankReport", "Report", "Scaling", "Spread", "alpha_beta", "bubble",
+           "fit", "machine", "makespan", "period", "report", "scaling"]  # fmt: skip

@@ -27,30 +27,12 @@ from bpkit.trace import Trace
 Tell = Callable[[float, str], None]
 
 
-def scaling(
-    network: Network,
-    data: Dataset,
-    workers: Sequence[int] = (1, 2, 4),
-    scaling: str = "strong",
-    *,
-    plan: Callable[[int], Plan] = data_parallel,
-    batch: int = 256,
-    lr: float | None = None,
-    optimizer: Optimizer | None = None,
-    steps: int = 40,
-    warmup: int = 10,
-    repetitions: int = 5,
-    backend: str = "auto",
-    threads_per_worker: int = 1,
-    target: float | None = 0.97,
-    target_steps: int = 400,
-    evaluate_every: int = 5,
-    seed: int = 0,
-    timeout: float = 60.0,
-    name: str | None = None,
-    progress: Tell | None = None,
-    stop: threading.Event | None = None,
-) -> Scaling:
+def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4), scaling: str = "strong", *,
+            plan: Callable[[int], Plan] = data_parallel, batch: int = 256, lr: float | None = None,
+            optimizer: Optimizer | None = None, steps: int = 40, warmup: int = 10, repetitions: int = 5,
+            backend: str = "auto", threads_per_worker: int = 1, target: float | None = 0.97, target_steps: int = 400,
+            evaluate_every: int = 5, seed: int = 0, timeout: float = 60.0, name: str | None = None,
+            progress: Tell | None = None, stop: threading.Event | None = None) -> Scaling:  # fmt: skip
     """Measure how a training step scales with the number of workers.
 
     The serial plan on one worker and the given plan on each other count run in turn, `repetitions` times
@@ -122,82 +104,45 @@ def scaling(
             if stop is not None and stop.is_set():
                 raise Stopped("the measurement was stopped")
             inner(0.0, "")
-            result = clusters[n].train(
-                network,
-                data,
-                plans[n],
-                batch=batch * (n if scaling == "weak" else 1),
-                steps=target_steps if repetition is None else warmup + steps,
-                optimizer=optimizer,
-                seed=seed,
-                record=1 if repetition is None else steps,
-                evaluate_every=evaluate_every if repetition is None else 0,
-                target=target if repetition is None else None,
-                progress=inner,
-                stop=stop,
-            )
+            result = clusters[n].train(network, data, plans[n], batch=batch * (n if scaling == "weak" else 1),
+                                       steps=target_steps if repetition is None else warmup + steps,
+                                       optimizer=optimizer, seed=seed, record=1 if repetition is None else steps,
+                                       evaluate_every=evaluate_every if repetition is None else 0,
+                                       target=target if repetition is None else None, progress=inner,
+                                       stop=stop)  # fmt: skip
             if repetition is None:
                 reached[n] = result
             else:
                 runs[n].append(result)
         tell(1.0, "done")
-    experiment = {
-        "network": network.describe().split(", ")[0],
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "data": data.name,
-        "batch": batch,
-        "scaling": scaling,
-        "plan": _plan_name(plans[counts[-1]], counts[-1]),
-        "backend": runs[counts[-1]][0].backend,
-        "threads_per_worker": threads_per_worker,
-        "steps": steps,
-        "warmup": warmup,
-        "repetitions": repetitions,
-        "optimizer": str(optimizer),
-        "seed": seed,
-        "target_accuracy": target,
-    }
+    experiment = {"network": network.describe().split(", ")[0],
+                  "parameters": sum(p.numel() for p in network.parameters()), "data": data.name, "batch": batch,
+                  "scaling": scaling, "plan": _plan_name(plans[counts[-1]], counts[-1]),
+                  "backend": runs[counts[-1]][0].backend, "threads_per_worker": threads_per_worker, "steps": steps,
+                  "warmup": warmup, "repetitions": repetitions, "optimizer": str(optimizer), "seed": seed,
+                  "target_accuracy": target}  # fmt: skip
     return Scaling(machine(name), experiment, _points(runs, reached, target))
 
 
-def _points(
-    runs: dict[int, list[TrainResult]], reached: dict[int, TrainResult], target: float | None
-) -> tuple[Point, ...]:
-    medians = {
-        n: [float(np.median(Steps.of(r.trace).period.mean(axis=0))) for r in results] for n, results in runs.items()
-    }
+def _points(runs: dict[int, list[TrainResult]], reached: dict[int, TrainResult],
+            target: float | None) -> tuple[Point, ...]:  # fmt: skip
+    medians = {n: [float(np.median(Steps.of(r.trace).period.mean(axis=0))) for r in results]
+               for n, results in runs.items()}  # fmt: skip
     best = runs[1][0].batch / min(medians[1])
-    return tuple(
-        _point(results, summarize(results), medians[n], best, _accuracy(reached.get(n), target))
-        for n, results in runs.items()
-    )
+    return tuple(_point(results, summarize(results), medians[n], best, _accuracy(reached.get(n), target))
+                 for n, results in runs.items())  # fmt: skip
 
 
-def _point(
-    results: list[TrainResult],
-    found: Report,
-    medians: list[float],
-    best: float,
-    accuracy: tuple[float | None, int | None],
-) -> Point:
+def _point(results: list[TrainResult], found: Report, medians: list[float], best: float,
+           accuracy: tuple[float | None, int | None]) -> Point:  # fmt: skip
     speedup = found.throughput / best
-    return Point(
-        workers=found.workers,
-        batch=found.batch,
-        step_s=Spread(found.step_s.median, found.step_s.q1, found.step_s.q3, tuple(medians)),
-        throughput=found.throughput,
-        speedup=speedup,
-        efficiency=speedup / found.workers,
-        parts=found.parts,
-        hidden_communication=found.hidden_communication,
-        bytes_sent=found.bytes_sent,
-        payload_bytes=found.payload_bytes,
-        algorithm=found.algorithm,
-        time_to_accuracy_s=accuracy[0],
-        steps_to_accuracy=accuracy[1],
-        final_loss=float(results[-1].losses[-1]),
-        timeline=_timeline([r.trace for r in results], found.step_s.median),
-    )
+    return Point(workers=found.workers, batch=found.batch,
+                 step_s=Spread(found.step_s.median, found.step_s.q1, found.step_s.q3, tuple(medians)),
+                 throughput=found.throughput, speedup=speedup, efficiency=speedup / found.workers, parts=found.parts,
+                 hidden_communication=found.hidden_communication, bytes_sent=found.bytes_sent,
+                 payload_bytes=found.payload_bytes, algorithm=found.algorithm, time_to_accuracy_s=accuracy[0],
+                 steps_to_accuracy=accuracy[1], final_loss=float(results[-1].losses[-1]),
+                 timeline=_timeline([r.trace for r in results], found.step_s.median))  # fmt: skip
 
 
 def _accuracy(result: TrainResult | None, target: float | None) -> tuple[float | None, int | None]:
@@ -241,13 +186,11 @@ def _counts(workers: Sequence[int]) -> list[int]:
     return sorted({1, *counts})
 
 
-def _check(
-    scaling: str, batch: int, steps: int, warmup: int, repetitions: int, target: float | None, cap: int, every: int
-) -> None:
+def _check(scaling: str, batch: int, steps: int, warmup: int, repetitions: int, target: float | None, cap: int,
+           every: int) -> None:  # fmt: skip
     if scaling not in ("strong", "weak"):
-        raise ValueError(
-            f'scaling must be "strong" (fixed global batch) or "weak" (fixed batch a worker), not {scaling!r}'
-        )
+        raise ValueError('scaling must be "strong" (fixed global batch) or "weak" (fixed batch a worker), '
+                         f'not {scaling!r}')  # fmt: skip
     lowest = {"batch": (batch, 1), "steps": (steps, 2), "warmup": (warmup, 0), "repetitions": (repetitions, 1)}
     lowest |= {"target_steps": (cap, 1), "evaluate_every": (every, 1)}
     for what, (value, least) in lowest.items():
@@ -260,9 +203,8 @@ def _check(
 def _plan(plan: Callable[[int], Plan], n: int) -> Plan:
     """The plan for a count: serial for one worker."""
     if not callable(plan):
-        raise TypeError(
-            f"plan must be a function of the number of workers, such as bp.plan.data_parallel, not {plan!r}"
-        )
+        raise TypeError("plan must be a function of the number of workers, such as "
+                        f"bp.plan.data_parallel, not {plan!r}")  # fmt: skip
     made = serial() if n == 1 else plan(n)
     if made.workers != n:
         raise ValueError(f"plan({n}) gave {made.name}, a plan for {made.workers} workers")

@@ -31,18 +31,11 @@ def machine(name: str | None = None) -> dict[str, Any]:
     from bpkit import __version__
 
     cpu, count = _cpu(), cores()
-    return {
-        "name": name or f"{cpu}, {count} core{'s' * (count != 1)}",
-        "cpu": cpu,
-        "cores": count,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "bpkit": __version__,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    return {"name": name or f"{cpu}, {count} core{'s' * (count != 1)}", "cpu": cpu, "cores": count,
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "os": f"{platform.system()} {platform.release()}", "python": platform.python_version(),
+            "torch": torch.__version__, "numpy": numpy.__version__, "bpkit": __version__,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}  # fmt: skip
 
 
 def cores() -> int:

@@ -64,11 +64,9 @@ class Point:
     def from_json(cls, values: dict[str, Any]) -> Point:
         """Read what ``to_json`` of a `Scaling` wrote."""
         step = values["step_s"]
-        made = {
-            "step_s": Spread(step["median"], step["q1"], step["q3"], tuple(step["samples"])),
-            "parts": Parts(**values["parts"]),
-            "timeline": tuple(tuple(event) for event in values["timeline"]),
-        }
+        made = {"step_s": Spread(step["median"], step["q1"], step["q3"], tuple(step["samples"])),
+                "parts": Parts(**values["parts"]),
+                "timeline": tuple(tuple(event) for event in values["timeline"])}  # fmt: skip
         return cls(**{**values, **made})
 
 
@@ -123,19 +121,12 @@ class Scaling:
         fixed = f"batch {e['batch']:,}" + (" a worker" if e["scaling"] == "weak" else "")
         caption = f"{e['scaling']} scaling of {e['plan']} over {e['backend']}: {e['network']}, {e['data']}, {fixed}"
         target = e["target_accuracy"]
-        rows = [
-            [
-                f"{p.workers}" + (" (serial)" if p.workers == 1 else ""),
-                f"{table.seconds(p.step_s.median)} ({table.seconds(p.step_s.q1)} to {table.seconds(p.step_s.q3)})",
-                f"{p.throughput:,.0f}",
-                f"{p.speedup:.2f}",
-                table.percent(p.efficiency),
-                *(table.seconds(getattr(p.parts, name)) for name in Parts.__dataclass_fields__),
-                table.count(p.bytes_sent),
-                *([table.seconds(p.time_to_accuracy_s)] if target else []),
-            ]
-            for p in self.points
-        ]
+        rows = [[f"{p.workers}" + (" (serial)" if p.workers == 1 else ""),
+                 f"{table.seconds(p.step_s.median)} ({table.seconds(p.step_s.q1)} to {table.seconds(p.step_s.q3)})",
+                 f"{p.throughput:,.0f}", f"{p.speedup:.2f}", table.percent(p.efficiency),
+                 *(table.seconds(getattr(p.parts, name)) for name in Parts.__dataclass_fields__),
+                 table.count(p.bytes_sent), *([table.seconds(p.time_to_accuracy_s)] if target else [])]
+                for p in self.points]  # fmt: skip
         head = ["workers", "step (quartiles)", "samples/s", "speedup", "efficiency", "compute", "waiting for core"]
         head += ["exposed comm.", "idle", "bytes sent", *([f"to {target:.0%}"] if target else [])]
         return caption, head, rows
@@ -151,8 +142,6 @@ def _indented(values: dict[str, Any]) -> str:
     """JSON with one line a point's field, so that versions can be compared and a timeline stays on one line."""
     head = {key: value for key, value in values.items() if key != "points"}
     lines = json.dumps(head, indent=1, ensure_ascii=False).removesuffix("\n}")
-    points = [
-        "  {" + ",\n   ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in point.items()) + "}"
-        for point in values["points"]
-    ]
+    points = ["  {" + ",\n   ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in point.items()) + "}"
+              for point in values["points"]]  # fmt: skip
     return lines + ',\n "points": [\n' + ",\n".join(points) + "\n ]\n}\n"

@@ -17,11 +17,8 @@ from bpkit.optim import Optimizer
 from bpkit.run.cluster import TrainResult
 
 #: How each transport sums gradients; it names what "not counted" hides.
-ALGORITHMS = {
-    "shm": "each rank adds its own slice of all gradients, in shared memory",
-    "gloo": "gloo's all-reduce",
-    "nccl": "NCCL's all-reduce",
-}
+ALGORITHMS = {"shm": "each rank adds its own slice of all gradients, in shared memory", "gloo": "gloo's all-reduce",
+              "nccl": "NCCL's all-reduce"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,16 +152,12 @@ class Report:
 
     def _table(self) -> tuple[str, list[str], list[list[str]]]:
         spread = f"{table.seconds(self.step_s.q1)} to {table.seconds(self.step_s.q3)}"
-        caption = (
-            f"{self.plan} over {self.backend}, batch {self.batch:,}: a step takes "
-            f"{table.seconds(self.step_s.median)} (quartiles {spread}, {self.steps} steps), "
-            f"{self.throughput:,.0f} samples/s"
-        )
+        caption = (f"{self.plan} over {self.backend}, batch {self.batch:,}: a step takes "
+                   f"{table.seconds(self.step_s.median)} (quartiles {spread}, {self.steps} steps), "
+                   f"{self.throughput:,.0f} samples/s")  # fmt: skip
         columns: list[Report | RankReport] = [self, *(self.ranks if self.workers > 1 else ())]
-        rows = [
-            [name.replace("_", " "), *(table.seconds(getattr(c.parts, name)) for c in columns)]
-            for name in Parts.__dataclass_fields__
-        ]
+        rows = [[name.replace("_", " "), *(table.seconds(getattr(c.parts, name)) for c in columns)]
+                for name in Parts.__dataclass_fields__]  # fmt: skip
         rows.append(["sum: step time", *(table.seconds(c.parts.total) for c in columns)])
         rows.append(["hidden communication", *(table.seconds(c.hidden_communication) for c in columns)])
         if self.bubble is not None:
@@ -213,29 +206,20 @@ def summarize(results: Sequence[TrainResult], optimizer: Optimizer | None = None
     near = np.argsort(np.abs(periods - spread.median), kind="stable")[: (len(periods) + 1) // 2]
     ranks = tuple(_rank(last, steps, rank, near, spread.median, optimizer) for rank in range(result.workers))
     sent = [r.bytes_sent for r in ranks]
-    return Report(
-        plan=plan.name,
-        backend=result.backend,
-        workers=result.workers,
-        batch=result.batch,
-        steps=len(periods),
-        step_s=spread,
-        throughput=result.samples / spread.median,
-        parts=Parts.mean([r.parts for r in ranks]),
-        hidden_communication=float(np.mean([r.hidden_communication for r in ranks])),
-        bubble=None if plan.mesh.pipeline == 1 else float(np.mean([r.bubble for r in ranks if r.bubble is not None])),
-        bytes_sent=None if None in sent else round(float(np.mean([s for s in sent if s is not None]))),
-        payload_bytes=round(float(np.mean([r.payload_bytes for r in ranks]))),
-        compress=_compression(result),
-        algorithm=_algorithm(result),
-        memory_bytes=round(float(np.mean([r.memory_bytes for r in ranks]))),
-        ranks=ranks,
-    )
+    return Report(plan=plan.name, backend=result.backend, workers=result.workers, batch=result.batch,
+                  steps=len(periods), step_s=spread, throughput=result.samples / spread.median,
+                  parts=Parts.mean([r.parts for r in ranks]),
+                  hidden_communication=float(np.mean([r.hidden_communication for r in ranks])),
+                  bubble=None if plan.mesh.pipeline == 1 else float(np.mean([r.bubble
+                                                                             for r in ranks if r.bubble is not None])),
+                  bytes_sent=None if None in sent else round(float(np.mean([s for s in sent if s is not None]))),
+                  payload_bytes=round(float(np.mean([r.payload_bytes for r in ranks]))), compress=_compression(result),
+                  algorithm=_algorithm(result), memory_bytes=round(float(np.mean([r.memory_bytes for r in ranks]))),
+                  ranks=ranks)  # fmt: skip
 
 
-def _rank(
-    result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64], median: float, optimizer: Optimizer | None
-) -> RankReport:
+def _rank(result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64], median: float,
+          optimizer: Optimizer | None) -> RankReport:  # fmt: skip
     """One rank's report, over the steps `near`."""
     period = steps.period[rank, near].sum()
 
@@ -245,15 +229,12 @@ def _rank(
     compute, core, exposed = map(scaled, (steps.compute, steps.waiting_for_core, steps.exposed_communication))
     work, span, at = compute + core, scaled(steps.span), result.plan.mesh.coordinate(rank)
     sent = steps.sent[rank]
-    return RankReport(
-        rank=rank,
-        parts=Parts(compute, core, exposed, median - (compute + core + exposed)),
-        hidden_communication=scaled(steps.hidden_communication),
-        bubble=None if result.plan.mesh.pipeline == 1 else span - work,
-        bytes_sent=None if (sent < 0).any() else round(float(sent.mean())),
-        payload_bytes=result.payload(rank),
-        memory_bytes=_memory(result, at.pipeline, optimizer),
-    )
+    return RankReport(rank=rank, parts=Parts(compute, core, exposed, median - (compute + core + exposed)),
+                      hidden_communication=scaled(steps.hidden_communication),
+                      bubble=None if result.plan.mesh.pipeline == 1 else span - work,
+                      bytes_sent=None if (sent < 0).any() else round(float(sent.mean())),
+                      payload_bytes=result.payload(rank),
+                      memory_bytes=_memory(result, at.pipeline, optimizer))  # fmt: skip
 
 
 def _memory(result: TrainResult, pipeline: int, optimizer: Optimizer | None) -> int:

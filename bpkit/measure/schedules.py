@@ -29,11 +29,10 @@ def equal_stages(width: int = 512) -> Network:
     return mlp([64, *[width] * 9, 10], seed=0)
 
 
-def schedules(
-    network: Network, data: Dataset, plans: Sequence[Plan], *, batch: int = 256, steps: int = 12, warmup: int = 3,
-    repetitions: int = 3, name: str | None = None, progress: Callable[[float, str], None] | None = None,
-    stop: threading.Event | None = None,
-) -> dict[str, Any]:  # fmt: skip
+def schedules(network: Network, data: Dataset, plans: Sequence[Plan], *, batch: int = 256, steps: int = 12,
+              warmup: int = 3, repetitions: int = 3, name: str | None = None,
+              progress: Callable[[float, str], None] | None = None,
+              stop: threading.Event | None = None) -> dict[str, Any]:  # fmt: skip
     """Train by each plan in turn, `repetitions` times over, from the same weights.
 
     Parameters

@@ -64,14 +64,10 @@ class Steps:
         # A clock read costs a little CPU time, so an action that never lost its core can show more CPU than wall.
         lost = np.where(trace.cpu >= 0, np.maximum(0, wall - trace.cpu), 0)
         uncounted = total((trace.bytes < 0).astype(np.int64), everywhere) > 0
-        table = {
-            "period": period,
-            "compute": total(wall - lost, compute),
-            "waiting_for_core": total(lost, compute),
-            "exposed_communication": total(trace.wait, everywhere),
-            "hidden_communication": _hidden(trace, place, ranks * len(steps), ~compute).reshape(ranks, -1),
-            "span": end - start,
-        }
+        table = {"period": period, "compute": total(wall - lost, compute), "waiting_for_core": total(lost, compute),
+                 "exposed_communication": total(trace.wait, everywhere),
+                 "hidden_communication": _hidden(trace, place, ranks * len(steps), ~compute).reshape(ranks, -1),
+                 "span": end - start}  # fmt: skip
         sent = np.where(uncounted, -1.0, total(np.maximum(0, trace.bytes), everywhere))
         return cls(**{name: values[:, kept] / 1e9 for name, values in table.items()}, sent=sent[:, kept])
 

@@ -149,7 +149,5 @@ def block(width: int, heads: int, dropout: float = 0.0, fused: bool | None = Non
     """
     drop = [Dropout(dropout)] if dropout else []
     mlp = (Linear(width, 4 * width), GELU(), Linear(4 * width, width))
-    return [
-        Residual(LayerNorm(width), Attention(width, heads, fused=fused), *drop),
-        Residual(LayerNorm(width), *mlp, *drop),
-    ]
+    return [Residual(LayerNorm(width), Attention(width, heads, fused=fused), *drop),
+            Residual(LayerNorm(width), *mlp, *drop)]  # fmt: skip

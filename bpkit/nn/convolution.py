@@ -50,10 +50,8 @@ class Conv2d(Layer):
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw from U(-1/sqrt(n), 1/sqrt(n)), n = inputs x kernel^2, as ``torch.nn.Conv2d`` does."""
         bound = 1 / math.sqrt(self.inputs * self.kernel**2)
-        return [
-            torch.rand(s, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-            for s in self.parameter_shapes(shape)
-        ]
+        return [torch.rand(s, generator=generator, dtype=torch.float64) * (2 * bound) - bound
+                for s in self.parameter_shapes(shape)]  # fmt: skip
 
     def cost(self, shape: Shape) -> StageCost:
         """Count 2 x inputs x kernel^2 for each output element and each of F, I, W (padding too); the bias 1 in F, W."""
@@ -93,9 +91,8 @@ class _ConvPass(Pass):
         if not len(self._x):
             return self._x, *(torch.zeros_like(p) for p in self._site.parameters)
         biases, weight = [self._layer.outputs], self._site.parameters[0]
-        return torch.ops.aten.convolution_backward(
-            self._dy, self._x, weight, biases, stride, padding, [1, 1], False, [0, 0], 1, wanted
-        )
+        return torch.ops.aten.convolution_backward(self._dy, self._x, weight, biases, stride, padding, [1, 1], False,
+                                                   [0, 0], 1, wanted)  # fmt: skip
 
 
 @dataclass(frozen=True)

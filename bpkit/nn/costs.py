@@ -47,14 +47,9 @@ class StageCost:
         """
         if not costs:
             raise ValueError("a stage has at least one layer, and there is no cost to merge")
-        return StageCost(
-            sum(c.forward for c in costs),
-            sum(c.backward_input for c in costs),
-            sum(c.backward_weight for c in costs),
-            costs[0].inputs,
-            costs[-1].outputs,
-            sum(c.parameters for c in costs),
-        )
+        return StageCost(sum(c.forward for c in costs), sum(c.backward_input for c in costs),
+                         sum(c.backward_weight for c in costs), costs[0].inputs, costs[-1].outputs,
+                         sum(c.parameters for c in costs))  # fmt: skip
 
 
 def balanced_cuts(weights: Sequence[int], parts: int) -> list[int]:
@@ -80,12 +75,6 @@ def balanced_cuts(weights: Sequence[int], parts: int) -> list[int]:
         prefix.append(prefix[-1] + weight)
     best: list[tuple[int, list[int]]] = [(prefix[i], []) for i in range(n + 1)]  # the first i in one run
     for k in range(2, parts + 1):
-        best = [
-            min(
-                ((max(best[j][0], prefix[i] - prefix[j]), [*best[j][1], j]) for j in range(k - 1, i)),
-                key=lambda found: found[0],
-                default=(prefix[n] + 1, []),
-            )
-            for i in range(n + 1)
-        ]
+        best = [min(((max(best[j][0], prefix[i] - prefix[j]), [*best[j][1], j]) for j in range(k - 1, i)),
+                    key=lambda found: found[0], default=(prefix[n] + 1, [])) for i in range(n + 1)]  # fmt: skip
     return best[n][1]

@@ -45,17 +45,8 @@ def key(*coordinates: int) -> int:
     return result
 
 
-def dropout_mask(
-    p: float,
-    shape: Shape,
-    *,
-    seed: int,
-    step: int,
-    layer: int,
-    first: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-) -> Tensor:
+def dropout_mask(p: float, shape: Shape, *, seed: int, step: int, layer: int, first: int = 0,
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:  # fmt: skip
     """Return the mask of a batch: 0 with probability `p`, else 1 / (1 - p).
 
     Parameters
@@ -103,16 +94,8 @@ class Dropout(Elementwise):
 
 def _mask(p: float, site: Site, context: Context) -> Tensor:
     """Return the mask at a site and a context."""
-    return dropout_mask(
-        p,
-        site.shape,
-        seed=site.seed,
-        step=context.step,
-        layer=site.layer,
-        first=context.first,
-        dtype=site.dtype,
-        device=site.device,
-    )
+    return dropout_mask(p, site.shape, seed=site.seed, step=context.step, layer=site.layer, first=context.first,
+                        dtype=site.dtype, device=site.device)  # fmt: skip
 
 
 class _DropoutPass(Pass):

@@ -52,9 +52,8 @@ class Embedding(Layer):
         return (self.tied,)
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [
-            torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02) for s in self.parameter_shapes(shape)
-        ]
+        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
+                for s in self.parameter_shapes(shape)]  # fmt: skip
 
     def cost(self, shape: Shape) -> StageCost:
         """Count one FLOP for each element moved: F reads them, W adds them; I does nothing."""
@@ -124,9 +123,8 @@ class Positions(Layer):
         return ((self.length, self.width),) if self.held else ()
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [
-            torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02) for s in self.parameter_shapes(shape)
-        ]
+        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
+                for s in self.parameter_shapes(shape)]  # fmt: skip
 
     def cost(self, shape: Shape) -> StageCost:
         """Count one FLOP an element for F and for W; I passes the gradient on."""
@@ -174,6 +172,5 @@ class Unembedding(Linear):
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw from N(0, 0.02); where the embedding lies in the same network, its matrix counts."""
-        return [
-            torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02) for s in self.parameter_shapes(shape)
-        ]
+        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
+                for s in self.parameter_shapes(shape)]  # fmt: skip

@@ -47,6 +47,5 @@ def aligned(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def views(flat: Tensor, offsets: Sequence[int], shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
     """Return the tensors that lie in a flat buffer."""
-    return tuple(
-        flat[start : start + math.prod(shape)].view(shape) for start, shape in zip(offsets, shapes, strict=True)
-    )
+    return tuple(flat[start : start + math.prod(shape)].view(shape)
+                 for start, shape in zip(offsets, shapes, strict=True))  # fmt: skip

@@ -40,15 +40,8 @@ class GradCheck:
         return "\n".join([*lines, "gradients agree" if self.ok else "gradients DIFFER (limits 1e-12 and 1e-6)"])
 
 
-def gradcheck(
-    network: Network,
-    x: Tensor,
-    targets: Tensor,
-    *,
-    context: Context = START,
-    samples: int = 20,
-    step: float = 1e-6,
-) -> GradCheck:
+def gradcheck(network: Network, x: Tensor, targets: Tensor, *, context: Context = START, samples: int = 20,
+              step: float = 1e-6) -> GradCheck:  # fmt: skip
     """Compare a network's gradients of the loss's sum with autograd and central finite differences.
 
     Parameters
@@ -109,9 +102,8 @@ def gradcheck(
     return GradCheck(autograd, differences)
 
 
-def reference_loss(
-    network: Network, x: Tensor, parameters: list[Tensor], targets: Tensor, context: Context = START
-) -> Tensor:
+def reference_loss(network: Network, x: Tensor, parameters: list[Tensor], targets: Tensor,
+                   context: Context = START) -> Tensor:  # fmt: skip
     """Compute the loss's sum with torch's own functions, differentiable by autograd."""
     y = Sequential(*network.layers).reference(x, parameters, context, network.site(len(x)))
     return network.loss.reference(y, targets)

@@ -45,10 +45,8 @@ class Linear(Layer):
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw from U(-1/sqrt(inputs), 1/sqrt(inputs)), as ``torch.nn.Linear`` does."""
         bound = 1 / math.sqrt(self.inputs)
-        return [
-            torch.rand(s, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-            for s in self.parameter_shapes(shape)
-        ]
+        return [torch.rand(s, generator=generator, dtype=torch.float64) * (2 * bound) - bound
+                for s in self.parameter_shapes(shape)]  # fmt: skip
 
     def cost(self, shape: Shape) -> StageCost:
         """Count 2 x inputs x outputs for each product; the bias adds `outputs` to F and W."""
@@ -131,10 +129,7 @@ class LayerNorm(Layer):
         return ((self.features,), (self.features,))
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [
-            torch.ones(self.features, dtype=torch.float64),
-            torch.zeros(self.features, dtype=torch.float64),
-        ]
+        return [torch.ones(self.features, dtype=torch.float64), torch.zeros(self.features, dtype=torch.float64)]
 
     def cost(self, shape: Shape) -> StageCost:
         """Count 8 FLOPs an element for F and for I (two means and three elementwise steps each), 3 for W."""

@@ -95,19 +95,15 @@ class CrossEntropy(Loss):
         if targets.dtype is not torch.int64:
             raise TypeError(f"cross-entropy takes class numbers as torch.int64, not {targets.dtype}")
         if tuple(targets.shape[1:]) != tuple(output_shape[:-1]):
-            raise ValueError(
-                f"outputs of {output_shape} a sample take targets of {output_shape[:-1]} a sample, "
-                f"not {tuple(targets.shape[1:])}"
-            )
+            raise ValueError(f"outputs of {output_shape} a sample take targets of {output_shape[:-1]} a sample, "
+                             f"not {tuple(targets.shape[1:])}")  # fmt: skip
         classes = output_shape[-1]
         bad = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
         if bad.any():
             where = bad.nonzero()[0].tolist()
             position = where[0] if len(where) == 1 else tuple(where)
-            raise ValueError(
-                f"label {int(targets[tuple(where)])} at position {position} is out of range: "
-                f"the network has {classes} classes, so labels run from 0 to {classes - 1}"
-            )
+            raise ValueError(f"label {int(targets[tuple(where)])} at position {position} is out of range: "
+                             f"the network has {classes} classes, so labels run from 0 to {classes - 1}")  # fmt: skip
 
     def reference(self, y: Tensor, targets: Tensor) -> Tensor:
         flat = targets.reshape(-1)
@@ -171,9 +167,8 @@ class MSE(Loss):
         if not targets.dtype.is_floating_point:
             raise TypeError(f"squared error takes floating targets, not {targets.dtype}")
         if tuple(targets.shape[1:]) != tuple(output_shape):
-            raise ValueError(
-                f"outputs of {output_shape} a sample take targets of the same shape, not {tuple(targets.shape[1:])}"
-            )
+            raise ValueError(f"outputs of {output_shape} a sample take targets of the same shape, not "
+                             f"{tuple(targets.shape[1:])}")  # fmt: skip
 
     def reference(self, y: Tensor, targets: Tensor) -> Tensor:
         return F.mse_loss(y, targets, reduction="sum")

@@ -18,14 +18,8 @@ from bpkit.nn.network import Network
 from bpkit.nn.normalisation import BatchNorm, GroupNorm
 
 
-def mlp(
-    sizes: Sequence[int],
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    activation: str = "relu",
-    loss: str | Loss = "cross_entropy",
-    dropout: float = 0.0,
-) -> Network:
+def mlp(sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32, activation: str = "relu",
+        loss: str | Loss = "cross_entropy", dropout: float = 0.0) -> Network:  # fmt: skip
     """Return a multilayer perceptron: linear layers with an activation between them.
 
     Parameters
@@ -56,18 +50,9 @@ def mlp(
     return Network(layers, sizes[0], loss=loss, seed=seed, dtype=dtype)
 
 
-def gpt(
-    vocabulary: int,
-    length: int,
-    width: int = 64,
-    heads: int = 4,
-    layers: int = 2,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-    tied: bool = True,
-    dropout: float = 0.0,
-    fused: bool | None = None,
-) -> Network:
+def gpt(vocabulary: int, length: int, width: int = 64, heads: int = 4, layers: int = 2, seed: int = 0,
+        dtype: torch.dtype = torch.float32, tied: bool = True, dropout: float = 0.0,
+        fused: bool | None = None) -> Network:  # fmt: skip
     """Return a language model of the form of GPT-2 (Radford et al. 2019): tokens (length,) in, scores of the next out.
 
     Its layers: `Embedding`, `Positions`, two halves for each `block`, a last `LayerNorm`, and the scores.
@@ -94,14 +79,8 @@ def gpt(
     return Network([*start, *drop, *halves, LayerNorm(width), scores], length, seed=seed, dtype=dtype)
 
 
-def convnet(
-    side: int = 8,
-    channels: Sequence[int] = (1, 16, 32),
-    classes: int = 10,
-    norm: str | None = "batch",
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Network:
+def convnet(side: int = 8, channels: Sequence[int] = (1, 16, 32), classes: int = 10, norm: str | None = "batch",
+            seed: int = 0, dtype: torch.dtype = torch.float32) -> Network:  # fmt: skip
     """Return a small convolutional network for square images given as vectors, such as digits or MNIST (side 28).
 
     For each further number of channels: a 3 x 3 `Conv2d` that keeps the size, the norm, `ReLU`, `MaxPool2d`.

@@ -69,32 +69,17 @@ class Network:
     flat_gradients: Tensor
     flat_buffers: Tensor
 
-    def __init__(
-        self,
-        layers: Sequence[Layer],
-        input_shape: int | Sequence[int],
-        *,
-        loss: str | Loss = "cross_entropy",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], input_shape: int | Sequence[int], *, loss: str | Loss = "cross_entropy",
+                 seed: int = 0, dtype: torch.dtype = torch.float32,
+                 device: str | torch.device = "cpu") -> None:  # fmt: skip
         shape = (input_shape,) if isinstance(input_shape, int) else tuple(int(n) for n in input_shape)
         self._define(tuple(layers), shape, make_loss(loss), seed, dtype, torch.device(device), 0)
         generator = torch.Generator().manual_seed(seed)
         drawn = [p for layer, s in self._placed() for p in layer.initial(s, generator)]
         self.load([drawn[i] for i in self.owners])
 
-    def _define(
-        self,
-        layers: tuple[Layer, ...],
-        input_shape: Shape,
-        loss: Loss,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        first_leaf: int,
-    ) -> None:
+    def _define(self, layers: tuple[Layer, ...], input_shape: Shape, loss: Loss, seed: int, dtype: torch.dtype,
+                device: torch.device, first_leaf: int) -> None:  # fmt: skip
         """Check, lay out and allocate; parameters are zero afterwards."""
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"a network computes in torch.float32 or torch.float64, not {dtype}")
@@ -188,10 +173,8 @@ class Network:
             if flat is None:
                 continue
             if flat.shape != (self.flat_size,) or flat.dtype is not self.dtype:
-                raise ValueError(
-                    f"flat {name} must be 1-D with {self.flat_size} elements of {self.dtype}, "
-                    f"not {tuple(flat.shape)} of {flat.dtype}"
-                )
+                raise ValueError(f"flat {name} must be 1-D with {self.flat_size} elements of {self.dtype}, "
+                                 f"not {tuple(flat.shape)} of {flat.dtype}")  # fmt: skip
             if self.flat_size and (flat.data_ptr() % ALIGNMENT or not flat.is_contiguous()):
                 raise ValueError(f"flat {name} must be contiguous and start on a {ALIGNMENT}-byte boundary")
             flat.copy_(getattr(self, f"flat_{name}"))
@@ -226,9 +209,8 @@ class Network:
             run = self._prepare(slot, x)
         return run.chain.forward(x, context)
 
-    def backward(
-        self, dy: Tensor, slot: Hashable = 0, accumulate: bool = False, need_input: bool = False
-    ) -> Tensor | None:
+    def backward(self, dy: Tensor, slot: Hashable = 0, accumulate: bool = False,
+                 need_input: bool = False) -> Tensor | None:  # fmt: skip
         """Run the whole backward (B) of the microbatch in `slot`.
 
         Parameters
@@ -274,17 +256,10 @@ class Network:
 
     def site(self, rows: int) -> Site:
         """Return the site of the whole network for a batch of `rows`."""
-        return Site(
-            self._parameters,
-            self._gradients,
-            (rows, *self.input_shape),
-            self.dtype,
-            self.device,
-            self._first_leaf,
-            self.seed,
-            buffers=self._buffers,
-            added=tuple(own == i and own in self.owners[i + 1 :] for i, own in enumerate(self.owners)),
-        )
+        return Site(self._parameters, self._gradients, (rows, *self.input_shape), self.dtype, self.device,
+                    self._first_leaf, self.seed, buffers=self._buffers,
+                    added=tuple(own == i and own in self.owners[i + 1 :]
+                                for i, own in enumerate(self.owners)))  # fmt: skip
 
     def release(self) -> None:
         """Drop the buffers of all slots."""
@@ -364,12 +339,8 @@ class Network:
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
         define = (self.layers, self.input_shape, self.loss, self.seed, self.dtype, self.device, self._first_leaf)
-        return {
-            "define": define,
-            "parameters": self.flat_parameters.cpu().numpy(),
-            "gradients": self.flat_gradients.cpu().numpy(),
-            "buffers": self.flat_buffers.cpu().numpy(),
-        }
+        return {"define": define, "parameters": self.flat_parameters.cpu().numpy(),
+                "gradients": self.flat_gradients.cpu().numpy(), "buffers": self.flat_buffers.cpu().numpy()}  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._define(*state["define"])

@@ -92,9 +92,8 @@ def _inside(layers: Sequence[Layer], index: int, of: int) -> list[Cut]:
         flat += layer.layers if type(layer) is not Residual and isinstance(layer, Sequential) else [layer]
     pairs = _pairs(flat)
     if len(pairs) != 1:
-        raise ValueError(
-            f"a tensor axis cuts one pair of Linear layers in a container, and finds {len(pairs)} in {flat}"
-        )
+        raise ValueError("a tensor axis cuts one pair of Linear layers in a container, and finds "
+                         f"{len(pairs)} in {flat}")  # fmt: skip
     (a, b), result = pairs[0], []
     for i, layer in enumerate(flat):
         heads = flat[a + 1] if isinstance(flat[a + 1], Heads) else None
@@ -170,13 +169,11 @@ def _groups(network: Network) -> list[tuple[str, int, int]]:
 def tensor_layout(network: Network) -> TensorLayout:
     """Return where a network is cut for the tensor axis, for any number of ranks."""
     groups, costs = _groups(network), [cost.total for cost in network.costs()]
-    return TensorLayout(
-        tuple(start for _, start, _ in groups[1:]),
-        tuple(i for i, (kind, _, _) in enumerate(groups) if kind in ("tokens", "pair")),
-        tuple(i for i, (kind, _, _) in enumerate(groups) if kind in ("pair", "classes")),
-        tuple(sum(costs[start:stop]) for _, start, stop in groups),
-        groups[-1][0] == "classes",
-    )
+    return TensorLayout(tuple(start for _, start, _ in groups[1:]),
+                        tuple(i for i, (kind, _, _) in enumerate(groups) if kind in ("tokens", "pair")),
+                        tuple(i for i, (kind, _, _) in enumerate(groups) if kind in ("pair", "classes")),
+                        tuple(sum(costs[start:stop]) for _, start, stop in groups),
+                        groups[-1][0] == "classes")  # fmt: skip
 
 
 def _cut(network: Network, index: int, of: int) -> list[Cut]:
@@ -203,11 +200,8 @@ def _cut(network: Network, index: int, of: int) -> list[Cut]:
                 result.append((replace(layer, shared=True), pieces))
             elif kind == "pair" and isinstance(layer, Linear):
                 result.append(_first(layer, index, of, None) if i == start else _second(layer, index, of))
-            elif (
-                kind == "pair"
-                and isinstance(layer, Dropout)
-                and any(isinstance(later, Linear) for later in network.layers[i:stop])
-            ):
+            elif (kind == "pair" and isinstance(layer, Dropout)
+                  and any(isinstance(later, Linear) for later in network.layers[i:stop])):  # fmt: skip
                 raise ValueError(f"layer {i}: Dropout between two split products: put it behind the second one")
             else:
                 result.append((layer, pieces))

@@ -14,10 +14,8 @@ from bpkit.plan.strategies import data_parallel, serial
 from bpkit.plan.tensor import shard_optimizer, tensor_parallel
 from bpkit.plan.zero import zero
 
-__all__ = [
-    "MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Mesh", "Part", "Plan", "PlanError", "Program",
-    "Verb", "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel",
-    "expand", "from_csv", "gpipe", "grid", "interleaved", "local_sgd", "naive", "one_f_one_b", "parameter_server",
-    "pipedream", "refine", "serial", "shard_optimizer", "tensor_parallel", "to_csv", "torch_schedule", "zb_v", "zero",
-    "zero_bubble_h1", "zero_bubble_h2",
-]  # fmt: skip
+__all__ = ["MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Mesh", "Part", "Plan", "PlanError", "Program",
+           "Verb", "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel",
+           "expand", "from_csv", "gpipe", "grid", "interleaved", "local_sgd", "naive", "one_f_one_b",
+           "parameter_server", "pipedream", "refine", "serial", "shard_optimizer", "tensor_parallel", "to_csv",
+           "torch_schedule", "zb_v", "zero", "zero_bubble_h1", "zero_bubble_h2"]  # fmt: skip

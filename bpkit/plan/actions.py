@@ -127,10 +127,8 @@ PARTNERS: Final[dict[str, tuple[tuple[str, ...], int]]] = {
     "SEND_P": (("RECV_P",), 0),
 }
 
-_PATTERN = re.compile(
-    r"(?P<stage>\d+)(?P<kind>[A-Z]+(?:_[A-Z]+)*)(?P<mb>\d+)?"
-    r"(?:\[(?P<lo>\d+)(?::(?P<hi>\d+))?/(?P<of>\d+)\])?(?:(?P<way>[<>])(?P<peer>\d+))?"
-)
+_PATTERN = re.compile(r"(?P<stage>\d+)(?P<kind>[A-Z]+(?:_[A-Z]+)*)(?P<mb>\d+)?"
+                      r"(?:\[(?P<lo>\d+)(?::(?P<hi>\d+))?/(?P<of>\d+)\])?(?:(?P<way>[<>])(?P<peer>\d+))?")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +197,8 @@ class Action:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ValueError(
-                f"{text!r} is not an action: write <stage><KIND><microbatch>, for example 2F0 or 0ADD_G[3/4]<3"
-            )
+            raise ValueError(f"{text!r} is not an action: write <stage><KIND><microbatch>, for example 2F0 "
+                             "or 0ADD_G[3/4]<3")  # fmt: skip
         number = {k: int(v) for k, v in match.groupdict().items() if v is not None and k not in ("kind", "way")}
         part = None
         if "of" in number:

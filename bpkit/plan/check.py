@@ -63,9 +63,8 @@ class _Walk:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world = Provenance(plan)
-        self.ranks = {
-            at: _Rank(self.world.holdings(at), hazards(plan.row(at), plan.shared)) for at in plan.mesh.coordinates()
-        }
+        self.ranks = {at: _Rank(self.world.holdings(at), hazards(plan.row(at), plan.shared))
+                      for at in plan.mesh.coordinates()}  # fmt: skip
         self.arrivals: dict[tuple[object, ...], list[tuple[_Rank, int]]] = {}
         self.posted: dict[tuple[Pair, int, bool], tuple[_Rank, int]] = {}
         self.messages: dict[tuple[Pair, int], object] = {}
@@ -178,9 +177,5 @@ class _Walk:
 def _fit(send: Action, receive: Action) -> bool:
     """Whether a receive takes what a send gives."""
     kinds, step = PARTNERS[send.kind]
-    return (
-        receive.kind in kinds
-        and receive.stage == send.stage + step
-        and receive.mb == send.mb
-        and (send.part and send.part.fractions()) == (receive.part and receive.part.fractions())
-    )
+    return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
+            and (send.part and send.part.fractions()) == (receive.part and receive.part.fractions()))  # fmt: skip

@@ -189,11 +189,8 @@ def hierarchical(n: int, stage: int = 0, hosts: int = 2) -> Rows:
     if hosts < 1 or n % hosts:
         raise ValueError(f"hierarchical: {n} ranks do not divide into {hosts} hosts of equal size")
     per_host = n // hosts
-    inner_scatter, inner_gather, outer = (
-        reduce_scatter(per_host, stage),
-        all_gather(per_host, stage),
-        ring(hosts, stage),
-    )
+    inner_scatter, inner_gather, outer = (reduce_scatter(per_host, stage), all_gather(per_host, stage),
+                                          ring(hosts, stage))  # fmt: skip
     rows: Rows = []
     for r in range(n):
         host, local = divmod(r, per_host)

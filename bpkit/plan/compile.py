@@ -126,9 +126,8 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     edges = (*(_elements(part.input_shape) for part in parts), _elements(network.output_shape))
     itemsize = network.dtype.itemsize
     rows = tuple(_instructions(row, plan.shared, sizes, edges, itemsize) for row in plan.rows)
-    return Program(
-        plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)), tuple(map(peak_activations, plan.rows))
-    )
+    return Program(plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)),
+                   tuple(map(peak_activations, plan.rows)))  # fmt: skip
 
 
 def _sizes(plan: Plan, network: Network, cuts: Sequence[int]) -> tuple[int, ...]:
@@ -200,9 +199,8 @@ def _elements(shape: Sequence[int]) -> int:
     return count
 
 
-def _instructions(
-    row: tuple[Action, ...], shared: dict[str, int], sizes: Sequence[int], edges: Sequence[int], itemsize: int
-) -> tuple[Instruction, ...]:
+def _instructions(row: tuple[Action, ...], shared: dict[str, int], sizes: Sequence[int], edges: Sequence[int],
+                  itemsize: int) -> tuple[Instruction, ...]:  # fmt: skip
     result = []
     for action, waits in zip(row, hazards(row, shared), strict=True):
         communication = tuple(i for i in waits if row[i].verb.stream != "compute")

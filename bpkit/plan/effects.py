@@ -52,12 +52,8 @@ def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -
 
 def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.whole_edge(rank, index, Buffer("K", action.stage, action.mb))
-    for buf in (
-        Buffer("K", action.stage, action.mb),
-        Buffer("S", action.stage, action.mb),
-        Buffer("D", action.stage + 1, action.mb),
-        Buffer("A", action.stage, action.mb),
-    ):
+    for buf in (Buffer("K", action.stage, action.mb), Buffer("S", action.stage, action.mb),
+                Buffer("D", action.stage + 1, action.mb), Buffer("A", action.stage, action.mb)):  # fmt: skip
         rank.edges.pop(buf, None)
     for stage in world.sharing("G", rank, action.stage):
         if any(counts and STALE not in counts for counts in rank.gradients[stage]):
@@ -198,26 +194,11 @@ def _norm(world: Provenance, members: Members, action: Action) -> None:
                     world.complete(rank, index, stage, atom, counts)
 
 
-COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
-    "ZERO": _zero,
-    "F": _forward,
-    "LOSS": _loss,
-    "B": _backward,
-    "I": _input_half,
-    "W": _weight_half,
-    "RECOMPUTE": _recompute,
-    "UPDATE": _update,
-    "RESHARD": _reshard,
-}
-GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
-    "REDUCE_GRAD": _reduce_data,
-    "SCATTER_GRAD": _scatter,
-    "UNSHARD": _unshard,
-    "AVERAGE": _average,
-    "SUM_F": _sum_edges(1),
-    "SUM_B": _sum_edges(0),
-    "SUM_G": _reduce,
-    "SUM_TIED": _tie,
-    "NORM": _norm,
-    "SWAP_G": _swap,
-}
+COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action],
+                            None]] = {"ZERO": _zero, "F": _forward, "LOSS": _loss, "B": _backward, "I": _input_half,
+                                      "W": _weight_half, "RECOMPUTE": _recompute, "UPDATE": _update,
+                                      "RESHARD": _reshard}  # fmt: skip
+GROUP: dict[str, Callable[[Provenance, Members, Action],
+                          None]] = {"REDUCE_GRAD": _reduce_data, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard,
+                                    "AVERAGE": _average, "SUM_F": _sum_edges(1), "SUM_B": _sum_edges(0),
+                                    "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": _swap}  # fmt: skip

@@ -146,9 +146,8 @@ def _ready(plan: Plan, action: Action, arrived: dict[tuple[str, int, int | None]
     return 0
 
 
-def _hand_over(
-    plan: Plan, rank: int, action: Action, end: int, rows: Rows, arrived: dict[tuple[str, int, int | None], int]
-) -> None:
+def _hand_over(plan: Plan, rank: int, action: Action, end: int, rows: Rows,
+               arrived: dict[tuple[str, int, int | None], int]) -> None:  # fmt: skip
     """Mark what an action produced, and send it where the next stage is elsewhere."""
     sums_follow = {"F": plan.partial_outputs, "B": plan.partial_inputs, "I": plan.partial_inputs}
     kind = action.kind

@@ -147,9 +147,8 @@ def zero_bubble_h2(workers: int, microbatches: int, **options: Unpack[Options]) 
     return _halves("zero_bubble_h2", lambda rank: (2 * (workers - rank) - 1, 2 * rank), workers, microbatches, options)
 
 
-def _halves(
-    name: str, rule: Callable[[int], tuple[int, int]], workers: int, microbatches: int, options: Options
-) -> Plan:
+def _halves(name: str, rule: Callable[[int], tuple[int, int]], workers: int, microbatches: int,
+            options: Options) -> Plan:  # fmt: skip
     """1F1B in halves by each rank's (forwards first, microbatches by which W lags behind I)."""
 
     def word(rank: int) -> str:
@@ -202,14 +201,12 @@ def pipedream(workers: int, microbatches: int) -> Plan:
     return update_each(communicate(losses(plan)))
 
 
-def _plan(
-    name: str, word: Callable[[int], Iterable[str]], place: Sequence[int], m: int, options: Options, *args: int
-) -> Plan:
+def _plan(name: str, word: Callable[[int], Iterable[str]], place: Sequence[int], m: int, options: Options,
+          *args: int) -> Plan:  # fmt: skip
     """The plan whose rank r runs ``word(r)``."""
     data, buckets = options.get("data", 1), options.get("buckets", 1)
     whole_number(name, workers=args[0], microbatches=m, data=data, buckets=buckets)
-    rows = tuple(_numbered(word(rank), [s for s, at in enumerate(place) if at == rank], m)
-                 for rank in range(args[0]))  # fmt: skip
+    rows = tuple(_numbered(word(rank), [s for s, at in enumerate(place) if at == rank], m) for rank in range(args[0]))
     plan = Plan(call_text(name, *args, **options), rows, len(place), Mesh(data, args[0]), m,
                 options.get("merge", "mean"))  # fmt: skip
     plan = refine(plan, buckets)

@@ -97,18 +97,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.microbatches < 1:
-            raise ValueError(
-                f"{self.name}: a plan needs at least one stage and one microbatch, not "
-                f"{self.stages} and {self.microbatches}"
-            )
+            raise ValueError(f"{self.name}: a plan needs at least one stage and one microbatch, not "
+                             f"{self.stages} and {self.microbatches}")  # fmt: skip
         if self.merge not in MERGES:
             raise ValueError(f"{self.name}: unknown merge {self.merge!r}: choose one of {', '.join(MERGES)}")
         needed = self.mesh.pipeline * (self.mesh.data if self.expanded else 1)
         if len(self.rows) != needed:
             each = "(pipeline, data) coordinate" if self.expanded else "pipeline coordinate"
-            raise ValueError(
-                f"{self.name}: {len(self.rows)} rows, but a mesh of {self.mesh} needs {needed}: one a {each}"
-            )
+            raise ValueError(f"{self.name}: {len(self.rows)} rows, but a mesh of {self.mesh} needs "
+                             f"{needed}: one a {each}")  # fmt: skip
         if self.purpose not in PURPOSES:
             raise ValueError(f"{self.name}: unknown purpose {self.purpose!r}: choose one of {', '.join(PURPOSES)}")
         if self.holds not in ("all", "own", "one"):
@@ -143,9 +140,8 @@ class Plan:
         if action.mb is not None and action.mb >= self.microbatches:
             raise ValueError(f"{where}: the plan has microbatches 0 to {self.microbatches - 1}")
         if action.peer is not None and not (self.expanded and action.peer < self.mesh.data):
-            raise ValueError(
-                f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of an expanded plan"
-            )
+            raise ValueError(f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of "
+                             "an expanded plan")  # fmt: skip
 
     @property
     def exact(self) -> bool:

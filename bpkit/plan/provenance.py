@@ -61,9 +61,8 @@ class Provenance:
             touching = [a.kind for a in rank.row if a.stage == stage and a.kind in ("F", "UNSHARD")]
             sharded = touching[:1] == ["UNSHARD"] and self.plan.mesh.data > 1
             rank.sharded[stage] = sharded
-            rank.versions[stage] = [
-                0 if not sharded or self.owner(i) == at.data else None for i in range(len(self.atoms))
-            ]
+            rank.versions[stage] = [0 if not sharded or self.owner(i) == at.data else None
+                                    for i in range(len(self.atoms))]  # fmt: skip
         return rank
 
     def owner(self, atom: int) -> int:

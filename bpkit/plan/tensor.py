@@ -53,11 +53,9 @@ def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
     split = {*layout.partial_outputs, *layout.partial_inputs} if tensor > 1 else set()
     rows = tuple(tuple(a for action in row for a in _cut(action, bounds, split)) for row in plan.rows)
     place = tuple(plan.place[stage] for stage, (low, high) in enumerate(bounds) for _ in range(low, high))
-    made = Plan(
-        f"tensor_parallel({plan.name}, {tensor})", rows, count, Mesh(plan.mesh.data, plan.mesh.pipeline, tensor),
-        plan.microbatches, plan.merge, place, layout.cuts,
-        *((layout.partial_outputs, layout.partial_inputs) if tensor > 1 else ((), ())),
-    )  # fmt: skip
+    made = Plan(f"tensor_parallel({plan.name}, {tensor})", rows, count,
+                Mesh(plan.mesh.data, plan.mesh.pipeline, tensor), plan.microbatches, plan.merge, place, layout.cuts,
+                *((layout.partial_outputs, layout.partial_inputs) if tensor > 1 else ((), ())))  # fmt: skip
     return complete(made)
 
 

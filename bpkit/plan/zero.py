@@ -10,9 +10,8 @@ from bpkit.plan.plan import Plan
 from bpkit.plan.strategies import call_text, whole_number
 
 
-def zero(
-    workers: int, level: int, units: int = 1, microbatches: int = 1, prefetch: bool = True, reshard: bool = True
-) -> Plan:
+def zero(workers: int, level: int, units: int = 1, microbatches: int = 1, prefetch: bool = True,
+         reshard: bool = True) -> Plan:  # fmt: skip
     """Each rank keeps 1/n of the optimizer state (level 1), of the gradients (2), of the parameters (3).
 
     Level 1 with two units, one row that all ranks share::
@@ -47,9 +46,8 @@ def zero(
     """
     whole_number("zero", workers=workers, units=units, microbatches=microbatches)
     if level not in (1, 2, 3):
-        raise ValueError(
-            f"zero: the level is 1 (optimizer state), 2 (and gradients) or 3 (and parameters), not {level!r}"
-        )
+        raise ValueError("zero: the level is 1 (optimizer state), 2 (and gradients) or 3 (and "
+                         f"parameters), not {level!r}")  # fmt: skip
     row = [Action(stage, "ZERO") for stage in range(units)]
     for mb in range(microbatches):
         scatter = level > 1 or mb == microbatches - 1

@@ -25,10 +25,8 @@ _BUSY_SLICE = 0.001  # the same while there is work of our own to move along
 _NAP = 1e-4  # seconds between two looks at several peers
 
 # What a rank waits in, as a number that fits into the shared block (index 0: not waiting).
-OPERATIONS = (
-    "", "send", "recv", "barrier", "empty", "all_reduce", "reduce_scatter", "all_gather", "broadcast",
-    "post_all_reduce",
-)  # fmt: skip
+OPERATIONS = ("", "send", "recv", "barrier", "empty", "all_reduce", "reduce_scatter", "all_gather", "broadcast",
+              "post_all_reduce")  # fmt: skip
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 

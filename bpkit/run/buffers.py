@@ -259,9 +259,8 @@ class Buffers:
         """
 
         def distinct(tensors: list[Tensor]) -> int:
-            return sum(
-                {t.data_ptr(): t.numel() * t.element_size() for t in sorted(tensors, key=len) if len(t)}.values()
-            )
+            return sum({t.data_ptr(): t.numel() * t.element_size()
+                        for t in sorted(tensors, key=len) if len(t)}.values())  # fmt: skip
 
         parameters = distinct([net.flat_parameters for nets in self._copies.values() for net in nets])
         if self.gathered_parts:
@@ -270,11 +269,8 @@ class Buffers:
             parameters //= self.program.plan.mesh.data
         whole = [net.flat_gradients for net in self.stages.values()]
         state = [tensor for tensors in self.state.values() for tensor in tensors]
-        return {
-            "parameters": parameters,
-            "gradients": distinct(whole) + distinct(list(self.reduced.values())),
-            "optimizer": distinct(state),
-        }
+        return {"parameters": parameters, "gradients": distinct(whole) + distinct(list(self.reduced.values())),
+                "optimizer": distinct(state)}  # fmt: skip
 
 
 def _padding(net: Network) -> Tensor:

@@ -17,21 +17,17 @@ from bpkit.run.training import Shards, shard_sizes_of
 def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers: int, samples: int) -> None:
     """Refuse a plan for other workers or a larger batch, and samples that do not fit the network."""
     if plan.workers != workers:
-        raise ValueError(
-            f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), but this cluster has {workers}"
-        )
+        raise ValueError(f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), but this "
+                         f"cluster has {workers}")  # fmt: skip
     if plan.microbatches > samples and not plan.servers:
         raise ValueError(f"{plan.name}: {plan.microbatches} microbatches of a batch of {samples} samples: some would "
                          "be empty; use fewer microbatches or a larger batch")  # fmt: skip
     if tuple(inputs.shape[1:]) != tuple(network.input_shape):
-        raise ValueError(
-            f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
-            f"which takes {tuple(network.input_shape)}"
-        )
+        raise ValueError(f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
+                         f"which takes {tuple(network.input_shape)}")  # fmt: skip
     if inputs.dtype != network.input_dtype:
-        raise TypeError(
-            f"inputs are {inputs.dtype} but the network takes {network.input_dtype}: load the data with the same dtype"
-        )
+        raise TypeError(f"inputs are {inputs.dtype} but the network takes {network.input_dtype}: load the data with "
+                        "the same dtype")  # fmt: skip
     network.loss.check(targets, network.output_shape)
 
 
@@ -56,9 +52,8 @@ def run_length(plan: Plan, steps: int, record: int, evaluate_every: int, target:
 def make_optimizer(lr: float | None, optimizer: Optimizer | None) -> Optimizer:
     """Plain SGD at a learning rate, or the optimizer given."""
     if (lr is None) == (optimizer is None):
-        raise ValueError(
-            "train takes either lr=..., for plain SGD, or optimizer=..., for example bp.optim.SGD(0.1, momentum=0.9)"
-        )
+        raise ValueError("train takes either lr=..., for plain SGD, or optimizer=..., for example "
+                         "bp.optim.SGD(0.1, momentum=0.9)")  # fmt: skip
     return SGD(lr) if optimizer is None else optimizer  # type: ignore[arg-type]
 
 
@@ -70,9 +65,8 @@ def checked_shards(batch: int, plan: Plan, shards: Shards | None) -> Shards | No
         sizes = shard_sizes_of(plan, batch, shards, step)
         served = [data for data in plan.servers if sizes[data]]
         if served:
-            raise ValueError(
-                f"{plan.name}: data rank {served[0]} only serves and takes no samples, not {sizes[served[0]]}"
-            )
+            raise ValueError(f"{plan.name}: data rank {served[0]} only serves and takes no samples, not "
+                             f"{sizes[served[0]]}")  # fmt: skip
     return shards
 
 

@@ -57,14 +57,8 @@ class Cluster:
     [0, 1]
     """
 
-    def __init__(
-        self,
-        workers: int,
-        backend: str = "auto",
-        threads_per_worker: int = 1,
-        timeout: float = 60.0,
-        start_method: str | None = None,
-    ) -> None:
+    def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
+                 start_method: str | None = None) -> None:  # fmt: skip
         self._pool = Pool(workers, backend, threads_per_worker, timeout, start_method=start_method)
 
     @property
@@ -90,9 +84,8 @@ class Cluster:
     def __enter__(self) -> Cluster:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
         self.close()
 
     def close(self) -> None:
@@ -120,26 +113,11 @@ class Cluster:
         """
         return self._pool.call(fn, *args, timeout=timeout)
 
-    def train(
-        self,
-        network: Network,
-        data: Dataset,
-        plan: Plan | None = None,
-        *,
-        batch: int,
-        steps: int,
-        lr: float | None = None,
-        optimizer: Optimizer | None = None,
-        seed: int = 0,
-        shards: Shards | None = None,
-        compress: Compressor | None = None,
-        sync_batch_norm: bool = False,
-        evaluate_every: int = 0,
-        target: float | None = None,
-        record: int = 200,
-        progress: Callable[[float, str], None] | None = None,
-        stop: threading.Event | None = None,
-    ) -> TrainResult:
+    def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
+              lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0, shards: Shards | None = None,
+              compress: Compressor | None = None, sync_batch_norm: bool = False, evaluate_every: int = 0,
+              target: float | None = None, record: int = 200, progress: Callable[[float, str], None] | None = None,
+              stop: threading.Event | None = None) -> TrainResult:  # fmt: skip
         """Train a copy of a network by a plan.
 
         Parameters
@@ -198,9 +176,8 @@ class Cluster:
         """The plan compiled, once all fits."""
         data.indices(0, batch)  # refuses an empty batch and one larger than the data set
         if len(data) < self.workers:
-            raise ValueError(
-                f"{data.name} has {len(data)} training samples for {self.workers} workers: use fewer workers"
-            )
+            raise ValueError(f"{data.name} has {len(data)} training samples for {self.workers} workers: "
+                             "use fewer workers")  # fmt: skip
         checks.fits(plan, network, data.inputs, data.targets, self.workers, batch)
         if optimizer.clip is not None and plan.holds != "all":
             raise ValueError(f"{plan.name} has no one gradient whose norm could be clipped: do without clip")
@@ -208,29 +185,16 @@ class Cluster:
         checks.room(program, network, self.backend)
         return program
 
-    def _train(
-        self, work: Callable[..., Outcome], args: tuple[Any, ...], progress: Callable[[float, str], None] | None,
-        stop: threading.Event | None,
-    ) -> list[Outcome]:  # fmt: skip
+    def _train(self, work: Callable[..., Outcome], args: tuple[Any, ...], progress: Callable[[float, str], None] | None,
+               stop: threading.Event | None) -> list[Outcome]:  # fmt: skip
         job: Job = args[0]
         with Progress(job.steps, progress) as bar:
             return self._pool.call(work, *args, watch=bar.watch, describe=_describer(job.program), stop=stop)
 
-    def train_asynchronous(
-        self,
-        network: Network,
-        data: Dataset,
-        *,
-        batch: int,
-        steps: int,
-        staleness: int = 1,
-        lr: float | None = None,
-        optimizer: Optimizer | None = None,
-        seed: int = 0,
-        shards: Shards | None = None,
-        progress: Callable[[float, str], None] | None = None,
-        stop: threading.Event | None = None,
-    ) -> TrainResult:
+    def train_asynchronous(self, network: Network, data: Dataset, *, batch: int, steps: int, staleness: int = 1,
+                           lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0,
+                           shards: Shards | None = None, progress: Callable[[float, str], None] | None = None,
+                           stop: threading.Event | None = None) -> TrainResult:  # fmt: skip
         """Train with an asynchronous parameter server: rank 0 applies each gradient as it comes.
 
         The result's plan holds the order of arrival; ``train(network, data, result.plan, batch=..., steps=...)``
@@ -267,18 +231,9 @@ class Cluster:
         recorded = compile(asynchronous_server(trainers, outcomes[0].arrivals, staleness), network)
         return assemble(replace(job, program=recorded), outcomes, self.backend)
 
-    def gradients(
-        self,
-        network: Network,
-        inputs: Tensor,
-        targets: Tensor,
-        plan: Plan | None = None,
-        *,
-        shards: Shards | None = None,
-        step: int = 0,
-        compress: Compressor | None = None,
-        sync_batch_norm: bool = False,
-    ) -> Tensor:
+    def gradients(self, network: Network, inputs: Tensor, targets: Tensor, plan: Plan | None = None, *,
+                  shards: Shards | None = None, step: int = 0, compress: Compressor | None = None,
+                  sync_batch_norm: bool = False) -> Tensor:  # fmt: skip
         """What UPDATE would apply, after one step on the given global batch; for proofs.
 
         Parameters
@@ -312,25 +267,15 @@ class Cluster:
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
         if plan.holds != "all":
-            raise ValueError(
-                f"{plan.name} has no one gradient: its ranks apply different ones; compare weights after train"
-            )
+            raise ValueError(f"{plan.name} has no one gradient: its ranks apply different ones; compare "
+                             "weights after train")  # fmt: skip
         checks.fits(plan, network, inputs, targets, self.workers, len(inputs))
         program = compile(plan, network)
         checks.room(program, network, self.backend)
-        found: list[dict[int, Tensor]] = self._pool.call(
-            gradients,
-            program,
-            network,
-            inputs,
-            targets,
-            SGD(),
-            checks.checked_shards(len(inputs), plan, shards),
-            step,
-            checks.checked_compressor(plan, compress),
-            sync_batch_norm,
-            describe=_describer(program),
-        )
+        found: list[dict[int, Tensor]] = self._pool.call(gradients, program, network, inputs, targets, SGD(),
+                                                         checks.checked_shards(len(inputs), plan, shards), step,
+                                                         checks.checked_compressor(plan, compress), sync_batch_norm,
+                                                         describe=_describer(program))  # fmt: skip
         ranks = plan.mesh.tensor
         flats = [[overlaid(plan, stage, [pieces[stage] for pieces in found[index::ranks] if stage in pieces])
                   for index in range(ranks)] for stage in range(plan.stages)]  # fmt: skip

@@ -12,10 +12,8 @@ import torch
 from .barrier import Block
 
 # Types that travel in a message's header, by position.
-DTYPES = (
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
-    torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
-)  # fmt: skip
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+          torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128)  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_DIMS = 8
 

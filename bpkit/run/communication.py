@@ -15,10 +15,8 @@ from bpkit.run.comm import Exchange, Handle, Loan
 from bpkit.run.compressed import reducer
 from bpkit.run.executor import Runner, StepData
 
-ON_GRADIENTS = frozenset(
-    {"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "SUM_TIED",
-     "UPDATE"}
-)  # fmt: skip
+ON_GRADIENTS = frozenset({"ZERO", "B", "W", "REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G",
+                          "SUM_G", "SUM_TIED", "UPDATE"})  # fmt: skip
 
 
 @dataclass

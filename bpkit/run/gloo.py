@@ -246,8 +246,7 @@ class DistributedComm(Comm):
             raise ValueError(f"empty: {n} elements")
         return torch.zeros(n, dtype=dtype, device=self.device)
 
-    def _in_place(self, tensor: torch.Tensor, operation: str,
-                  function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    def _in_place(self, tensor: torch.Tensor, operation: str, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
         """Run a collective on contiguous memory, and bring the result back where `tensor` is not."""
         self.check_tensor(tensor, operation)
         if tensor.numel() == 0:

@@ -71,11 +71,8 @@ class Loans(Edges):
         message = _Message(self, source, _LENT)
         self._incoming[source].append(message)
         size = math.prod(shape)
-        return Loan(
-            message,
-            lambda: take(self._rows[source][message.place : message.place + size].view(*shape)),
-            lambda: self._say(_RETURNED, source, message.place),
-        )
+        return Loan(message, lambda: take(self._rows[source][message.place : message.place + size].view(*shape)),
+                    lambda: self._say(_RETURNED, source, message.place))  # fmt: skip
 
     def _say(self, way: int, peer: int, word: int) -> None:
         """Tell a peer a number: written first, published by the semaphore."""

@@ -51,15 +51,8 @@ def _tensor_from(raw: torch.Tensor, dtype: torch.dtype, offset: int, shape: tupl
 
 def _reduce_tensor(tensor: torch.Tensor, storages: dict[int, _Storage]) -> Any:
     """How one plain CPU tensor is pickled; `NotImplemented` leaves it to torch."""
-    if (
-        type(tensor) is not torch.Tensor
-        or tensor.device.type != "cpu"
-        or tensor.layout != torch.strided
-        or tensor.is_quantized
-        or tensor.is_conj()
-        or tensor.is_neg()
-        or not tensor.is_leaf
-    ):
+    if (type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided
+        or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or not tensor.is_leaf):  # fmt: skip
         return NotImplemented
     key = tensor.untyped_storage().data_ptr()
     storage = storages.get(key) or _Storage(tensor.detach())

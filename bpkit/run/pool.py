@@ -201,8 +201,7 @@ class Pool:
         if self._running and (self._running.dead() or connection.wait(self._running.channels, 0)):
             self._end()  # somebody killed a resting worker: its channel is at its end
         if self._running is None:
-            running = Workers(self.workers, self.backend, self.threads_per_worker, self.timeout,
-                              self.start_method)
+            running = Workers(self.workers, self.backend, self.threads_per_worker, self.timeout, self.start_method)
             self._running = running
             self._finalizer = weakref.finalize(self, running.end)
             self.generation += 1
@@ -320,7 +319,5 @@ def _check_messages(messages: list[tuple[list[int], list[int]]]) -> None:
     for source, (sent, _) in enumerate(messages):
         for target, (_, received) in enumerate(messages):
             if sent[target] != received[source]:
-                raise CommunicationError(
-                    f"rank {source} sent {sent[target]} messages to rank {target}, which received "
-                    f"{received[source]} of them"
-                )
+                raise CommunicationError(f"rank {source} sent {sent[target]} messages to rank {target}, which received "
+                                         f"{received[source]} of them")  # fmt: skip

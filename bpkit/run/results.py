@@ -79,10 +79,8 @@ class TrainResult:
 
     def __repr__(self) -> str:
         lossy = f" with {self.compress} (lossy)" if self.compress else ""
-        return (
-            f"<TrainResult: {self.plan.name}{lossy} over {self.backend}, {len(self.losses)} steps, "
-            f"loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}>"
-        )
+        return (f"<TrainResult: {self.plan.name}{lossy} over {self.backend}, {len(self.losses)} steps, "
+                f"loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}>")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,27 +114,16 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
     """One result from the answers of all ranks."""
     plan, mesh = job.program.plan, job.program.plan.mesh
     same_bits(plan, outcomes)
-    loss_ranks = [
-        rank for rank, at in enumerate(mesh.coordinates()) if at.pipeline == plan.place[-1] and at.tensor == 0
-    ]
-    losses = np.sum([outcomes[rank].losses for rank in loss_ranks], axis=0)
+    last = [rank for rank, at in enumerate(mesh.coordinates()) if at.pipeline == plan.place[-1] and at.tensor == 0]
+    losses = np.sum([outcomes[rank].losses for rank in last], axis=0)
     trained = [rank for rank, at in enumerate(mesh.coordinates()) if at.data not in plan.servers]
     starts = np.array([outcomes[rank].starts for rank in trained], dtype=float)
     rows = [[str(step.action) for step in job.program.row(at)] for at in mesh.coordinates()]
     trace = Trace.collect([outcome.log for outcome in outcomes], rows)
-    return TrainResult(
-        gathered(job.network, job.program.cuts, [outcome.parameters for outcome in outcomes]),
-        losses,
-        np.diff(starts, axis=1).mean(axis=0) / 1e9,
-        trace,
-        tuple(outcomes[0].accuracies),
-        job.program,
-        job.batch,
-        backend,
-        tuple(outcome.memory for outcome in outcomes),
-        job.compress,
-        tuple(outcome.encoded for outcome in outcomes),
-    )
+    return TrainResult(gathered(job.network, job.program.cuts, [outcome.parameters for outcome in outcomes]), losses,
+                       np.diff(starts, axis=1).mean(axis=0) / 1e9, trace, tuple(outcomes[0].accuracies), job.program,
+                       job.batch, backend, tuple(outcome.memory for outcome in outcomes), job.compress,
+                       tuple(outcome.encoded for outcome in outcomes))  # fmt: skip
 
 
 def same_bits(plan: Plan, outcomes: list[Outcome]) -> None:
@@ -147,6 +134,5 @@ def same_bits(plan: Plan, outcomes: list[Outcome]) -> None:
         first = outcomes[plan.mesh.rank(at._replace(data=0))].digests
         for stage, digest in outcomes[rank].digests.items():
             if digest != first[stage]:
-                raise RuntimeError(
-                    f"{plan.name}: rank {rank} ends with other weights of stage {stage} than data rank 0"
-                )
+                raise RuntimeError(f"{plan.name}: rank {rank} ends with other weights of stage {stage} "
+                                   "than data rank 0")  # fmt: skip

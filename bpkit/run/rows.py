@@ -50,8 +50,7 @@ class Rows:
             size = n * dtype.itemsize
             source = self.arrays[0][at : at + size].data
             # A memoryview copies with the least overhead: small sums are bound by it.
-            program += [(self.arrays[rank][at : at + size].data.__setitem__, (slice(None), source))
-                        for rank in targets]
+            program += [(self.arrays[rank][at : at + size].data.__setitem__, (slice(None), source)) for rank in targets]
         return program
 
 

@@ -49,9 +49,8 @@ class SharedMemoryComm(Comm):
         self._posted = PostedSums(self._others, self._pairs("r"), self._pairs("d"), self._waiter, self.progress)
         ends = [dict(zip(self._others, side, strict=True)) for kind in "mt" for side in self._pairs(kind)]
         self._direct = Direct(*ends, waiter=self._waiter)
-        self._lent, self._returned = (
-            dict(zip(self._others, zip(*self._pairs(kind), strict=True), strict=True)) for kind in "lu"
-        )
+        self._lent, self._returned = (dict(zip(self._others, zip(*self._pairs(kind), strict=True), strict=True))
+                                      for kind in "lu")  # fmt: skip
         self._common: list[tuple[int, int]] = []  # addresses of `shared` memory
         self._blocks: list[tuple[int, int, Rows]] = []
         self._sums: dict[tuple, Program] = {}  # by address, length, type: valid while the memory lives
@@ -224,8 +223,7 @@ class SharedMemoryComm(Comm):
         if found is None:
             return None
         rows, start = found
-        return [rows.view(rank, start, tensor.numel(), tensor.dtype).view(tensor.shape)
-                for rank in range(self.size)]
+        return [rows.view(rank, start, tensor.numel(), tensor.dtype).view(tensor.shape) for rank in range(self.size)]
 
     # Collectives
 

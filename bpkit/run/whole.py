@@ -46,9 +46,8 @@ def overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:
     for rank, piece in enumerate(pieces):
         both = ~torch.isnan(piece) & ~torch.isnan(whole)
         if not torch.equal(piece[both], whole[both]):
-            raise RuntimeError(
-                f"{plan.name}: replica {rank} ends with another gradient of stage {stage} than the others"
-            )
+            raise RuntimeError(f"{plan.name}: replica {rank} ends with another gradient of stage {stage} "
+                               "than the others")  # fmt: skip
         whole = torch.where(torch.isnan(piece), whole, piece)
     if torch.isnan(whole).any():
         raise FloatingPointError(f"{plan.name}: the gradient of stage {stage} is not a number")
