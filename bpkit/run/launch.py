@@ -70,7 +70,7 @@ class Workers:
         self._read = [0] * ranks
         self._hub: Hub | None = None
         # Where the processes of torch.distributed find each other, later groups of them too.
-        self._path = os.path.join(memory.directory(), memory.unique_name())
+        self._path = os.path.join(tempfile.gettempdir(), memory.unique_name())
         control = memory.anonymous(Block.size(ranks), "the workers' shared block")
         try:
             self.block = Block(memoryview(mmap.mmap(control, Block.size(ranks))), ranks)

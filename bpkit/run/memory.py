@@ -86,7 +86,8 @@ def anonymous(size: int, what: str, reserve: bool = True) -> int:
 
 def sweep() -> None:
     """Remove files that programs left which were killed in the short time while a file has a name."""
-    for path in Path(directory()).glob(f"*{PREFIX}-*"):
+    found = [path for folder in {directory(), tempfile.gettempdir()} for path in Path(folder).glob(f"*{PREFIX}-*")]
+    for path in found:
         match = re.fullmatch(rf"(?:sem\.)?{PREFIX}-(\d+)-.*", path.name)
         if match and not os.path.exists(f"/proc/{match[1]}") and os.path.isdir("/proc"):
             with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -42,7 +43,8 @@ def family(pid: int) -> list[int]:
 
 
 def files_of(pid: int) -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if f"bpkit-{pid}-" in name]
+    names = [name for folder in ("/dev/shm", tempfile.gettempdir()) for name in os.listdir(folder)]
+    return [name for name in names if f"bpkit-{pid}-" in name]
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
