@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from bpkit.compress import Codec
 from bpkit.measure import table
 from bpkit.measure.steps import Steps
-from bpkit.optim import Optimizer
 from bpkit.run.cluster import TrainResult
 
 #: How each transport sums gradients; it names what "not counted" hides.
@@ -123,8 +121,7 @@ class Report:
     algorithm : str
         What sums the gradients.
     memory_bytes : int
-        Flat parameters, gradients and optimizer state that a worker keeps, averaged over ranks; the optimizer
-        counts where it was given to `report`.
+        Parameters, gradients and optimizer state that a worker keeps (`TrainResult.memory`), averaged over ranks.
     ranks : tuple of RankReport
         The same for each rank.
     """
@@ -179,32 +176,30 @@ class Report:
         return lossy + (f"\nnot counted: {self.algorithm}" if self.bytes_sent is None else "")
 
 
-def report(result: TrainResult, optimizer: Optimizer | None = None) -> Report:
+def report(result: TrainResult) -> Report:
     """Say where each millisecond and each byte of a training run went.
 
     Parameters
     ----------
     result : TrainResult
         What ``Cluster.train`` gave.
-    optimizer : Optimizer, optional
-        The optimizer of the run, for its state to be counted in ``memory_bytes``.
 
     Returns
     -------
     Report
         Prints as a table; its docstring defines each quantity.
     """
-    return summarize([result], optimizer)
+    return summarize([result])
 
 
-def summarize(results: Sequence[TrainResult], optimizer: Optimizer | None = None) -> Report:
+def summarize(results: Sequence[TrainResult]) -> Report:
     """One report on several runs of the same plan: their steps are taken together."""
     steps = Steps.join(Steps.of(r.trace, paused=[step - 1 for step, _ in r.accuracies]) for r in results)
     result, last = results[0], results[-1]
     plan, periods = result.plan, steps.period.mean(axis=0)
     spread = Spread.of(periods)
     near = np.argsort(np.abs(periods - spread.median), kind="stable")[: (len(periods) + 1) // 2]
-    ranks = tuple(_rank(last, steps, rank, near, spread.median, optimizer) for rank in range(result.workers))
+    ranks = tuple(_rank(last, steps, rank, near, spread.median) for rank in range(result.workers))
     sent = [r.bytes_sent for r in ranks]
     return Report(plan=plan.name, backend=result.backend, workers=result.workers, batch=result.batch,
                   steps=len(periods), step_s=spread, throughput=result.samples / spread.median,
@@ -218,8 +213,7 @@ def summarize(results: Sequence[TrainResult], optimizer: Optimizer | None = None
                   ranks=ranks)  # fmt: skip
 
 
-def _rank(result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64], median: float,
-          optimizer: Optimizer | None) -> RankReport:  # fmt: skip
+def _rank(result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64], median: float) -> RankReport:
     """One rank's report, over the steps `near`."""
     period = steps.period[rank, near].sum()
 
@@ -227,21 +221,14 @@ def _rank(result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64],
         return float(column[rank, near].sum() / period * median)
 
     compute, core, exposed = map(scaled, (steps.compute, steps.waiting_for_core, steps.exposed_communication))
-    work, span, at = compute + core, scaled(steps.span), result.plan.mesh.coordinate(rank)
+    work, span = compute + core, scaled(steps.span)
     sent = steps.sent[rank]
     return RankReport(rank=rank, parts=Parts(compute, core, exposed, median - (compute + core + exposed)),
                       hidden_communication=scaled(steps.hidden_communication),
                       bubble=None if result.plan.mesh.pipeline == 1 else span - work,
                       bytes_sent=None if (sent < 0).any() else round(float(sent.mean())),
                       payload_bytes=result.payload(rank),
-                      memory_bytes=_memory(result, at.pipeline, optimizer))  # fmt: skip
-
-
-def _memory(result: TrainResult, pipeline: int, optimizer: Optimizer | None) -> int:
-    """Bytes of the flat buffers that the ranks of a pipeline coordinate keep."""
-    elements = sum(result.program.sizes[stage] for stage in result.plan.owned(pipeline))
-    copies = 2 + (0 if optimizer is None else len(optimizer.state(torch.empty(0))))
-    return elements * copies * result.network.dtype.itemsize
+                      memory_bytes=sum(result.memory[rank].values()))  # fmt: skip
 
 
 def _compression(result: TrainResult) -> str:

@@ -56,6 +56,7 @@ def result(of: Trace, plan: Plan | None = None, batch: int = 8, **settings: Any)
     network = bp.nn.mlp([4, 6, 3])
     program = compile(plan or bp.plan.data_parallel(of.ranks, buckets=2), network)
     given = {"losses": np.ones(len(of.steps)), "step_times": of.step_times(), "accuracies": (), "backend": "shm"}
+    given["memory"] = tuple({"parameters": 200, "gradients": 300 + 200 * rank} for rank in range(of.ranks))
     given |= settings
     return TrainResult(network=network, trace=of, program=program, batch=batch, **given)
 
