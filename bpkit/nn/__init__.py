@@ -3,7 +3,7 @@
 from bpkit.nn.attention import Attention, Heads, block
 from bpkit.nn.containers import Residual, Sequential
 from bpkit.nn.convolution import AveragePool2d, Conv2d, Flatten, MaxPool2d, Reshape
-from bpkit.nn.costs import StageCost
+from bpkit.nn.costs import StageCost, balanced_cuts
 from bpkit.nn.dropout import Dropout, dropout_mask
 from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.gradcheck import GradCheck, gradcheck
@@ -18,5 +18,5 @@ from bpkit.nn.tensor import TensorLayout, merge, shard, tensor_layout
 __all__ = ["GELU", "MSE", "Attention", "AveragePool2d", "BatchNorm", "Context", "Conv2d", "CrossEntropy", "Dropout",
            "Embedding", "Flatten", "GradCheck", "GroupNorm", "Heads", "Layer", "LayerNorm", "Linear", "Loss",
            "MaxPool2d", "Network", "Pass", "Positions", "ReLU", "Reshape", "Residual", "Sequential", "Sigmoid", "Site",
-           "StageCost", "Tanh", "TensorLayout", "Unembedding", "VocabularyCrossEntropy", "block", "convnet",
+           "StageCost", "Tanh", "TensorLayout", "Unembedding", "VocabularyCrossEntropy", "balanced_cuts", "block", "convnet",
            "dropout_mask", "gpt", "gradcheck", "merge", "mlp", "shard", "tensor_layout"]  # fmt: skip

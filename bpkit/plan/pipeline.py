@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypedDict, Unpack
 
 from bpkit.plan.actions import Action
@@ -36,12 +37,16 @@ class Options(TypedDict, total=False):
     recompute : bool
         Keep only each stage's input, and run its forward again before the backward (Chen et al. 2016,
         arXiv:1604.06174).  Costs one F a microbatch.
+    cuts : sequence of int
+        Layers at which stages 1, 2, ... start, such as ``bp.nn.balanced_cuts(bp.measure.layer_times(net, x), 4)``
+        gives for measured times; without it stages are balanced by counted operations.  Of the parts, with `buckets`.
     """
 
     data: int
     buckets: int
     merge: str
     recompute: bool
+    cuts: Sequence[int]
 
 
 def naive(workers: int, **options: Unpack[Options]) -> Plan:
@@ -210,6 +215,8 @@ def _plan(name: str, word: Callable[[int], Iterable[str]], place: Sequence[int],
     plan = Plan(call_text(name, *args, **options), rows, len(place), Mesh(data, args[0]), m,
                 options.get("merge", "mean"))  # fmt: skip
     plan = refine(plan, buckets)
+    if "cuts" in options:
+        plan = replace(plan, cuts=tuple(options["cuts"]))
     return complete(recompute(plan) if options.get("recompute") else plan)
 
 
