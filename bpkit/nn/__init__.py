@@ -18,5 +18,5 @@ from bpkit.nn.tensor import TensorLayout, merge, shard, tensor_layout
 __all__ = ["GELU", "MSE", "Attention", "AveragePool2d", "BatchNorm", "Context", "Conv2d", "CrossEntropy", "Dropout",
            "Embedding", "Flatten", "GradCheck", "GroupNorm", "Heads", "Layer", "LayerNorm", "Linear", "Loss",
            "MaxPool2d", "Network", "Pass", "Positions", "ReLU", "Reshape", "Residual", "Sequential", "Sigmoid", "Site",
-           "StageCost", "Tanh", "TensorLayout", "Unembedding", "VocabularyCrossEntropy", "balanced_cuts", "block", "convnet",
-           "dropout_mask", "gpt", "gradcheck", "merge", "mlp", "shard", "tensor_layout"]  # fmt: skip
+           "StageCost", "Tanh", "TensorLayout", "Unembedding", "VocabularyCrossEntropy", "balanced_cuts", "block",
+           "convnet", "dropout_mask", "gpt", "gradcheck", "merge", "mlp", "shard", "tensor_layout"]  # fmt: skip
