@@ -201,46 +201,17 @@ class Barrier:
 
     Notes
     -----
-    Each semaphore has one giver and counts, so no second set is needed for the next barrier. In split
-    form, `arrive` signals and returns; `wait` or a true `poll` ends it.
+    Each semaphore has one giver and counts, so no second set is needed for the next barrier.
     """
 
     def __init__(self, own: Sequence[SemLock], theirs: Sequence[SemLock], waiter: Waiter, ranks: int) -> None:
-        self._own, self._theirs = own, theirs
-        self._sources = [(waiter.rank - 2**k) % ranks for k in range(len(own))]
-        self._waiter = waiter
-        self._round = 0
-        self._rounds = list(zip(self._theirs, self._own, self._sources, strict=True))
-
-    def arrive(self) -> None:
-        """Say that this rank is here."""
-        self._round = 0
-        if self._theirs:
-            self._theirs[0].release()
-
-    def _next(self) -> None:
-        self._round += 1
-        if self._round < len(self._theirs):
-            self._theirs[self._round].release()
-
-    def poll(self) -> bool:
-        """Whether every rank has arrived; never blocks."""
-        while self._round < len(self._own):
-            if not self._own[self._round].acquire(False):
-                return False
-            self._next()
-        return True
+        sources = [(waiter.rank - 2**k) % ranks for k in range(len(own))]
+        self._rounds, self._waiter = list(zip(theirs, own, sources, strict=True)), waiter
 
     def cross(self, operation: str) -> None:
-        """Arrive and wait in one."""
+        """Wait until every rank is here."""
         take = self._waiter.take
         for theirs, own, source in self._rounds:
             theirs.release()
             if not own.acquire(False):
                 take(own, operation, source)
-
-    def wait(self, operation: str = "barrier") -> None:
-        """Block until every rank has arrived."""
-        while self._round < len(self._own):
-            self._waiter.take(self._own[self._round], operation, self._sources[self._round])
-            self._next()

@@ -15,7 +15,7 @@ from bpkit.optim import Optimizer
 from bpkit.plan.actions import Action
 from bpkit.plan.compile import Program
 from bpkit.plan.plan import Plan, scatters
-from bpkit.run.comm import Channel, Done, Edges, Handle
+from bpkit.run.comm import Channel, Edges, Handle, Then
 from bpkit.run.groups import Groups
 
 
@@ -239,7 +239,7 @@ class Buffers:
         """Start to make a stage's parameters whole."""
         flat = self.stages[stage].flat_parameters
         if not len(flat):
-            return Done()
+            return Then()
         if self.gathered_parts:
             flat[slice(*self.own_bounds(len(flat)))] = self.masters[stage]
         return self.groups.data.post_all_gather(flat)

@@ -19,7 +19,7 @@ MAX_DIMS = 8
 
 Channel = tuple[str, int]  # kind of the send, and stage
 Slots = Mapping[Channel, tuple[int, int]]  # slots of a channel, and elements of one
-Taker = Callable[[torch.Tensor], None]
+Taker = Callable[[torch.Tensor], object]
 
 
 def part_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
@@ -53,68 +53,41 @@ class Handle(abc.ABC):
         """Let a thread wait for it, so that `poll` tells its end although it is passive."""
 
 
-class Done(Handle):
-    """Communication that has ended."""
-
-    def poll(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-
-class Loan(Handle):
-    """A receive whose memory is taken when it has come, and given back once nobody reads it any more.
+class Then(Handle):
+    """What is done once some communication has ended; of no communication it is the handle of one that has.
 
     Parameters
     ----------
-    handle : Handle
-        Of the receive.
-    take, give_back : callable
-        Called when it has come, and by `release`.
+    handles : Handle
+        Of the communication.
+    then : callable
+        Called once, when all have ended.
+    release : callable
+        To be called once nobody reads any more what came: gives its memory back.
     """
 
-    def __init__(self, handle: Handle, take: Callable[[], object], give_back: Callable[[], object]) -> None:
-        self._handle, self._take, self.release = handle, take, give_back
-        self.passive, self._finished = handle.passive, False
+    def __init__(self, *handles: Handle, then: Callable[[], object] = lambda: None,
+                 release: Callable[[], object] = lambda: None) -> None:  # fmt: skip
+        self._handles, self._then, self.release, self._finished = handles, then, release, False
+        self.passive = any(handle.passive for handle in handles)
+        self.polled = any(handle.polled for handle in handles)
 
     def poll(self) -> bool:
-        if not self._finished and self._handle.poll():
+        if not self._finished:
+            for handle in self._handles:
+                if not handle.poll():
+                    return False
             self.wait()
-        return self._finished
+        return True
 
     def watch(self) -> None:
-        self._handle.watch()
+        for handle in self._handles:
+            handle.watch()
 
     def wait(self) -> None:
         if not self._finished:
-            self._handle.wait()
-            self._take()
-            self._finished = True
-
-
-class Exchange(Handle):
-    """A send and a receive of one memory: what comes is taken once the own value has gone."""
-
-    polled = True
-
-    def __init__(self, sent: Handle, loan: Loan, then: Callable[[], object]) -> None:
-        self._sent, self._loan, self._then, self._finished = sent, loan, then, False
-        self.passive = loan.passive
-
-    def poll(self) -> bool:
-        if not self._finished and self._sent.poll() and self._loan.poll():
-            self.wait()
-        return self._finished
-
-    def watch(self) -> None:
-        self._loan.watch()
-
-    def wait(self) -> None:
-        if not self._finished:
-            self._sent.wait()
-            self._loan.wait()
-            self._loan.release()
+            for handle in self._handles:
+                handle.wait()
             self._then()
             self._finished = True
 
@@ -127,8 +100,8 @@ class Edges(abc.ABC):
         """Send a tensor; it may change once the handle has finished."""
 
     @abc.abstractmethod
-    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Loan:
-        """Post the receive of the next message of `source`; `take` gets the tensor."""
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
+        """Post the receive of the next message of `source`; `take` gets the tensor, until `release`."""
 
 
 class Comm(abc.ABC):
@@ -263,9 +236,9 @@ class Comm(abc.ABC):
         """The same tensor on every rank, when `tensor` lies in memory of `empty`; else None."""
         return None
 
-    def bounds(self, size: int) -> tuple[int, int]:
-        """Bounds of this rank's part of `size` elements."""
-        return part_bounds(size, self.size, self.rank)
+    def bounds(self, size: int, rank: int | None = None) -> tuple[int, int]:
+        """Bounds of a rank's part of `size` elements; of this rank's where None."""
+        return part_bounds(size, self.size, self.rank if rank is None else rank)
 
     def check_peer(self, peer: int, what: str) -> None:
         """Refuse a rank that is not another rank of this transport."""

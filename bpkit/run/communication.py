@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
-from bpkit.run.comm import Exchange, Handle, Loan
+from bpkit.run.comm import Handle, Then
 from bpkit.run.compressed import reducer
 from bpkit.run.executor import Runner, StepData
 
@@ -33,7 +33,7 @@ class Communication:
     buffers: Buffers
     step: StepData
     _edges: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _borrowed: dict[tuple[str, int, int], Loan] = field(default_factory=dict)
+    _borrowed: dict[tuple[str, int, int], Then] = field(default_factory=dict)
 
     def _touch(self, stage: int, after: int) -> str:
         """The kind of the next action on a stage's gradient; empty at the end of the row."""
@@ -106,7 +106,7 @@ class Communication:
             parts = [torch.dot(g, g if mask is None else g * mask) for g, mask in gradients]
             squares.copy_(torch.stack(parts).sum())
             if split or scattered:
-                return Loan(buffers.groups.world.post_all_reduce(squares), take, lambda: None)
+                return Then(buffers.groups.world.post_all_reduce(squares), then=take)
             take()
             return None
 
@@ -137,7 +137,7 @@ class Communication:
         def sum_gradients() -> Handle:
             for share, place in zip(shares, places, strict=True):
                 place.copy_(share)
-            return Loan(comm.post_all_reduce(memory), put_back, lambda: None)
+            return Then(comm.post_all_reduce(memory), then=put_back)
 
         return sum_gradients if shares else (lambda: None)
 
@@ -147,9 +147,6 @@ class Communication:
                   for place in buffers.stages[stage].tied_slices().values()]  # fmt: skip
         peers = {plan.mesh.rank(at._replace(pipeline=plan.place[stage])) for stage in plan.tied}
         others, channel = sorted(peers - {buffers.groups.world.rank}), buffers.edges
-
-        def add(other: Tensor) -> None:
-            copies[0].add_(other)
 
         def spread() -> None:
             for copy in copies[1:]:
@@ -163,7 +160,13 @@ class Communication:
                 return None
             assert channel is not None  # one peer: a + b has the same bits as b + a
             sent = channel.send(("SUM_TIED", 0), copies[0], others[0])
-            return Exchange(sent, channel.receive(copies[0].shape, copies[0].dtype, others[0], add), spread)
+            received = channel.receive(copies[0].shape, copies[0].dtype, others[0], copies[0].add_)
+
+            def finish() -> None:
+                received.release()
+                spread()
+
+            return Then(sent, received, then=finish)
 
         return sum_tied
 
@@ -184,7 +187,7 @@ class Communication:
         shape = net.input_shape if forward else net.output_shape
         assert channel is not None
 
-        def receive() -> Loan:
+        def receive() -> Then:
             loan = channel.receive((len(step.inputs[mb]), *shape), net.dtype, source, take)
             self._borrowed[key] = loan
             return loan

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bpkit.compress import Codec, Compressor, PowerSGD
 from bpkit.nn import Network
-from bpkit.run.comm import Comm, Handle, Loan
+from bpkit.run.comm import Comm, Handle, Then
 
 
 def reducer(compressor: Compressor, network: Network, comm: Comm) -> Gathered | LowRank:
@@ -40,7 +40,7 @@ class Gathered:
         self._codec.encode(self._flat, own)
         if self._codec.feedback:
             torch.sub(self._flat, self._codec.decode(own, self._flat), out=self.residual)
-        return Loan(self._comm.post_all_gather(self._codes), self._sum, lambda: None)
+        return Then(self._comm.post_all_gather(self._codes), then=self._sum)
 
     def _sum(self) -> None:
         self._flat.zero_()

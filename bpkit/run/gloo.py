@@ -22,21 +22,7 @@ import torch
 import torch.distributed as dist
 
 from .barrier import OPERATIONS, Block
-from .comm import (
-    DTYPE_CODES,
-    DTYPES,
-    MAX_DIMS,
-    Channel,
-    Comm,
-    Done,
-    Edges,
-    Handle,
-    Loan,
-    Slots,
-    Taker,
-    check_message,
-    part_bounds,
-)  # fmt: skip
+from .comm import DTYPE_CODES, DTYPES, MAX_DIMS, Channel, Comm, Edges, Handle, Slots, Taker, Then, check_message
 from .errors import CommunicationError, PeerTimeout
 
 PACKET = 4096
@@ -55,61 +41,31 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-class _Posted(Handle):
-    def __init__(self, comm: DistributedComm, work: Any) -> None:
-        self._comm, self._work, self._finished = comm, work, False
+class _Work(Handle):
+    """Posted work of torch.distributed: of all ranks, or a receive, whose end gloo shows only to who waits for it."""
 
-    def poll(self) -> bool:
-        return self._finished or bool(self._work.is_completed())
-
-    def wait(self) -> None:
-        if not self._finished:
-            self._comm.run("post_all_reduce", -1, self._work.wait)
-            self._finished = True
-
-
-class _Message(Handle):
-    """A receive: gloo shows its end only to who waits for it."""
-
-    passive = True
-
-    def __init__(self, comm: DistributedComm, work: Any, source: int, then: Callable[[], Any] | None) -> None:
-        self._comm, self._work, self._source, self._then, self._finished = comm, work, source, then, False
+    def __init__(self, comm: DistributedComm, work: Any, source: int = -1) -> None:
+        self._comm, self._work, self._source, self._finished = comm, work, source, False
+        self.passive = source >= 0
         self._watched: Future[Any] | None = None
 
     def poll(self) -> bool:
+        if not self.passive:
+            return self._finished or bool(self._work.is_completed())
         if self._watched is not None and self._watched.done():
             self.wait()
         return self._finished
 
     def watch(self) -> None:
-        if self._watched is None:
+        if self.passive and self._watched is None:
             self._watched = self._comm.waiting_threads().submit(self._work.wait)
 
     def wait(self) -> None:
         if not self._finished:
-            self._comm.run("recv", self._source, self._watched.result if self._watched else self._work.wait)
-            self._comm.count_received(self._source)
-            if self._then is not None:
-                self._then()
-            self._finished = True
-
-
-class _Then(Handle):
-    """Posted work, and what this rank does with the result."""
-
-    def __init__(self, posted: Handle, then: Callable[[], Any]) -> None:
-        self._posted, self._then, self._finished = posted, then, False
-
-    def poll(self) -> bool:
-        if not self._finished and self._posted.poll():
-            self.wait()
-        return self._finished
-
-    def wait(self) -> None:
-        if not self._finished:
-            self._posted.wait()
-            self._then()
+            ended = self._watched.result if self._watched else self._work.wait
+            self._comm.run("recv" if self.passive else "post_all_reduce", self._source, ended)
+            if self.passive:
+                self._comm.count_received(self._source)
             self._finished = True
 
 
@@ -264,29 +220,30 @@ class DistributedComm(Comm):
         self.check_tensor(tensor, "post_all_reduce")
         if not tensor.is_contiguous():
             raise ValueError("post_all_reduce: the tensor must be contiguous")
-        return _Posted(self, dist.all_reduce(tensor.detach(), group=self._members, async_op=True))
+        return _Work(self, dist.all_reduce(tensor.detach(), group=self._members, async_op=True))
 
     def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
         # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
         lo, hi = self.bounds(tensor.numel())
         part = tensor.view(-1)[lo:hi]
-        return _Then(self.post_all_reduce(tensor), lambda: out.add_(part) if add else out.copy_(part))
+        return Then(self.post_all_reduce(tensor), then=lambda: out.add_(part) if add else out.copy_(part))
 
     def post_all_gather(self, tensor: torch.Tensor) -> Handle:
         every, width = self._padded(tensor.view(-1))
         mine = every[self.rank * width : (self.rank + 1) * width].clone()
         work = _gather_into(every, mine, self._members, async_op=True)
-        return _Then(_Posted(self, work), lambda: self._unpad(every, width, tensor.view(-1)))
+        return Then(_Work(self, work), then=lambda: self._unpad(every, width, tensor.view(-1)))
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
         self._post(tensor.clone(), to)  # a copy, since gloo tells only who waits when the memory is free
         self.sent += tensor.numel() * tensor.element_size()
         self.sent_to[to] += 1
-        return Done()
+        return Then()
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         into = torch.empty_like(tensor) if add else tensor
-        return _Message(self, dist.irecv(into, source), source, partial(tensor.add_, into) if add else None)
+        message = _Work(self, dist.irecv(into, source), source)
+        return Then(message, then=partial(tensor.add_, into)) if add else message
 
     def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
         return _Copies(self)
@@ -327,7 +284,7 @@ class DistributedComm(Comm):
 
     def _unpad(self, every: torch.Tensor, width: int, flat: torch.Tensor) -> None:
         for rank in range(self.size):
-            lo, hi = part_bounds(flat.numel(), self.size, rank)
+            lo, hi = self.bounds(flat.numel(), rank)
             flat[lo:hi] = every[rank * width : rank * width + hi - lo]
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
@@ -362,6 +319,6 @@ class _Copies(Edges):
     def send(self, channel: Channel, tensor: torch.Tensor, to: int) -> Handle:
         return self._comm.post_send(tensor.contiguous(), to)
 
-    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Loan:
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
         memory = torch.empty(tuple(shape), dtype=dtype, device=self._comm.device)
-        return Loan(self._comm.post_recv(memory, source), partial(take, memory), lambda: None)
+        return Then(self._comm.post_recv(memory, source), then=partial(take, memory))

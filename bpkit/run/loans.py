@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .barrier import SemLock, Waiter
-from .comm import Channel, Comm, Edges, Handle, Loan, Slots, Taker
+from .comm import Channel, Comm, Edges, Handle, Slots, Taker, Then
 
 Pairs = Mapping[int, tuple[SemLock, SemLock]]  # by the other rank: from it and to it
 _LENT, _RETURNED = 0, 1
@@ -67,12 +67,12 @@ class Loans(Edges):
         if not any(self._outgoing.values()):
             self._waiter.duties.pop(self._advance, None)
 
-    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Loan:
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
         message = _Message(self, source, _LENT)
         self._incoming[source].append(message)
         size = math.prod(shape)
-        return Loan(message, lambda: take(self._rows[source][message.place : message.place + size].view(*shape)),
-                    lambda: self._say(_RETURNED, source, message.place))  # fmt: skip
+        return Then(message, then=lambda: take(self._rows[source][message.place : message.place + size].view(*shape)),
+                    release=lambda: self._say(_RETURNED, source, message.place))  # fmt: skip
 
     def _say(self, way: int, peer: int, word: int) -> None:
         """Tell a peer a number: written first, published by the semaphore."""

@@ -19,13 +19,13 @@ import torch
 
 from . import memory
 from .barrier import Barrier, Block, SemLock, Waiter, create_semaphore, open_semaphore, unlink_semaphore
-from .comm import Comm, Edges, Handle, Slots, part_bounds
+from .comm import Comm, Edges, Handle, Slots, Then
 from .direct import Direct
 from .errors import NoRoom
 from .layout import Layout
 from .loans import Loans
 from .mailbox import Inbox, Outbox
-from .posted import PostedSum, PostedSums
+from .posted import PostedSums
 from .rows import Program, Rows, run_program
 from .scratch import Scratch
 
@@ -261,9 +261,7 @@ class SharedMemoryComm(Comm):
         program = self._sum(tensor, "post_all_reduce")
         if program is None:  # without memory of all ranks it is done now
             self.all_reduce(tensor)
-            finished = PostedSum(self._posted, [], 0)
-            finished.finished = True
-            return finished
+            return Then()
         return self._post(program)
 
     def _post(self, program: Program) -> Handle:
@@ -291,7 +289,7 @@ class SharedMemoryComm(Comm):
         if any(low <= tensor.data_ptr() < high for low, high in self._common):
             return self._post([])  # the parts are where they belong: only wait until all are written
         rows, start = self._in_rows(tensor, "post_all_gather")
-        bounds = [part_bounds(tensor.numel(), self.size, rank) for rank in self._others]
+        bounds = [self.bounds(tensor.numel(), rank) for rank in self._others]
         return self._post([rows.copy(start, b, tensor.dtype, rank, self.rank)
                            for rank, b in zip(self._others, bounds, strict=True)])
 
@@ -344,7 +342,7 @@ class SharedMemoryComm(Comm):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         self.check_tensor(tensor, "all_gather")
-        bounds = [part_bounds(tensor.numel(), self.size, rank) for rank in range(self.size)]
+        bounds = [self.bounds(tensor.numel(), rank) for rank in range(self.size)]
         return self._spread(tensor, "all_gather", bounds)
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:

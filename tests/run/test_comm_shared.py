@@ -8,9 +8,8 @@ import time
 import pytest
 import torch
 
-from bpkit.run.barrier import Barrier, Block, Waiter, create_semaphore, unlink_semaphore
 from bpkit.run.comm import Comm
-from bpkit.run.memory import free_room, unique_name
+from bpkit.run.memory import free_room
 from bpkit.run.pool import Pool
 
 from .pools import our_files, shared_pool
@@ -118,19 +117,3 @@ def test_the_barrier_lets_nobody_through_early(ranks: int) -> None:
         start = time.perf_counter()
         assert all(pool.call(change_in_turn, times))
         print(f"{ranks} ranks, {os.cpu_count()} cores: {(time.perf_counter() - start) / times / 2 * 1e6:.0f} us")
-
-
-def test_a_split_barrier() -> None:
-    """Two barriers of two ranks, both ends in this process: neither passes alone."""
-    names = [unique_name() for _ in range(2)]
-    semaphores = [create_semaphore(name) for name in names]
-    for name in names:
-        unlink_semaphore(name)
-    block = Block(memoryview(bytearray(Block.size(2))), 2)
-    ends = [Barrier([semaphores[r]], [semaphores[1 - r]], Waiter(r, block.waits[r], 1.0), 2) for r in (0, 1)]
-    for _ in range(3):
-        ends[0].arrive()
-        assert not ends[0].poll()
-        ends[1].arrive()
-        assert ends[0].poll() and ends[0].poll() and ends[1].poll()
-        ends[0].wait()
