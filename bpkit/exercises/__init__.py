@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bpkit.exercises import data_parallel, trainer
+from bpkit.exercises import data_parallel, models, pipeline, trainer
 from bpkit.exercises.verdict import Verdict
 
 __all__ = ["EXERCISES", "Verdict", "check"]
 
 #: Every exercise, by name.
-EXERCISES: dict[str, Callable[[Any], Verdict]] = {**data_parallel.EXERCISES, **trainer.EXERCISES}
+EXERCISES: dict[str, Callable[[Any], Verdict]] = {
+    **data_parallel.EXERCISES, **pipeline.EXERCISES, **trainer.EXERCISES, **models.EXERCISES,
+}  # fmt: skip
 
 
 def check(name: str, answer: Any) -> Verdict:
