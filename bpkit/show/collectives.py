@@ -20,7 +20,7 @@ ALGORITHMS = ("server", "sharded_server", "tree", "ring", "halving_doubling", "h
 WORKERS = range(2, 9)
 HOSTS = 2
 #: Modules of the figure, each after those that it imports.
-MODULES = ("text", "dom", "data", "describe", "controls", "merging_words", "merging_strips", "merging")
+MODULES = ("text", "dom", "data", "describe", "controls", "predict", "merging_words", "merging_strips", "merging")
 
 
 def frames(program: Program) -> dict[str, Any]:

@@ -28,8 +28,8 @@ WORKERS, MICROBATCHES = range(1, 5), range(1, 9)
 #: Units that a pass takes, of a rank's whole share of one microbatch.
 UNITS = {"F": 1, "B": 2, "I": 1, "W": 1}
 #: Modules of the figure, each after those that it imports.
-MODULES = ("text", "dom", "data", "describe", "controls", "pipelines_words", "pipelines_view", "pipelines_lanes",
-           "pipelines_panels", "pipelines")  # fmt: skip
+MODULES = ("text", "dom", "data", "describe", "controls", "predict", "pipelines_words", "pipelines_view",
+           "pipelines_lanes", "pipelines_panels", "pipelines")  # fmt: skip
 
 
 def formulas(name: str, p: int, m: int) -> tuple[float | None, list[float] | None]:

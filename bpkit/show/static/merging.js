@@ -3,6 +3,7 @@ import { html, scrolling, write, renderer } from "./dom.js";
 import { sayCount } from "./text.js";
 import { workerSlider } from "./controls.js";
 import { say, sayPart, sayHolding, sayWhen, sayExactly, describe, describeError } from "./merging_words.js";
+import { predictionPanel } from "./predict.js";
 import { stripsPanel } from "./merging_strips.js";
 
 // JupyterLab takes arrow keys and letters for its own commands unless the input itself says no.
@@ -54,52 +55,6 @@ function choicePanel(onChange) {
     slider.draw(view);
     const text = say(`about${view.name[0].toUpperCase()}${view.name.slice(1)}`, { last: view.chosen / 2 - 1 });
     about.textContent = `${text} ${say("setting", { workers: sayCount("workers", view.chosen), size: sayExactly(view.size) })}`;
-  } };
-}
-
-function predictionField(key, onInput) {
-  const input = html("input", { type: "number", min: "0", step: "1", inputmode: "numeric", ...KEEP_KEYS });
-  input.addEventListener("input", () => onInput(input.value === "" ? null : Number(input.value)));
-  const root = html("label", {}, html("span", {}, say(key)), input);
-  return { root, draw(value) {
-    // What is being typed is left alone; only another choice writes into the field.
-    if (document.activeElement !== input || Number(input.value) !== value) input.value = value ?? "";
-  } };
-}
-
-/** Asked first, judged in words after the steps are shown. */
-function predictionPanel({ onGuess, onShow, onSkip, onAgain }) {
-  const steps = predictionField("predictSteps", (value) => onGuess("steps", value));
-  const bytes = predictionField("predictBytes", (value) => onGuess("bytes", value));
-  const problem = html("p", { class: "bpkit-problem", role: "alert" });
-  const show = html("button", { type: "button", class: "bpkit-main" }, say("show"));
-  const skip = html("button", { type: "button", onclick: onSkip }, say("skip"));
-  const ask = html("div", {}, html("p", {}, say("predictHint")),
-    html("div", { class: "bpkit-inputs" }, steps.root, bytes.root),
-    html("p", { class: "bpkit-buttons" }, show, skip), problem);
-  const result = html("p", { class: "bpkit-verdict", tabindex: "-1" });
-  const again = html("button", { type: "button", onclick: onAgain }, say("again"));
-  const judged = html("div", {}, result, html("p", { class: "bpkit-buttons" }, again));
-  const title = html("p", { class: "bpkit-title" });
-  const root = html("section", { class: "bpkit-predict", "aria-label": say("predictDone") }, title, ask, judged);
-  let view = null;
-  show.addEventListener("click", () => {
-    if (Object.keys(view.guess).length) onShow();
-    else problem.textContent = say("predictFirst");
-  });
-  return { root, draw(next) {
-    const opened = view && next.open && !view.open && next.key === view.key;
-    const focused = root.contains(document.activeElement);
-    view = next;
-    title.textContent = say(view.open ? "predictDone" : "predictTitle");
-    steps.draw(view.guess.steps);
-    bytes.draw(view.guess.bytes);
-    ask.hidden = view.open;
-    judged.hidden = !view.open;
-    result.textContent = view.open ? describeError(view) : "";
-    if (view.open || Object.keys(view.guess).length) problem.textContent = "";
-    // The button that was pressed has gone: focus follows to the answer, or a keyboard would be lost.
-    if (opened && focused) result.focus();
   } };
 }
 
@@ -173,6 +128,7 @@ function build(model) {
   };
   const without = ({ [view().key]: _, ...others }) => others;
   const prediction = predictionPanel({
+    keys: { steps: "predictSteps", bytes: "predictBytes" }, whole: true, say, judge: describeError,
     onGuess: guess,
     onShow: () => write(model, { shown: [...model.get("shown"), view().key], step: 0 }),
     onSkip: () => write(model, { skipped: true, step: 0 }),

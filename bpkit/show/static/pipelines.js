@@ -1,15 +1,17 @@
 // The pipeline explorer: choose a schedule, predict, and look at its timeline, simulated and measured.
 import { html, write, renderer } from "./dom.js";
 import { measurePanel } from "./controls.js";
-import { say } from "./pipelines_words.js";
+import { say, describeError } from "./pipelines_words.js";
+import { predictionPanel } from "./predict.js";
 import { viewOf } from "./pipelines_view.js";
 import { lanesPanel } from "./pipelines_lanes.js";
-import { choicePanel, predictionPanel, aheadSwitch, factsPanel, comparePanel, wordsPanel } from "./pipelines_panels.js";
+import { choicePanel, aheadSwitch, factsPanel, comparePanel, wordsPanel } from "./pipelines_panels.js";
 
 function askFor(model) {
   const view = () => viewOf(model);
   const without = ({ [view().key]: _, ...others }) => others;
   return predictionPanel({
+    keys: { period: "predictPeriod", bubble: "predictBubble" }, say, judge: describeError,
     onGuess(what, value) {
       const { key, guess: { [what]: _, ...others } } = view();
       const mine = value === null || !(value >= 0) ? others : { ...others, [what]: value };

@@ -2,7 +2,7 @@
 import { sayPercent, saySeconds, number } from "./text.js";
 import { html, svg, label, linear, redraw, panel, legend, scrolling } from "./dom.js";
 import { workerSlider } from "./controls.js";
-import { say, sayCount, of, naming, describe, describeError } from "./pipelines_words.js";
+import { say, sayCount, of, naming, describe } from "./pipelines_words.js";
 
 // JupyterLab takes arrow keys and letters for its own commands unless the input itself says no.
 const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
@@ -26,51 +26,6 @@ export function choicePanel(onChange) {
     ranks.draw({ counts: view.workers, chosen: view.p });
     cuts.draw({ counts: view.microbatches, chosen: view.m });
     about.textContent = `${say(of("about", view.name))} ${say("units")}`;
-  } };
-}
-
-function predictionField(key, onInput) {
-  const input = html("input", { type: "number", min: "0", step: "any", inputmode: "decimal", ...KEEP_KEYS });
-  input.addEventListener("input", () => onInput(input.value === "" ? null : Number(input.value)));
-  const root = html("label", {}, html("span", {}, say(key)), input);
-  return { root, draw(value) {
-    // What is being typed is left alone; only another choice writes into the field.
-    if (document.activeElement !== input || Number(input.value) !== value) input.value = value ?? "";
-  } };
-}
-
-/** Asked first, judged in words after the timeline is shown. */
-export function predictionPanel({ onGuess, onShow, onSkip, onAgain }) {
-  const fields = { period: predictionField("predictPeriod", (value) => onGuess("period", value)),
-    bubble: predictionField("predictBubble", (value) => onGuess("bubble", value)) };
-  const problem = html("p", { class: "bpkit-problem", role: "alert" });
-  const show = html("button", { type: "button", class: "bpkit-main" }, say("show"));
-  const skip = html("button", { type: "button", onclick: onSkip }, say("skip"));
-  const ask = html("div", {}, html("p", {}, say("predictHint")),
-    html("div", { class: "bpkit-inputs" }, fields.period.root, fields.bubble.root),
-    html("p", { class: "bpkit-buttons" }, show, skip), problem);
-  const result = html("p", { class: "bpkit-verdict", tabindex: "-1" });
-  const again = html("button", { type: "button", onclick: onAgain }, say("again"));
-  const judged = html("div", {}, result, html("p", { class: "bpkit-buttons" }, again));
-  const title = html("p", { class: "bpkit-title" });
-  const root = html("section", { class: "bpkit-predict", "aria-label": say("predictDone") }, title, ask, judged);
-  let view = null;
-  show.addEventListener("click", () => {
-    if (Object.keys(view.guess).length) onShow();
-    else problem.textContent = say("predictFirst");
-  });
-  return { root, draw(next) {
-    const opened = view && next.open && !view.open && next.key === view.key;
-    const focused = root.contains(document.activeElement);
-    view = next;
-    title.textContent = say(view.open ? "predictDone" : "predictTitle");
-    for (const [what, field] of Object.entries(fields)) field.draw(view.guess[what]);
-    ask.hidden = view.open;
-    judged.hidden = !view.open;
-    result.textContent = view.open ? describeError(view) : "";
-    if (view.open || Object.keys(view.guess).length) problem.textContent = "";
-    // The button that was pressed has gone: focus follows to the answer, or a keyboard would be lost.
-    if (opened && focused) result.focus();
   } };
 }
 
