@@ -127,10 +127,8 @@ def _download(name: str, folder: Path, opener: Opener) -> bytes:
                 return response.read()
         except OSError as error:  # URLError is one
             errors.append(f"{mirror}: {error}")
-    raise ConnectionError(
-        f"{name} is not in {folder} and could not be downloaded ({'; '.join(errors)}). "
-        "Connect to the network once, or put the file there; bp.data.digits() needs no network."
-    )
+    raise ConnectionError(f"{name} is not in {folder} and could not be downloaded ({'; '.join(errors)}). Connect to "
+                          "the network once, or put the file there; bp.data.digits() needs no network.")  # fmt: skip
 
 
 def _read_idx(data: bytes) -> Tensor:

@@ -40,10 +40,8 @@ def _judge_ring_sends(answer: Any) -> str:
     if numbers == [(RANKS - 1) * ELEMENTS] * RANKS:
         raise Wrong("so much sends a ring of whole vectors; this one sends one chunk a step")
     wrong = next(rank for rank in range(RANKS) if numbers[rank] != counted[rank])
-    raise Wrong(
-        f"rank {wrong} does not send {numbers[wrong]:g} elements: write down the chunk that it sends in each of its "
-        f"{2 * (RANKS - 1)} steps, and add up their sizes"
-    )
+    raise Wrong(f"rank {wrong} does not send {numbers[wrong]:g} elements: write down the chunk that it sends in each "
+                f"of its {2 * (RANKS - 1)} steps, and add up their sizes")  # fmt: skip
 
 
 # -- find the bug: a training step -------------------------------------------------------------------------
@@ -90,10 +88,8 @@ def _same_on_all(ends: list[Tensor], case: str) -> None:
         if not bool(end.isfinite().all()):
             raise Wrong(f"{case}: rank {rank} ends with weights that are not numbers: was an empty shard divided?")
         if not torch.equal(end, ends[0]):
-            raise Wrong(
-                f"{case}: rank {rank} ends with other weights than rank 0, so the workers train different networks: "
-                "each must apply the same merged gradient"
-            )
+            raise Wrong(f"{case}: rank {rank} ends with other weights than rank 0, so the workers train different "
+                        "networks: each must apply the same merged gradient")  # fmt: skip
 
 
 def _judge_change(change: Tensor, wanted: Tensor, shards: Sequence[int], steps: int, case: str) -> None:
@@ -109,10 +105,8 @@ def _judge_change(change: Tensor, wanted: Tensor, shards: Sequence[int], steps: 
     if (change - factor * wanted).norm() <= TOLERANCE * abs(factor) * scale:
         raise Wrong(f"{case}: the change of the weights has the right direction, but is {_times(factor, sum(shards))}")
     if len(set(shards)) > 1:
-        raise Wrong(
-            f"{case}: equal shards give the serial weights, these do not: it is a mean of means; divide the sum of all "
-            "gradients once, by the number of samples of all shards together"
-        )
+        raise Wrong(f"{case}: equal shards give the serial weights, these do not: it is a mean of means; divide the "
+                    "sum of all gradients once, by the number of samples of all shards together")  # fmt: skip
     raise Wrong(f"{case}: the change of the weights is not the serial one, in direction or in size")
 
 

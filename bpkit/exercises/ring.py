@@ -139,10 +139,8 @@ def _judge_values(results: list[Ran], size: int, case: str) -> None:
     if all(torch.allclose(one.tensor * n, wanted) for one in results):
         raise Wrong(f"{case}: every rank holds 1/{n} of the sum: the ring adds; dividing is left to the update")
     if _only_scattered(results, wanted):
-        raise Wrong(
-            f"{case}: each rank ends with one finished chunk, so the reduce-scatter is right; the all-gather, in which "
-            "finished chunks go round, is missing"
-        )
+        raise Wrong(f"{case}: each rank ends with one finished chunk, so the reduce-scatter is right; the all-gather, "
+                    "in which finished chunks go round, is missing")  # fmt: skip
     for rank, one in enumerate(results):
         for chunk in range(n):
             low, high = part_bounds(size, n, chunk)

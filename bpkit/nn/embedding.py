@@ -11,16 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Layer, Pass, Shape, Site
+from bpkit.nn.layer import Context, Layer, Pass, Shape, Site, put_sum
 from bpkit.nn.layers import Linear
 
 
+class _Normal(Layer):
+    """A layer whose parameters are drawn from N(0, 0.02), as in GPT-2 (Radford et al. 2019)."""
+
+    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
+        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
+                for s in self.parameter_shapes(shape)]  # fmt: skip
+
+
 @dataclass(frozen=True)
-class Embedding(Layer):
+class Embedding(_Normal):
     """y = W[token], W (vocabulary, width), for int64 tokens of any shape.
 
     Backward: row t of dW is the sum of dy over the places of token t, added in their order; there is no dx.
-    The first values are drawn from N(0, 0.02), as in GPT-2 (Radford et al. 2019).
 
     Parameters
     ----------
@@ -50,10 +57,6 @@ class Embedding(Layer):
 
     def ties(self, shape: Shape) -> tuple[str, ...]:
         return (self.tied,)
-
-    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
-                for s in self.parameter_shapes(shape)]  # fmt: skip
 
     def cost(self, shape: Shape) -> StageCost:
         """Count one FLOP for each element moved: F reads them, W adds them; I does nothing."""
@@ -102,7 +105,7 @@ class _EmbeddingPass(Pass):
 
 
 @dataclass(frozen=True)
-class Positions(Layer):
+class Positions(_Normal):
     """y = x + P, P (length, width) learned; dx = dy, dP = sum of dy over rows.
 
     With ``held=False`` there is no P and y = x: of the tensor ranks only the first one adds it.
@@ -121,10 +124,6 @@ class Positions(Layer):
 
     def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
         return ((self.length, self.width),) if self.held else ()
-
-    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
-                for s in self.parameter_shapes(shape)]  # fmt: skip
 
     def cost(self, shape: Shape) -> StageCost:
         """Count one FLOP an element for F and for W; I passes the gradient on."""
@@ -151,17 +150,14 @@ class _PositionsPass(Pass):
         return dy
 
     def backward_weight(self, accumulate: bool = False) -> None:
-        (gradient,) = self._site.gradients
-        if accumulate:
-            gradient.add_(self._dy.sum(0))
-        else:
-            torch.sum(self._dy, 0, out=gradient)
+        put_sum(self._site.gradients[0], self._dy, 0, accumulate)
 
 
 @dataclass(frozen=True)
-class Unembedding(Linear):
+class Unembedding(_Normal, Linear):
     """Scores of the tokens, y = x W^T, by the matrix of the `Embedding` of the same `tied` name (Press and Wolf 2017,
     arXiv:1608.05859): its gradient is the sum of both layers' parts. Written ``Unembedding(width, vocabulary)``.
+    Where the embedding lies in the same network, the embedding's first values count.
     """
 
     bias: bool = False
@@ -170,7 +166,3 @@ class Unembedding(Linear):
     def ties(self, shape: Shape) -> tuple[str, ...]:
         return (self.tied, "") if self.bias else (self.tied,)
 
-    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        """Draw from N(0, 0.02); where the embedding lies in the same network, its matrix counts."""
-        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
-                for s in self.parameter_shapes(shape)]  # fmt: skip

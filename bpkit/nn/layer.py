@@ -177,6 +177,14 @@ def output_shapes(layers: Sequence[Layer], shape: Shape) -> list[Shape]:
     return shapes
 
 
+def put_sum(gradient: Tensor, values: Tensor, over: int | tuple[int, ...], accumulate: bool) -> None:
+    """Write the sum of `values` over some dimensions into a gradient, or add it."""
+    if accumulate:
+        gradient.add_(values.sum(over))
+    else:
+        torch.sum(values, over, out=gradient)
+
+
 def spans(counts: Sequence[int]) -> Iterator[slice]:
     """Yield consecutive slices of the given lengths."""
     start = 0
@@ -199,19 +207,12 @@ def sites(layers: Sequence[Layer], site: Site) -> list[Site]:
     kept = spans([len(layer.buffers(s)) for layer, s in zip(layers, shapes, strict=False)])
     result, leaf = [], site.layer
     for i, (layer, span, own) in enumerate(zip(layers, spans(counts), kept, strict=True)):
-        result.append(
-            replace(
-                site,
-                parameters=site.parameters[span],
-                gradients=site.gradients[span],
-                shape=(site.shape[0], *shapes[i]),
-                layer=leaf,
-                reuse_input=not layers[i - 1].keeps_output if i else site.reuse_input,
-                reuse_gradient=layers[i + 1].fresh_gradient if i + 1 < len(layers) else site.reuse_gradient,
-                buffers=site.buffers[own],
-                added=site.added[span],
-            )
-        )
+        reuse_input = not layers[i - 1].keeps_output if i else site.reuse_input
+        reuse_gradient = layers[i + 1].fresh_gradient if i + 1 < len(layers) else site.reuse_gradient
+        result.append(replace(site, parameters=site.parameters[span], gradients=site.gradients[span],
+                              shape=(site.shape[0], *shapes[i]), layer=leaf, reuse_input=reuse_input,
+                              reuse_gradient=reuse_gradient, buffers=site.buffers[own],
+                              added=site.added[span]))  # fmt: skip
         leaf += layer.leaves
     return result
 
@@ -232,10 +233,9 @@ class Chain(Pass):
         weights = {i: _weight_half(passes[i].backward_weight, places[i].added == (True,)) for i in trained}
         self._forwards = [p.forward for p in passes]
         # Backward's order: (input half, weight half or None, is the input gradient of use to a layer below).
-        self._needed: list[tuple[Callable, Callable | None, bool]] = [
-            (passes[i].backward_input, weights.get(i), i > first) for i in range(len(passes) - 1, first - 1, -1)
-        ]
-        self._all = [(passes[i].backward_input, weights.get(i), True) for i in range(len(passes) - 1, -1, -1)]
+        halves = [(one.backward_input, weights.get(i)) for i, one in enumerate(passes)]
+        self._needed = [(*halves[i], i > first) for i in reversed(range(first, len(passes)))]
+        self._all = [(*pair, True) for pair in reversed(halves)]
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for forward in self._forwards:

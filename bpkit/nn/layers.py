@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Elementwise, Layer, Pass, Shape, Site
+from bpkit.nn.layer import Context, Elementwise, Layer, Pass, Shape, Site, put_sum
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,12 @@ class _LinearPass(Pass):
         return self._dx
 
     def backward_weight(self, accumulate: bool = False) -> None:
-        dy_t = self._dy.t()
         if accumulate:
-            self._dweight.addmm_(dy_t, self._x)
-            if self._dbias is not None:
-                self._dbias.add_(self._dy.sum(0))
+            self._dweight.addmm_(self._dy.t(), self._x)
         else:
-            torch.mm(dy_t, self._x, out=self._dweight)
-            if self._dbias is not None:
-                torch.sum(self._dy, 0, out=self._dbias)
+            torch.mm(self._dy.t(), self._x, out=self._dweight)
+        if self._dbias is not None:
+            put_sum(self._dbias, self._dy, 0, accumulate)
 
 
 @dataclass(frozen=True)
@@ -169,12 +166,8 @@ class _LayerNormPass(Pass):
     def backward_weight(self, accumulate: bool = False) -> None:
         n = self._n.view(self._rows, self._features)
         dy = self._dy.reshape(n.shape)
-        if accumulate:
-            self._dweight.add_((dy * n).sum(0))
-            self._dbias.add_(dy.sum(0))
-        else:
-            torch.sum(dy * n, 0, out=self._dweight)
-            torch.sum(dy, 0, out=self._dbias)
+        put_sum(self._dweight, dy * n, 0, accumulate)
+        put_sum(self._dbias, dy, 0, accumulate)
 
 
 class _ActivationPass(Pass):

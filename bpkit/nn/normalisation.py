@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Layer, Pass, Shape, Site
+from bpkit.nn.layer import Context, Layer, Pass, Shape, Site, put_sum
 
 
 @dataclass(frozen=True)
@@ -120,10 +120,7 @@ class _GroupNormPass(Pass):
 
     def backward_weight(self, accumulate: bool = False) -> None:
         for own, made in zip(self._site.gradients, (self._dy * self._n, self._dy), strict=True):
-            if accumulate:
-                own.add_(made.sum((0, 2)))
-            else:
-                torch.sum(made, (0, 2), out=own)
+            put_sum(own, made, (0, 2), accumulate)
 
 
 class _BatchNormPass(_GroupNormPass):

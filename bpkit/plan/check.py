@@ -155,9 +155,8 @@ class _Walk:
         partner, at = self.posted.pop((pair, nth, not sends))
         (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
         if not _fit(sender.row[i], receiver.row[j]):
-            self.world.fail(
-                receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is {sender.row[i]}"
-            )
+            self.world.fail(receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is "
+                            f"{sender.row[i]}")  # fmt: skip
         self.world.deliver(receiver.holds, j, self.messages.pop((pair, nth)))
         sender.done.add(i)
         receiver.done.add(j)

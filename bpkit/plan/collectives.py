@@ -225,18 +225,10 @@ def all_to_all(n: int, stage: int = 0) -> Rows:
 
 
 #: What each algorithm does, by name: the purpose that the checker holds it to, and its rows.
-ALGORITHMS: dict[str, tuple[str, Algorithm]] = {
-    "ring": ("all_reduce", ring),
-    "server": ("all_reduce", server),
-    "sharded_server": ("all_reduce", sharded_server),
-    "tree": ("all_reduce", tree),
-    "halving_doubling": ("all_reduce", halving_doubling),
-    "hierarchical": ("all_reduce", hierarchical),
-    "reduce_scatter": ("reduce_scatter", reduce_scatter),
-    "all_gather": ("all_gather", all_gather),
-    "broadcast": ("broadcast", broadcast),
-    "all_to_all": ("all_to_all", all_to_all),
-}
+_SUMS = (ring, server, sharded_server, tree, halving_doubling, hierarchical)
+_OTHERS = (reduce_scatter, all_gather, broadcast, all_to_all)
+ALGORITHMS: dict[str, tuple[str, Algorithm]] = {made.__name__: ("all_reduce", made) for made in _SUMS}
+ALGORITHMS |= {made.__name__: (made.__name__, made) for made in _OTHERS}
 
 
 def _algorithm(name: str, ranks: int, stage: int, options: dict[str, int]) -> Rows:

@@ -108,10 +108,8 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     if weights is not None and len(weights) != len(network.layers):
         raise ValueError(f"compile takes one weight a layer: {len(network.layers)}, not {len(weights)}")
     if plan.stages > len(network.layers):
-        raise ValueError(
-            f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} layers: "
-            "use fewer stages or buckets"
-        )
+        raise ValueError(f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} "
+                         "layers: use fewer stages or buckets")  # fmt: skip
     cuts = plan.cuts if weights is None or plan.cuts is not None else balanced_cuts(weights, plan.stages)
     parts = network.split(cuts if cuts is not None else plan.stages)
     for name in sorted({name for part in parts for name in part.tied_slices()}):

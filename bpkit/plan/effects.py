@@ -174,9 +174,8 @@ def _sum_edges(touch: int) -> Callable[[Provenance, Members, Action], None]:
             if buf not in rank.edges:
                 world.fail(rank, index, f"there is nothing on edge {stage_of(buf)} to sum")
             if rank.edges[buf] == world.whole and len(members) > 1:
-                world.fail(
-                    rank, index, f"edge {stage_of(buf)} is not a partial sum: it would be counted {len(members)} times"
-                )
+                world.fail(rank, index, f"edge {stage_of(buf)} is not a partial sum: it would be counted "
+                           f"{len(members)} times")  # fmt: skip
         total = frozenset().union(*(rank.edges[buf] for rank, _ in members))
         for rank, _ in members:
             rank.edges[buf] = total
@@ -194,11 +193,11 @@ def _norm(world: Provenance, members: Members, action: Action) -> None:
                     world.complete(rank, index, stage, atom, counts)
 
 
-COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action],
-                            None]] = {"ZERO": _zero, "F": _forward, "LOSS": _loss, "B": _backward, "I": _input_half,
-                                      "W": _weight_half, "RECOMPUTE": _recompute, "UPDATE": _update,
-                                      "RESHARD": _reshard}  # fmt: skip
-GROUP: dict[str, Callable[[Provenance, Members, Action],
-                          None]] = {"REDUCE_GRAD": _reduce_data, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard,
-                                    "AVERAGE": _average, "SUM_F": _sum_edges(1), "SUM_B": _sum_edges(0),
-                                    "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": _swap}  # fmt: skip
+COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
+    "ZERO": _zero, "F": _forward, "LOSS": _loss, "B": _backward, "I": _input_half, "W": _weight_half,
+    "RECOMPUTE": _recompute, "UPDATE": _update, "RESHARD": _reshard,
+}  # fmt: skip
+GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
+    "REDUCE_GRAD": _reduce_data, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard, "AVERAGE": _average,
+    "SUM_F": _sum_edges(1), "SUM_B": _sum_edges(0), "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": _swap,
+}  # fmt: skip

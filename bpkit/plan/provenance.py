@@ -129,9 +129,8 @@ class Provenance:
         """An activation or its gradient that must be there, and be the sum over the tensor axis."""
         names = {"A": "input", "D": "gradient of output", "S": "saved state", "K": "input half"}
         if buf not in rank.edges:
-            self.fail(
-                rank, index, f"its {names[buf.letter]} (edge {buf.stage}, microbatch {buf.mb}) is not on this rank"
-            )
+            self.fail(rank, index, f"its {names[buf.letter]} (edge {buf.stage}, microbatch {buf.mb}) is not on this "
+                      "rank")  # fmt: skip
         if rank.edges[buf] != self.whole:
             self.fail(rank, index, f"it reads a partial sum: {len(rank.edges[buf])} of {len(self.whole)} tensor ranks")
         return rank.edges[buf]
