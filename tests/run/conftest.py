@@ -1,10 +1,21 @@
-"""What tests of this folder measure is shown at the end of the run, as a table."""
+"""Clusters for the proofs of this folder; and what its tests measure, shown at the end of the run as a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
+
+import bpkit as bp
+
+
+@pytest.fixture(scope="module", params=["shm", "gloo"])
+def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
+    """One cluster of each size up to 4, on each transport."""
+    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
+    yield made
+    for cluster in made.values():
+        cluster.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

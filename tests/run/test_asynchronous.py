@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,14 +22,6 @@ class Slow(CrossEntropy):
     def value_and_gradient(self, y, targets):
         time.sleep(0.02 * (len(targets) < 10))
         return super().value_and_gradient(y, targets)
-
-
-@pytest.fixture(scope="module", params=["shm", "gloo"])
-def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
-    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (2, 3, 4)}
-    yield made
-    for cluster in made.values():
-        cluster.close()
 
 
 def delayed_sgd(arrivals: Sequence[int], workers: int, staleness: int, sizes: Sequence[int], optimizer):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -22,14 +21,6 @@ from .oracle import flat, gradient_sum
 SAMPLES = 22
 ALL = [BF16(), FP16(), Int8(), TopK(0.1), PowerSGD(2)]
 SHARDS = {"even": None, "uneven": (1, 17, 4), "a rank without samples": (0, 12, 10)}
-
-
-@pytest.fixture(scope="module", params=["shm", "gloo"])
-def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
-    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
-    yield made
-    for cluster in made.values():
-        cluster.close()
 
 
 def network(dtype: torch.dtype = torch.float64) -> Network:

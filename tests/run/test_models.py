@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -44,14 +42,6 @@ def plans(network: Network) -> list[Plan]:
         made += [tensor_parallel(base, 2, layout) for base in bases]
         made += [tensor_parallel(serial(), 4, layout), shard_optimizer(tensor_parallel(data_parallel(2), 2, layout))]
     return made
-
-
-@pytest.fixture(scope="module", params=["shm", "gloo"])
-def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
-    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
-    yield made
-    for cluster in made.values():
-        cluster.close()
 
 
 @pytest.mark.parametrize("model", MODELS)

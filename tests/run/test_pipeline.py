@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -16,14 +14,6 @@ from .oracle import flat, gradient_sum, worst
 
 EXACT = 1e-12
 NETWORK = every_layer()  # nine layers, dropout at 0.1 in two places; 11 samples: the last microbatch is smaller
-
-
-@pytest.fixture(scope="module", params=["shm", "gloo"])
-def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
-    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
-    yield made
-    for cluster in made.values():
-        cluster.close()
 
 
 def assert_exact(clusters: dict[int, bp.Cluster], plan: Plan, shards: list[int] | None = None) -> None:

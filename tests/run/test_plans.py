@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -27,14 +25,6 @@ def plans(n: int) -> dict[str, bp.plan.Plan]:
     made += [zero(n, 3, units=3, prefetch=False), zero(n, 3, units=3, reshard=False), zero(n, 2)]
     made += [parameter_server(n, servers, buckets=2) for servers in {1, n}]
     return {plan.name: plan for plan in made}
-
-
-@pytest.fixture(scope="module", params=["shm", "gloo"])
-def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
-    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
-    yield made
-    for cluster in made.values():
-        cluster.close()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4])
