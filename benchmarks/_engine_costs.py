@@ -16,7 +16,7 @@ from bpkit.data import Dataset
 from bpkit.nn import Context, Linear, Network
 from bpkit.plan import Plan, compile
 from bpkit.run import Comm
-from bpkit.run.training import Runner
+from bpkit.run.training import Job, Runner
 from bpkit.trace import Log
 
 MEGABYTE = 1e6
@@ -109,8 +109,9 @@ def interpreter(comm: Comm, plan: Plan, repeats: int) -> tuple[float, int]:
     """
     net = Network([Linear(2, 2) for _ in range(plan.stages)], 2, seed=0)
     program = compile(plan, net)
-    runner = Runner(comm, program, net, bp.optim.SGD(0.0), 1)
     inputs, targets = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    data = bp.data.Dataset("one sample", inputs, targets, inputs, targets)
+    runner = Runner(comm, Job(program, net, data, bp.optim.SGD(0.0), batch=1))
     runner.step.load(0, inputs, targets, 0, 1)
     runner.step.weights = (1.0,)
     bound, width = runner.executor.bound, len(runner.executor.row)

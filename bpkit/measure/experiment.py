@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,7 +20,7 @@ from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, compile, data_parallel, serial
 from bpkit.run.cluster import Cluster, TrainResult
 from bpkit.run.errors import Stopped
-from bpkit.run.progress import somebody_looks
+from bpkit.run.progress import Bar
 from bpkit.trace import Trace
 
 Tell = Callable[[float, str], None]
@@ -82,10 +81,8 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
     _check(scaling, batch, steps, warmup, repetitions, target, target_steps, evaluate_every)
     largest = batch * (counts[-1] if scaling == "weak" else 1)
     if largest > len(data):
-        raise ValueError(
-            f"a global batch of {largest} ({scaling} scaling, {counts[-1]} workers) is larger than {data.name}, "
-            f"which has {len(data)} training samples"
-        )
+        raise ValueError(f"a global batch of {largest} ({scaling} scaling, {counts[-1]} workers) is larger than "
+                         f"{data.name}, which has {len(data)} training samples")  # fmt: skip
     if lr is not None and optimizer is not None:
         raise ValueError("scaling takes either lr=... or optimizer=..., not both")
     plans = {n: _plan(plan, n) for n in counts}
@@ -95,7 +92,7 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
     runs: dict[int, list[TrainResult]] = {n: [] for n in counts}
     reached: dict[int, TrainResult] = {}
     with ExitStack() as stack:
-        tell = progress or stack.enter_context(_Bar())
+        tell = stack.enter_context(Bar(progress))
         clusters = {n: stack.enter_context(Cluster(n, backend, threads_per_worker, timeout)) for n in counts}
         turns = _turns(counts, repetitions, target is not None)
         for index, (n, repetition) in enumerate(turns):
@@ -239,27 +236,3 @@ class _Inner:
 
     def __call__(self, fraction: float, text: str) -> None:
         self.tell((self.index + fraction) / self.of, f"{self.what}: {text}" if text else self.what)
-
-
-class _Bar:
-    """tqdm where somebody looks, else nothing."""
-
-    def __enter__(self) -> Tell:
-        self._bar: Any = None
-        if somebody_looks():
-            try:
-                from tqdm.auto import tqdm
-
-                self._bar = tqdm(total=100, unit="%", delay=2, leave=False)
-            except ImportError:
-                pass
-        return self._tell
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def _tell(self, fraction: float, text: str) -> None:
-        if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(int(100 * fraction) - self._bar.n)

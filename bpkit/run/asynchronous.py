@@ -26,7 +26,7 @@ def rounds(comm: Comm, job: Job, staleness: int | None = None) -> Outcome:
     staleness : int, optional
         Where given, rank 0 serves live, with this bound; its row of the plan stands for any order.
     """
-    runner = Runner(comm, job.program, job.network, job.optimizer, job.batch)
+    runner = Runner(comm, job)
     _load(runner, job)
     row = runner.buffers.row
     log = Log.empty([0], len(row))

@@ -79,10 +79,9 @@ def checked_compressor(plan: Plan, compress: Compressor | None) -> Compressor | 
     others = {"SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "AVERAGE"}
     found = sorted({action.kind for row in plan.rows for action in row} & others)
     if found or plan.mesh.tensor > 1 or plan.holds != "all":
-        raise ValueError(
-            f"{plan.name} cannot compress gradients with {compress}: that takes a plan that reduces whole gradients "
-            f"by REDUCE_GRAD and not otherwise, and this one has {', '.join(found) or 'another way'}"
-        )
+        raise ValueError(f"{plan.name} cannot compress gradients with {compress}: that takes a plan that reduces whole "
+                         "gradients by REDUCE_GRAD and not otherwise, and this one has "
+                         f"{', '.join(found) or 'another way'}")  # fmt: skip
     if isinstance(compress, PowerSGD) and plan.mesh.pipeline > 1:
         raise ValueError(f"{plan.name} has a pipeline, which {compress} could stop for ever: its reduction blocks")
     return compress if plan.mesh.data > 1 else None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bpkit.compress import Compressor
@@ -21,15 +22,15 @@ from bpkit.plan.strategies import whole_number
 from bpkit.run import checks
 from bpkit.run.asynchronous import rounds
 from bpkit.run.pool import Pool
-from bpkit.run.progress import Progress
+from bpkit.run.progress import Bar
 from bpkit.run.results import CollectiveResult, TrainResult, assemble
 from bpkit.run.training import Job, Outcome, Shards, collective, gradients, train
 from bpkit.run.whole import overlaid, unsharded
 from bpkit.trace import Trace
 
 
-class Cluster:
-    """Worker processes that stay alive between runs.
+class Cluster(Pool):
+    """Worker processes that stay alive between runs, of plans and of functions (see `Pool.call`).
 
     Parameters
     ----------
@@ -56,62 +57,6 @@ class Cluster:
     ...     cluster.call(lambda comm: comm.rank)
     [0, 1]
     """
-
-    def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
-                 start_method: str | None = None) -> None:  # fmt: skip
-        self._pool = Pool(workers, backend, threads_per_worker, timeout, start_method=start_method)
-
-    @property
-    def workers(self) -> int:
-        """Number of ranks."""
-        return self._pool.workers
-
-    @property
-    def backend(self) -> str:
-        """The transport in use."""
-        return self._pool.backend
-
-    @property
-    def threads_per_worker(self) -> int:
-        """Threads that each worker computes with."""
-        return self._pool.threads_per_worker
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids of the workers, empty before the first run."""
-        return tuple(self._pool.pids)
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
-        self.close()
-
-    def close(self) -> None:
-        """End the workers; a later run starts new ones."""
-        self._pool.close()
-
-    def __repr__(self) -> str:
-        return f"<Cluster: {self.workers} workers over {self.backend}>"
-
-    def call(self, fn: Callable[..., Any], *args: Any, timeout: float | None = None) -> list[Any]:
-        """Run ``fn(comm, *args)`` on each rank and return the results by rank.
-
-        Parameters
-        ----------
-        fn : callable
-            A function of a module, a cell or a closure.  ``comm`` has ``rank``, ``size``, ``send``, ``recv``,
-            ``barrier`` and the collectives (see `bpkit.run.comm.Comm`).
-        timeout : float, optional
-            Seconds that the whole call may take.
-
-        Raises
-        ------
-        WorkerError
-            If a worker raises; names its rank and carries its traceback.
-        """
-        return self._pool.call(fn, *args, timeout=timeout)
 
     def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
               lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0, shards: Shards | None = None,
@@ -188,8 +133,13 @@ class Cluster:
     def _train(self, work: Callable[..., Outcome], args: tuple[Any, ...], progress: Callable[[float, str], None] | None,
                stop: threading.Event | None) -> list[Outcome]:  # fmt: skip
         job: Job = args[0]
-        with Progress(job.steps, progress) as bar:
-            return self._pool.call(work, *args, watch=bar.watch, describe=_describer(job.program), stop=stop)
+        with Bar(progress) as bar:
+
+            def watch(marks: NDArray[np.int64]) -> None:
+                done = max(0, int(marks[:, 0].min()))
+                bar(min(1.0, done / job.steps), f"step {done} of {job.steps}")
+
+            return self.call(work, *args, watch=watch, describe=_describer(job.program), stop=stop)
 
     def train_asynchronous(self, network: Network, data: Dataset, *, batch: int, steps: int, staleness: int = 1,
                            lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0,
@@ -226,7 +176,7 @@ class Cluster:
         optimizer = checks.make_optimizer(lr, optimizer)
         chosen = checks.checked_shards(batch, nominal, shards)
         program = self._program(nominal, network, data, optimizer, batch)
-        job = Job(program, network, data, optimizer, batch, steps, seed, chosen, 1, 0, None)
+        job = Job(program, network, data, optimizer, batch, steps, seed, chosen)
         outcomes = self._train(rounds, (job, staleness), progress, stop)
         recorded = compile(asynchronous_server(trainers, outcomes[0].arrivals, staleness), network)
         return assemble(replace(job, program=recorded), outcomes, self.backend)
@@ -272,10 +222,10 @@ class Cluster:
         checks.fits(plan, network, inputs, targets, self.workers, len(inputs))
         program = compile(plan, network)
         checks.room(program, network, self.backend)
-        found: list[dict[int, Tensor]] = self._pool.call(gradients, program, network, inputs, targets, SGD(),
-                                                         checks.checked_shards(len(inputs), plan, shards), step,
-                                                         checks.checked_compressor(plan, compress), sync_batch_norm,
-                                                         describe=_describer(program))  # fmt: skip
+        job = Job(program, network, Dataset("the batch", inputs, targets, inputs[:0], targets[:0]), SGD(), len(inputs),
+                  shards=checks.checked_shards(len(inputs), plan, shards),
+                  compress=checks.checked_compressor(plan, compress), sync_batch_norm=sync_batch_norm)  # fmt: skip
+        found: list[dict[int, Tensor]] = self.call(gradients, job, step, describe=_describer(program))
         ranks = plan.mesh.tensor
         flats = [[overlaid(plan, stage, [pieces[stage] for pieces in found[index::ranks] if stage in pieces])
                   for index in range(ranks)] for stage in range(plan.stages)]  # fmt: skip
@@ -312,7 +262,7 @@ class Cluster:
         if plan.purpose == "all_to_all" and size % self.workers:
             raise ValueError(f"{plan.name} exchanges equal parts: {self.workers} ranks do not divide {size} elements")
         program = compile_collective(plan, size, tensors[0].dtype)
-        found = self._pool.call(collective, program, tensors, repeat, describe=_describer(program))
+        found = self.call(collective, program, tensors, repeat, describe=_describer(program))
         rows = [[str(step.action) for step in program.row(at)] for at in plan.mesh.coordinates()]
         trace = Trace.collect([log for _, log, _ in found], rows)
         return CollectiveResult(tuple(out for out, _, _ in found), tuple(sent for _, _, sent in found), trace, program)

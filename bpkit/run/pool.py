@@ -6,9 +6,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from multiprocessing import connection
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -78,8 +78,6 @@ class Pool:
         Seconds that a worker may wait for a peer.
     start_method : {"forkserver", "spawn"}, optional
         How processes start.
-    echo : bool
-        Print what workers print, each line with its rank, after a call.
 
     Attributes
     ----------
@@ -96,16 +94,13 @@ class Pool:
         For arguments that cannot work; no process has started then.
     """
 
-    def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1,
-                 timeout: float = 60.0, *, start_method: str | None = None, echo: bool = True) -> None:
+    def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
+                 start_method: str | None = None) -> None:  # fmt: skip
         method = start_method or start_methods()[0]
         _check(workers, backend, threads_per_worker, timeout, method)
-        self.workers = workers
-        self.threads_per_worker = threads_per_worker
-        self.timeout = timeout
+        self.workers, self.threads_per_worker, self.timeout = workers, threads_per_worker, timeout
         self.backend, self.backend_reason = _choose(workers, backend)
         self.start_method = method
-        self.echo = echo
         self.generation = 0
         self.logs = [""] * workers
         self._lock = threading.Lock()
@@ -113,20 +108,19 @@ class Pool:
         self._finalizer: Any = None
         self._closed = False
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "running" if self._running else "not started"
-        return f"Pool(workers={self.workers}, backend={self.backend!r}, {state})"
+        return f"<{type(self).__name__}: {self.workers} workers over {self.backend}>"
 
     @property
-    def pids(self) -> list[int]:
+    def pids(self) -> tuple[int, ...]:
         """Process ids by rank; empty when no worker runs."""
-        return [process.pid for process in self._running.processes] if self._running else []
+        return tuple(process.pid for process in self._running.processes) if self._running else ()
 
     def start(self) -> None:
         """Start the workers, if they do not run (`call` does so by itself)."""
@@ -138,19 +132,17 @@ class Pool:
         self._closed = True
         self._end()
 
-    def call(self, fn: Callable[..., Any], *args: Any, per_rank: Sequence[Any] | None = None,
-             timeout: float | None = None, watch: Watch | None = None, describe: Describe | None = None,
-             stop: threading.Event | None = None) -> list[Any]:
+    def call(self, fn: Callable[..., Any], *args: Any, timeout: float | None = None, watch: Watch | None = None,
+             describe: Describe | None = None, stop: threading.Event | None = None) -> list[Any]:  # fmt: skip
         """Run ``fn(comm, *args)`` on every rank and return the results by rank.
 
         Parameters
         ----------
         fn : callable
-            Functions from cells, scripts and closures too (with cloudpickle).
+            Functions from cells, scripts and closures too (with cloudpickle). ``comm`` has ``rank``, ``size``,
+            ``send``, ``recv``, ``barrier`` and the collectives (see `bpkit.run.comm.Comm`).
         *args
             Pickled once for all ranks. A worker may change what it gets; nobody else sees it.
-        per_rank : sequence, optional
-            One further argument for each rank.
         timeout : float, optional
             Limit for the whole call in seconds.
         watch : callable, optional
@@ -173,13 +165,10 @@ class Pool:
         CommunicationError
             A message was sent that nobody received.
         """
-        if per_rank is not None and len(per_rank) != self.workers:
-            raise ValueError(f"per_rank has {len(per_rank)} entries for {self.workers} workers")
-        extra = () if per_rank is None else per_rank
         try:
-            parcel = payload.Parcel([(fn, args, per_rank is not None), *extra])
+            parcel = payload.Parcel([(fn, args)])
         except Exception as error:
-            raise TypeError(payload.explain(fn, (*args, *extra), error)) from error
+            raise TypeError(payload.explain(fn, args, error)) from error
         try:
             with self._lock:
                 self._start()
@@ -213,11 +202,11 @@ class Pool:
             running.end()
 
     def _take_logs(self, running: Workers) -> None:
+        """Keep what the ranks printed, and print it, each line with its rank."""
         self.logs = [running.read_log(rank) for rank in range(self.workers)]
-        if self.echo:
-            for rank, text in enumerate(self.logs):
-                for line in text.splitlines():
-                    print(f"[rank {rank}] {line}")
+        for rank, text in enumerate(self.logs):
+            for line in text.splitlines():
+                print(f"[rank {rank}] {line}")
 
 
 class _Run:

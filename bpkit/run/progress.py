@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any
 
 
 def somebody_looks() -> bool:
@@ -19,31 +18,27 @@ def somebody_looks() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-class Progress:
-    """Steps done, told to a callback or drawn by tqdm once a run takes more than two seconds."""
+class Bar:
+    """Takes a long run's (fraction done, text): to a callback, or to tqdm once it takes more than two seconds."""
 
-    def __init__(self, steps: int, callback: Callable[[float, str], None] | None) -> None:
-        self._steps, self._callback = steps, callback
-        self._bar: Any = None
+    def __init__(self, callback: Callable[[float, str], None] | None) -> None:
+        self._callback, self._bar = callback, None
         if callback is None and somebody_looks():
-            try:
+            with contextlib.suppress(ImportError):
                 from tqdm.auto import tqdm
-            except ImportError:
-                return
-            self._bar = tqdm(total=steps, unit="step", delay=2, leave=False)
 
-    def watch(self, marks: Any) -> None:
-        """Take the marks (step, action) of all ranks."""
-        done = int(min(mark[0] for mark in marks))
+                self._bar = tqdm(total=100, unit="%", delay=2, leave=False)
+
+    def __call__(self, fraction: float, text: str) -> None:
         if self._callback is not None:
-            self._callback(min(1.0, done / self._steps), f"step {done} of {self._steps}")
+            self._callback(fraction, text)
         elif self._bar is not None:
-            self._bar.update(done - self._bar.n)
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(int(100 * fraction) - self._bar.n)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Bar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -38,12 +38,12 @@ class Job:
     data: Dataset
     optimizer: Optimizer
     batch: int
-    steps: int
-    seed: int
-    shards: Shards | None
-    record: int
-    evaluate_every: int
-    target: float | None
+    steps: int = 1
+    seed: int = 0
+    shards: Shards | None = None
+    record: int = 1
+    evaluate_every: int = 0
+    target: float | None = None
     compress: Compressor | None = None
     sync_batch_norm: bool = False
 
@@ -153,32 +153,25 @@ def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: in
 
 
 class Runner:
-    """One rank's buffers, bound row and executor."""
+    """One rank's buffers, bound row and executor; `captured` takes what each UPDATE would apply, in its place."""
 
-    def __init__(self, comm: Comm, program: Program, network: Network, optimizer: Optimizer, rows: int,
-                 captured: dict[int, Tensor] | None = None, compress: Compressor | None = None,
-                 sync_batch_norm: bool = False) -> None:  # fmt: skip
-        self.program, self.plan, self.network = program, program.plan, network
-        groups = Groups(comm, program.plan.mesh)
-        self.buffers = Buffers(program, network, groups, optimizer, rows, compress)
-        over = groups.data.all_reduce if sync_batch_norm and self.plan.mesh.data > 1 else None
+    def __init__(self, comm: Comm, job: Job, captured: dict[int, Tensor] | None = None) -> None:
+        self.job, self.program, self.plan, self.network = job, job.program, job.program.plan, job.network
+        groups = Groups(comm, self.plan.mesh)
+        rows = largest(self.plan, job.batch, job.shards)
+        self.buffers = Buffers(self.program, self.network, groups, job.optimizer, rows, job.compress)
+        over = groups.data.all_reduce if job.sync_batch_norm and self.plan.mesh.data > 1 else None
         self.step = StepData(sum_over_data=over)
         bound = Verbs(self.buffers, self.step, captured=captured).bind()
-        self.executor = Executor(program.row(self.buffers.at), bound, groups)
+        self.executor = Executor(self.program.row(self.buffers.at), bound, groups)
 
-    def run(self, number: int, inputs: Tensor, targets: Tensor, everyone: Tensor, sizes: Sequence[int],
-            log: Log, line: int) -> float:  # fmt: skip
-        """Run one step on this rank's shard; its share of the reported loss.
-
-        Parameters
-        ----------
-        inputs, targets : Tensor
-            This rank's samples.
-        everyone : Tensor
-            Targets of the whole global batch.
-        """
+    def run(self, number: int, rows: Tensor, log: Log, line: int) -> float:
+        """Run one step on this rank's shard of the global batch `rows`; its share of the reported loss."""
+        job, everyone = self.job, self.job.data.targets[rows]
+        sizes = shard_sizes_of(self.plan, job.batch, job.shards, number)
         shard = cut(self.plan, everyone, self.network.loss, sizes, self.buffers.at.data)
-        self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
+        own = slice(shard.low, shard.high)
+        self.step.load(number, job.data.inputs[rows[own]], everyone[own], shard.low, self.plan.microbatches)
         self.step.weights, self.step.scale = shard.weights, shard.scale
         self.executor.run(number, log, line)
         self.check(number)
@@ -204,33 +197,25 @@ class Runner:
 
 def train(comm: Comm, job: Job) -> Outcome:
     """Run all steps of a job on one rank."""
-    most = largest(job.program.plan, job.batch, job.shards)
-    runner = Runner(comm, job.program, job.network, job.optimizer, most, compress=job.compress,
-                    sync_batch_norm=job.sync_batch_norm)  # fmt: skip
-    buffers, plan = runner.buffers, job.program.plan
+    runner = Runner(comm, job)
     recorded = min(job.steps, job.record)
-    log = Log.empty(range(job.steps - recorded, job.steps), len(buffers.row))
+    log = Log.empty(range(job.steps - recorded, job.steps), len(runner.buffers.row))
     losses, starts, accuracies, paused = [], [], [], 0
     comm.barrier()
     for step in range(job.steps):
         starts.append(perf_counter_ns() - paused)
-        rows = job.data.indices(step, job.batch, job.seed)
-        everyone = job.data.targets[rows]
-        sizes = shard_sizes_of(plan, job.batch, job.shards, step)
-        low = sum(sizes[: buffers.at.data])
-        mine = slice(low, low + sizes[buffers.at.data])
         line = max(0, step - (job.steps - recorded))
         log.steps[line] = step
-        losses.append(runner.run(step, job.data.inputs[rows[mine]], everyone[mine], everyone, sizes, log, line))
+        losses.append(runner.run(step, job.data.indices(step, job.batch, job.seed), log, line))
         if job.evaluate_every and (step + 1) % job.evaluate_every == 0:
             began = perf_counter_ns()
-            accuracies.append((step + 1, evaluate(comm, buffers, job)))
+            accuracies.append((step + 1, evaluate(comm, runner.buffers, job)))
             paused += perf_counter_ns() - began
             if job.target is not None and accuracies[-1][1] >= job.target:
                 log = log.until(line)
                 break
     starts.append(perf_counter_ns() - paused)
-    return outcome(buffers, losses, starts, log, accuracies)
+    return outcome(runner.buffers, losses, starts, log, accuracies)
 
 
 def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
@@ -266,18 +251,11 @@ def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
     return float(comm.broadcast(result, 0)) if comm.size > 1 else float(result)
 
 
-def gradients(comm: Comm, program: Program, network: Network, inputs: Tensor, targets: Tensor, optimizer: Optimizer,
-              shards: Shards | None, step: int, compress: Compressor | None,
-              sync_batch_norm: bool) -> dict[int, Tensor]:  # fmt: skip
+def gradients(comm: Comm, job: Job, step: int) -> dict[int, Tensor]:
     """Run one step up to UPDATE; what each UPDATE would have applied, by stage (NaN where another rank updates)."""
     captured: dict[int, Tensor] = {}
-    runner = Runner(comm, program, network, optimizer, largest(program.plan, len(inputs), shards), captured, compress,
-                    sync_batch_norm)  # fmt: skip
-    sizes = shard_sizes_of(program.plan, len(inputs), shards, step)
-    low = sum(sizes[: runner.buffers.at.data])
-    mine = slice(low, low + sizes[runner.buffers.at.data])
-    log = Log.empty([step], len(runner.buffers.row))
-    runner.run(step, inputs[mine], targets[mine], targets, sizes, log, 0)
+    runner = Runner(comm, job, captured)
+    runner.run(step, torch.arange(job.batch), Log.empty([step], len(runner.buffers.row)), 0)
     return captured
 
 

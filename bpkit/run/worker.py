@@ -87,9 +87,7 @@ def _join(rank: int, channel: Connection, files: list[str]) -> Comm:
 def _answer(comm: Comm, call: Received, channel: Connection) -> None:
     """Run one call and send its result or its error."""
     try:
-        function, args, spread = call.load(0)
-        if spread:
-            args = (*args, call.load(1 + comm.rank))
+        function, args = call.load(0)
         sent, received = list(comm.sent_to), list(comm.received_from)
         result = function(comm, *args)
         comm.finish()

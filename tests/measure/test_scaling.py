@@ -155,7 +155,7 @@ def test_progress_rises_to_one(fake: type[FakeCluster]) -> None:
 def test_a_bar_where_somebody_looks(fake: type[FakeCluster], monkeypatch: pytest.MonkeyPatch) -> None:
     tqdm = pytest.importorskip("tqdm.auto")
     drawn: list[int] = []
-    monkeypatch.setattr(experiment, "somebody_looks", lambda: True)
+    monkeypatch.setattr("bpkit.run.progress.somebody_looks", lambda: True)
     monkeypatch.setattr(tqdm.tqdm, "update", lambda bar, n=1: drawn.append(n) or setattr(bar, "n", bar.n + n))
     measure(progress=None)
     assert sum(drawn) == 100 and min(drawn) >= 0

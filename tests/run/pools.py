@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from functools import cache
 
 from bpkit.run.pool import Pool
@@ -15,7 +16,7 @@ def shared_pool(backend: str, workers: int) -> Pool:
     return Pool(workers, backend, timeout=30.0)
 
 
-def gone(pids: list[int], seconds: float) -> bool:
+def gone(pids: Sequence[int], seconds: float) -> bool:
     """Whether all processes have ended within `seconds` (a zombie has ended)."""
     deadline = time.monotonic() + seconds
     while any(map(alive, pids)):

@@ -24,7 +24,7 @@ def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
         pool.start()
         pids = pool.pids
         yield pool
-        assert gone(pids, 2.0) and pool.pids == [] and not our_files()
+        assert gone(pids, 2.0) and pool.pids == () and not our_files()
         assert pool.call(lambda comm: float(comm.all_reduce(torch.ones(1)))) == [3.0] * 3
         pids = pool.pids
     assert gone(pids, 2.0)

@@ -63,10 +63,10 @@ def test_auto_is_shared_memory() -> None:
 def test_call_and_close(backend: str, method: str) -> None:
     start = time.perf_counter()
     with Pool(2, backend, start_method=method) as pool:
-        assert pool.pids == [] and pool.generation == 0
+        assert pool.pids == () and pool.generation == 0
         first = pool.call(rank_and_pid)
         print(f"{backend}, {method}: first call after {time.perf_counter() - start:.2f} s")
-        assert [rank for rank, _ in first] == [0, 1] and [pid for _, pid in first] == pool.pids
+        assert [rank for rank, _ in first] == [0, 1] and tuple(pid for _, pid in first) == pool.pids
         assert pool.call(rank_and_pid) == first and pool.generation == 1  # the same processes
         value = torch.arange(5.0)
         assert [float(x) for x in pool.call(lambda comm, x: x.sum() + comm.rank, value)] == [10.0, 11.0]
@@ -118,15 +118,6 @@ def test_results_of_every_size() -> None:
             tensor += 1  # ours to change
             array += 1
     assert not our_files()
-
-
-def test_one_argument_for_each_rank() -> None:
-    pool = shared_pool("shm", 3)
-    data = torch.arange(90_000.0)
-    parts = pool.call(lambda comm, scale, part: float(part.sum()) * scale, 2.0, per_rank=list(data.split(30_000)))
-    assert parts == [2.0 * float(part.sum()) for part in data.split(30_000)]
-    with pytest.raises(ValueError, match="per_rank has 2 entries for 3 workers"):
-        pool.call(rank_and_pid, per_rank=[1, 2])
 
 
 def test_environment_of_each_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -235,6 +226,6 @@ def test_what_cannot_be_pickled_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
     with pytest.raises(TypeError, match="Install cloudpickle"):
         pool.call(lambda comm: 1)
-    assert pool.pids == []  # nothing was started for it
+    assert pool.pids == ()  # nothing was started for it
     with pool:
         assert len(pool.call(rank_and_pid)) == 2  # a function of a module needs no cloudpickle
