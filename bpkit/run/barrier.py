@@ -10,7 +10,7 @@ import mmap
 import os
 import time
 from _multiprocessing import SemLock  # type: ignore[import-not-found]
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter_ns
 
 import numpy as np
@@ -27,6 +27,8 @@ _NAP = 1e-4  # seconds between two looks at several peers
 # What a rank waits in, as a number that fits into the shared block (index 0: not waiting).
 OPERATIONS = ("", "send", "recv", "barrier", "empty", "all_reduce", "reduce_scatter", "all_gather", "broadcast",
               "post_all_reduce")  # fmt: skip
+
+Pairs = Mapping[int, tuple[SemLock, SemLock]]  # by the other rank: a semaphore from it and one to it
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 

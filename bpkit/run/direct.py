@@ -7,23 +7,22 @@ pair keep their order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 
-from .barrier import SemLock, Waiter
+from .barrier import Pairs, SemLock, Waiter
 from .comm import Handle
 from .rows import Program, run_program
 
-Pairs = Mapping[int, SemLock]  # by the other rank
-
 
 class _Message(Handle):
-    """One message under way, at either end of it."""
+    """One message under way, at either end of it; `then` runs when the peer's token has come."""
 
     polled = True
 
-    def __init__(self, queue: deque[_Message], token: SemLock, peer: int, waiter: Waiter, operation: str) -> None:
+    def __init__(self, queue: deque[_Message], token: SemLock, peer: int, waiter: Waiter, operation: str,
+                 then: Callable[[], object] = lambda: None) -> None:  # fmt: skip
         self._queue, self._token, self._peer = queue, token, peer
-        self._waiter, self._operation = waiter, operation
+        self._waiter, self._operation, self._then = waiter, operation, then
         self.finished = False
         queue.append(self)
 
@@ -39,18 +38,7 @@ class _Message(Handle):
 
     def end(self) -> None:
         """The peer's token has come."""
-        self.finished = True
-
-
-class _Incoming(_Message):
-    def __init__(self, queue: deque[_Message], token: SemLock, peer: int, waiter: Waiter, program: Program,
-                 taken: SemLock) -> None:  # fmt: skip
-        super().__init__(queue, token, peer, waiter, "recv")
-        self._program, self._taken = program, taken
-
-    def end(self) -> None:
-        run_program(self._program)
-        self._taken.release()
+        self._then()
         self.finished = True
 
 
@@ -59,23 +47,26 @@ class Direct:
 
     Parameters
     ----------
-    ready_in, ready_out, taken_in, taken_out : mapping of rank to semaphore
+    ready, taken : mapping of rank to pair of semaphores
         Tokens from and to each other rank.
     waiter : Waiter
     """
 
-    def __init__(self, ready_in: Pairs, ready_out: Pairs, taken_in: Pairs, taken_out: Pairs, *, waiter: Waiter) -> None:
-        self._ready_in, self._ready_out, self._taken_in, self._taken_out = ready_in, ready_out, taken_in, taken_out
-        self._waiter = waiter
-        self._outgoing: dict[int, deque[_Message]] = {peer: deque() for peer in ready_in}
-        self._incoming: dict[int, deque[_Message]] = {peer: deque() for peer in ready_in}
+    def __init__(self, ready: Pairs, taken: Pairs, waiter: Waiter) -> None:
+        self._ready, self._taken, self._waiter = ready, taken, waiter
+        self._outgoing: dict[int, deque[_Message]] = {peer: deque() for peer in ready}
+        self._incoming: dict[int, deque[_Message]] = {peer: deque() for peer in ready}
 
     def send(self, to: int) -> Handle:
         """Say that a message is ready; it rests until the handle has finished."""
-        self._ready_out[to].release()
-        return _Message(self._outgoing[to], self._taken_in[to], to, self._waiter, "send")
+        self._ready[to][1].release()
+        return _Message(self._outgoing[to], self._taken[to][0], to, self._waiter, "send")
 
     def recv(self, source: int, program: Program) -> Handle:
         """Run `program`, which reads the sender's memory, once the next message of `source` is ready."""
-        return _Incoming(self._incoming[source], self._ready_in[source], source, self._waiter, program,
-                         self._taken_out[source])  # fmt: skip
+
+        def take() -> None:
+            run_program(program)
+            self._taken[source][1].release()
+
+        return _Message(self._incoming[source], self._ready[source][0], source, self._waiter, "recv", take)

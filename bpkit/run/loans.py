@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .barrier import SemLock, Waiter
+from .barrier import Pairs, Waiter
 from .comm import Channel, Comm, Edges, Handle, Slots, Taker, Then
 
-Pairs = Mapping[int, tuple[SemLock, SemLock]]  # by the other rank: from it and to it
 _LENT, _RETURNED = 0, 1
 
 

@@ -8,9 +8,9 @@ nobody passes signals on for others.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from .barrier import SemLock, Waiter
+from .barrier import Pairs, SemLock, Waiter
 from .comm import Handle
 from .rows import Program, run_program
 
@@ -39,19 +39,17 @@ class PostedSums:
 
     Parameters
     ----------
-    peers : sequence of int
-        The other ranks.
-    ready, done : pair of lists of semaphores
-        From each peer to this rank, and from this rank to each peer.
+    ready, done : mapping of rank to pair of semaphores
+        Tokens from and to each other rank, of either phase.
     waiter : Waiter
     progress : callable
         Moves all unfinished business of the rank along, these sums included.
     """
 
-    def __init__(self, peers: Sequence[int], ready: tuple[list[SemLock], list[SemLock]],
-                 done: tuple[list[SemLock], list[SemLock]], waiter: Waiter, progress: Callable[[], None]) -> None:
-        self._peers, self._waiter, self._all = peers, waiter, progress
-        (self._ready_in, self._ready_out), (self._done_in, self._done_out) = ready, done
+    def __init__(self, ready: Pairs, done: Pairs, waiter: Waiter, progress: Callable[[], None]) -> None:
+        self._peers, self._waiter, self._all = list(ready), waiter, progress
+        self._ready_in, self._ready_out = ([pair[way] for pair in ready.values()] for way in (0, 1))
+        self._done_in, self._done_out = ([pair[way] for pair in done.values()] for way in (0, 1))
         self._unready: deque[PostedSum] = deque()
         self._undone: deque[PostedSum] = deque()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,20 @@ class Rows:
         """`n` elements of a rank's row from byte `start`."""
         return self.tensors[rank][start : start + n * dtype.itemsize].view(dtype)
 
-    def sum_program(self, start: int, bounds: tuple[int, int], dtype: torch.dtype, targets: list[int]) -> Program:
-        """The additions of elements `bounds` over all rows into row 0, in rank order, block by block; each
-        block is copied to the rows of `targets` while it is in the cache.
+    def sum_program(self, start: int, bounds: tuple[int, int], dtype: torch.dtype, targets: Sequence[int] = (),
+                    out: torch.Tensor | None = None, add: bool = False) -> Program:  # fmt: skip
+        """The sum of elements `bounds` over all rows, in rank order, block by block.
 
-        `start` is the byte at which element 0 lies.
+        Parameters
+        ----------
+        start : int
+            The byte at which element 0 lies.
+        targets : sequence of int
+            Rows to which each block of row 0 is copied while it is in the cache.
+        out : Tensor, optional
+            Where the sum goes; into row 0 where None.
+        add : bool
+            Add it to `out`.
         """
         lo, hi = bounds
         step = max(_CACHE // dtype.itemsize, 1)
@@ -46,36 +55,25 @@ class Rows:
         for first in range(lo, hi, step):
             n, at = min(step, hi - first), start + first * dtype.itemsize
             parts = [self.view(rank, at, n, dtype) for rank in range(len(self.tensors))]
-            program += [_addition(parts[0], part) for part in parts[1:]]
+            into = parts[0] if out is None else out[first - lo : first - lo + n]
+            if not add and len(parts) > 1:
+                program.append(_addition(parts[0], parts[1], into))
+                parts = parts[2:]
+            elif not add and out is not None:
+                program.append((into.copy_, (parts.pop(),)))
+            program += [_addition(into, part, into) for part in parts if part is not into]
             size = n * dtype.itemsize
             source = self.arrays[0][at : at + size].data
             # A memoryview copies with the least overhead: small sums are bound by it.
             program += [(self.arrays[rank][at : at + size].data.__setitem__, (slice(None), source)) for rank in targets]
         return program
 
-
-    def sum_into(self, start: int, bounds: tuple[int, int], out: torch.Tensor, add: bool) -> Program:
-        """The sum of elements `bounds` over all rows, in rank order, put into `out` or added to it."""
-        lo, hi = bounds
-        step = max(_CACHE // out.element_size(), 1)
-        program: Program = []
-        for first in range(lo, hi, step):
-            n, at = min(step, hi - first), start + first * out.element_size()
-            into = out[first - lo : first - lo + n]
-            parts = [self.view(rank, at, n, out.dtype) for rank in range(len(self.tensors))]
-            if not add and len(parts) > 1:
-                program.append(_sum_of_two(parts[0], parts[1], into))
-                parts = parts[2:]
-            elif not add:
-                program.append((into.copy_, (parts.pop(),)))
-            program += [_addition(into, part) for part in parts]
-        return program
-
     def addition(self, start: int, bounds: tuple[int, int], dtype: torch.dtype, source: int, target: int) -> Step:
         """The addition of elements of one row to those of another."""
         lo, hi = bounds
         at, n = start + lo * dtype.itemsize, hi - lo
-        return _addition(self.view(target, at, n, dtype), self.view(source, at, n, dtype))
+        total = self.view(target, at, n, dtype)
+        return _addition(total, self.view(source, at, n, dtype), total)
 
     def copy(self, start: int, bounds: tuple[int, int], dtype: torch.dtype, source: int, target: int) -> Step:
         """The copy of elements of one row to another."""
@@ -83,15 +81,8 @@ class Rows:
         return self.arrays[target][first:last].data.__setitem__, (slice(None), self.arrays[source][first:last].data)
 
 
-def _addition(total: torch.Tensor, other: torch.Tensor) -> tuple[Callable[..., Any], tuple]:
-    if total.dtype == torch.bfloat16:  # numpy has no such type
-        return total.add_, (other,)
-    a, b = total.numpy(), other.numpy()
-    return np.add, (a, b, a)
-
-
-def _sum_of_two(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Step:
-    if out.dtype == torch.bfloat16:
+def _addition(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Step:
+    if out.dtype == torch.bfloat16:  # numpy has no such type
         return (lambda: torch.add(a, b, out=out)), ()
     return np.add, (a.numpy(), b.numpy(), out.numpy())
 

@@ -51,7 +51,7 @@ class Scratch:
             assert rows is not None
             start += self._half * (self._memory.numel() // 2)
             self._stages[key] = (rows.view(self._comm.rank, start, n, dtype),
-                                 rows.sum_program(start, self._comm.bounds(n), dtype, []),
+                                 rows.sum_program(start, self._comm.bounds(n), dtype),
                                  rows.view(0, start, n, dtype))  # fmt: skip
         return self._stages[key]
 

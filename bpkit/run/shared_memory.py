@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from . import memory
-from .barrier import Barrier, Block, SemLock, Waiter, create_semaphore, open_semaphore, unlink_semaphore
+from .barrier import Barrier, Block, Pairs, SemLock, Waiter, create_semaphore, open_semaphore, unlink_semaphore
 from .comm import Comm, Edges, Handle, Slots, Then
 from .direct import Direct
 from .errors import NoRoom
@@ -46,11 +46,9 @@ class SharedMemoryComm(Comm):
         self._others = [r for r in range(self.size) if r != rank]
         self._join_barrier()
         self._join_mail(fd)
-        self._posted = PostedSums(self._others, self._pairs("r"), self._pairs("d"), self._waiter, self.progress)
-        ends = [dict(zip(self._others, side, strict=True)) for kind in "mt" for side in self._pairs(kind)]
-        self._direct = Direct(*ends, waiter=self._waiter)
-        self._lent, self._returned = (dict(zip(self._others, zip(*self._pairs(kind), strict=True), strict=True))
-                                      for kind in "lu")  # fmt: skip
+        self._posted = PostedSums(self._pairs("r"), self._pairs("d"), self._waiter, self.progress)
+        self._direct = Direct(self._pairs("m"), self._pairs("t"), self._waiter)
+        self._lent, self._returned = self._pairs("l"), self._pairs("u")
         self._common: list[tuple[int, int]] = []  # addresses of `shared` memory
         self._blocks: list[tuple[int, int, Rows]] = []
         self._sums: dict[tuple, Program] = {}  # by address, length, type: valid while the memory lives
@@ -103,10 +101,11 @@ class SharedMemoryComm(Comm):
         del held
         return comm
 
-    def _pairs(self, kind: str) -> tuple[list[SemLock], list[SemLock]]:
-        name = self._layout.semaphore
-        return ([open_semaphore(name(kind, peer, self.rank)) for peer in self._others],
-                [open_semaphore(name(kind, self.rank, peer)) for peer in self._others])
+    def _pairs(self, kind: str) -> Pairs:
+        def end(a: int, b: int) -> SemLock:
+            return open_semaphore(self._layout.semaphore(kind, a, b))
+
+        return {peer: (end(peer, self.rank), end(self.rank, peer)) for peer in self._others}
 
     @property
     def waited(self) -> int:
@@ -241,8 +240,7 @@ class SharedMemoryComm(Comm):
             if found is None:
                 return None
             rows, start = found
-            others = list(range(1, self.size))
-            program = rows.sum_program(start, self.bounds(tensor.numel()), tensor.dtype, others)
+            program = rows.sum_program(start, self.bounds(tensor.numel()), tensor.dtype, range(1, self.size))
             self._sums[key] = program
         return program
 
@@ -281,7 +279,7 @@ class SharedMemoryComm(Comm):
         program = self._sums.get(key)
         if program is None:
             rows, start = self._in_rows(tensor, "post_reduce_scatter")
-            program = rows.sum_into(start, self.bounds(tensor.numel()), out, add)
+            program = rows.sum_program(start, self.bounds(tensor.numel()), out.dtype, out=out, add=add)
             self._sums[key] = program
         return self._post(program)
 

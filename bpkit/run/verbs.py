@@ -145,30 +145,25 @@ class Verbs(Communication):
         optimizer, step = self.buffers.optimizer, self.step
         if self.captured is not None:
             return self._capture(action, gradient)
-        number = sum(a.kind == "UPDATE" and a.stage == action.stage for a in self.buffers.row[:index])
-        each = sum(a.kind == "UPDATE" and a.stage == action.stage for a in self.buffers.row)
-
-        if self.buffers.program.plan.shared:
+        if self.buffers.program.plan.holds == "all":
 
             def update() -> None:
                 self.buffers.clean(action.stage)
                 optimizer.update(weights, gradient, state, step.number, step.scale * self._clipping())
 
             return update
+        before, each = (sum(a.kind == "UPDATE" and a.stage == action.stage for a in row)
+                        for row in (self.buffers.row[:index], self.buffers.row))  # fmt: skip
+        source = target = weights
         if self.buffers.program.plan.stashed:
             source, target = (self._copies[action.stage][i].flat_parameters for i in self._used[index])
 
-            def update_copy() -> None:
-                if target is not source:
-                    target.copy_(source)
-                optimizer.update(target, gradient, state, step.number * each + number, step.scale)
+        def update_copy() -> None:
+            if target is not source:
+                target.copy_(source)
+            optimizer.update(target, gradient, state, step.number * each + before, step.scale)
 
-            return update_copy
-        if self.buffers.program.plan.holds != "all":
-            return lambda: optimizer.update(weights, gradient, state, step.number * each + number, step.scale)
-        if optimizer.clip is None:
-            return lambda: optimizer.update(weights, gradient, state, step.number, step.scale)
-        return lambda: optimizer.update(weights, gradient, state, step.number, step.scale * self._clipping())
+        return update_copy
 
     def _capture(self, action: Action, gradient: Tensor) -> Runner:
         assert self.captured is not None
