@@ -163,13 +163,10 @@ class _Walk:
 
     def _pair(self, rank: _Rank, index: int, action: Action, sends: bool) -> Pair:
         """Sender and receiver of a message."""
-        if action.peer is not None:
-            peer = rank.at._replace(data=action.peer)
-        else:
-            other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
-            if not 0 <= other < self.plan.stages:
-                self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
-            peer = rank.at._replace(pipeline=self.plan.place[other])
+        other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
+        if action.peer is None and not 0 <= other < self.plan.stages:
+            self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
+        peer = self.plan.partner(rank.at, action)
         return (rank.at, peer) if sends else (peer, rank.at)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Final
 
-from bpkit.plan.actions import Action
+from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.mesh import Coordinate, Mesh
 
 #: What a plan is for: a training step, or a collective by itself over one buffer.
@@ -169,6 +169,13 @@ class Plan:
     def owned(self, pipeline: int) -> tuple[int, ...]:
         """Stages that live on a pipeline coordinate, in order."""
         return tuple(stage for stage, place in enumerate(self.place) if place == pipeline)
+
+    def partner(self, at: Coordinate, action: Action) -> Coordinate:
+        """Where the other end of a message of the rank at a coordinate stands."""
+        if action.peer is not None:
+            return at._replace(data=action.peer)
+        after = (action.kind in PARTNERS) == action.kind.endswith("F")  # SEND_F and RECV_B face the next stage
+        return at._replace(pipeline=self.place[action.stage + (1 if after else -1)])
 
     def with_rows(self, rows: list[list[Action]]) -> Plan:
         """The same plan with other rows."""

@@ -175,14 +175,14 @@ class Communication:
     def _send_edge(self, action: Action, index: int) -> Runner:
         forward, mb = action.kind == "SEND_F", action.mb or 0
         key = ("A", action.stage + 1, mb) if forward else ("D", action.stage, mb)
-        to, edges, channel = self._neighbour(action.stage + (1 if forward else -1)), self._edges, self.buffers.edges
+        to, edges, channel = self._partner(action), self._edges, self.buffers.edges
         assert channel is not None
         return lambda: channel.send((action.kind, action.stage), edges.pop(key), to)
 
     def _receive_edge(self, action: Action, index: int) -> Runner:
         forward, mb = action.kind == "RECV_F", action.mb or 0
         key = ("A", action.stage, mb) if forward else ("D", action.stage + 1, mb)
-        source, channel, step = self._neighbour(action.stage - (1 if forward else -1)), self.buffers.edges, self.step
+        source, channel, step = self._partner(action), self.buffers.edges, self.step
         net, take = self.buffers.stages[action.stage], partial(self._edges.__setitem__, key)
         shape = net.input_shape if forward else net.output_shape
         assert channel is not None
@@ -209,10 +209,9 @@ class Communication:
 
         return run_and_return
 
-    def _neighbour(self, stage: int) -> int:
-        """The rank that holds a stage, on this rank's data and tensor coordinates."""
+    def _partner(self, action: Action) -> int:
         plan = self.buffers.program.plan
-        return plan.mesh.rank(self.buffers.at._replace(pipeline=plan.place[stage]))
+        return plan.mesh.rank(plan.partner(self.buffers.at, action))
 
     def _part(self, action: Action) -> tuple[Tensor, int]:
         whole = self.buffers.gradients if action.kind.endswith("G") else self.buffers.masters

@@ -229,10 +229,8 @@ class DistributedComm(Comm):
         return Then(self.post_all_reduce(tensor), then=lambda: out.add_(part) if add else out.copy_(part))
 
     def post_all_gather(self, tensor: torch.Tensor) -> Handle:
-        every, width = self._padded(tensor.view(-1))
-        mine = every[self.rank * width : (self.rank + 1) * width].clone()
-        work = _gather_into(every, mine, self._members, async_op=True)
-        return Then(_Work(self, work), then=lambda: self._unpad(every, width, tensor.view(-1)))
+        work, put_back = self._gather(tensor.view(-1), async_op=True)
+        return Then(_Work(self, work), then=put_back)
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
         self._post(tensor.clone(), to)  # a copy, since gloo tells only who waits when the memory is free
@@ -266,26 +264,20 @@ class DistributedComm(Comm):
         return tensor.view(-1)[lo:hi]
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._in_place(tensor, "all_gather", self._gather)
+        return self._in_place(tensor, "all_gather", lambda memory: self._gather(memory.view(-1))[1]())
 
-    def _gather(self, memory: torch.Tensor) -> None:
-        every, width = self._padded(memory.view(-1))
-        mine = every[self.rank * width : (self.rank + 1) * width].clone()
-        _gather_into(every, mine, self._members)
-        self._unpad(every, width, memory.view(-1))
+    def _gather(self, flat: torch.Tensor, **how: bool) -> tuple[Any, Callable[[], None]]:
+        """Gather parts of possibly unequal size, all padded to the largest; the work, and what puts them in place."""
+        width, (lo, hi) = -(-flat.numel() // self.size), self.bounds(flat.numel())
+        every, mine = flat.new_zeros(width * self.size), flat.new_zeros(width)
+        mine[: hi - lo] = flat[lo:hi]
 
-    def _padded(self, flat: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Room for parts of possibly unequal size, all padded to the largest, with this rank's in its place."""
-        width = -(-flat.numel() // self.size)
-        lo, hi = self.bounds(flat.numel())
-        every = flat.new_zeros(width * self.size)
-        every[self.rank * width : self.rank * width + hi - lo] = flat[lo:hi]
-        return every, width
+        def put_back() -> None:
+            for rank in range(self.size):
+                lo, hi = self.bounds(flat.numel(), rank)
+                flat[lo:hi] = every[rank * width : rank * width + hi - lo]
 
-    def _unpad(self, every: torch.Tensor, width: int, flat: torch.Tensor) -> None:
-        for rank in range(self.size):
-            lo, hi = self.bounds(flat.numel(), rank)
-            flat[lo:hi] = every[rank * width : rank * width + hi - lo]
+        return _gather_into(every, mine, self._members, **how), put_back
 
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
         if not 0 <= root < self.size:

@@ -120,12 +120,7 @@ class _World:
 
     def _message(self, at: Coordinate, action: Action, start: int) -> int | None:
         sends, me = action.kind in PARTNERS, self.plan.mesh.rank(at)
-        if action.peer is not None:
-            other = at._replace(data=action.peer)
-        else:
-            step = 1 if sends == action.kind.endswith("F") else -1
-            other = at._replace(pipeline=self.plan.place[action.stage + step])
-        peer = self.plan.mesh.rank(other)
+        peer = self.plan.mesh.rank(self.plan.partner(at, action))
         line = self.sent.setdefault((me, peer) if sends else (peer, me), deque())
         if sends:
             line.append(start)
