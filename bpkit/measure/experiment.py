@@ -6,7 +6,6 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,12 +17,11 @@ from bpkit.measure.steps import Steps
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, compile, data_parallel, serial
+from bpkit.plan.strategies import whole_number
 from bpkit.run.cluster import Cluster, TrainResult
 from bpkit.run.errors import Stopped
-from bpkit.run.progress import Bar
+from bpkit.run.progress import Bar, Tell
 from bpkit.trace import Trace
-
-Tell = Callable[[float, str], None]
 
 
 def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4), scaling: str = "strong", *,
@@ -92,12 +90,12 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
     runs: dict[int, list[TrainResult]] = {n: [] for n in counts}
     reached: dict[int, TrainResult] = {}
     with ExitStack() as stack:
-        tell = stack.enter_context(Bar(progress))
+        bar = stack.enter_context(Bar(progress))
         clusters = {n: stack.enter_context(Cluster(n, backend, threads_per_worker, timeout)) for n in counts}
         turns = _turns(counts, repetitions, target is not None)
         for index, (n, repetition) in enumerate(turns):
             what = "target accuracy" if repetition is None else f"repetition {repetition + 1} of {repetitions}"
-            inner = _Inner(tell, index, len(turns), f"{what}, {n} worker{'s' * (n > 1)}")
+            inner = bar.part(index, len(turns), f"{what}, {n} worker{'s' * (n > 1)}")
             if stop is not None and stop.is_set():
                 raise Stopped("the measurement was stopped")
             inner(0.0, "")
@@ -111,7 +109,7 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
                 reached[n] = result
             else:
                 runs[n].append(result)
-        tell(1.0, "done")
+        bar(1.0, "done")
     experiment = {"network": network.describe().split(", ")[0],
                   "parameters": sum(p.numel() for p in network.parameters()), "data": data.name, "batch": batch,
                   "scaling": scaling, "plan": _plan_name(plans[counts[-1]], counts[-1]),
@@ -188,11 +186,9 @@ def _check(scaling: str, batch: int, steps: int, warmup: int, repetitions: int, 
     if scaling not in ("strong", "weak"):
         raise ValueError('scaling must be "strong" (fixed global batch) or "weak" (fixed batch a worker), '
                          f'not {scaling!r}')  # fmt: skip
-    lowest = {"batch": (batch, 1), "steps": (steps, 2), "warmup": (warmup, 0), "repetitions": (repetitions, 1)}
-    lowest |= {"target_steps": (cap, 1), "evaluate_every": (every, 1)}
-    for what, (value, least) in lowest.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{what} must be a whole number of at least {least}, not {value!r}")
+    whole_number("scaling", batch=batch, repetitions=repetitions, target_steps=cap, evaluate_every=every)
+    whole_number("scaling", 2, steps=steps)
+    whole_number("scaling", 0, warmup=warmup)
     if target is not None and not 0 < target <= 1:
         raise ValueError(f"target is an accuracy above 0 and at most 1, or None, not {target!r}")
 
@@ -220,19 +216,3 @@ def _turns(counts: Sequence[int], repetitions: int, target: bool) -> list[tuple[
         shift = r % len(counts)
         turns += [(n, r) for n in [*counts[shift:], *counts[:shift]]]
     return turns + [(n, None) for n in counts if target]
-
-
-# -- progress -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Inner:
-    """Tells the progress of one run as a part of the whole."""
-
-    tell: Tell
-    index: int
-    of: int
-    what: str
-
-    def __call__(self, fraction: float, text: str) -> None:
-        self.tell((self.index + fraction) / self.of, f"{self.what}: {text}" if text else self.what)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from bpkit.measure.reports import summarize
 from bpkit.nn import Network, mlp
 from bpkit.plan import Action, Plan
 from bpkit.run.cluster import Cluster, TrainResult
+from bpkit.run.progress import Bar, Tell
 from bpkit.simulate import Times, simulate
 from bpkit.trace import Trace
 
@@ -30,8 +30,7 @@ def equal_stages(width: int = 512) -> Network:
 
 
 def schedules(network: Network, data: Dataset, plans: Sequence[Plan], *, batch: int = 256, steps: int = 12,
-              warmup: int = 3, repetitions: int = 3, name: str | None = None,
-              progress: Callable[[float, str], None] | None = None,
+              warmup: int = 3, repetitions: int = 3, name: str | None = None, progress: Tell | None = None,
               stop: threading.Event | None = None) -> dict[str, Any]:  # fmt: skip
     """Train by each plan in turn, `repetitions` times over, from the same weights.
 
@@ -57,20 +56,17 @@ def schedules(network: Network, data: Dataset, plans: Sequence[Plan], *, batch: 
     """
     results: list[list[TrainResult]] = [[] for _ in plans]
     with ExitStack() as stack:
+        bar = stack.enter_context(Bar(progress))
         clusters = {n: stack.enter_context(Cluster(n)) for n in dict.fromkeys(plan.workers for plan in plans)}
         for turn in range(repetitions * len(plans)):
             plan, found = plans[turn % len(plans)], results[turn % len(plans)]
-            tell = partial(_tell, progress, turn, repetitions * len(plans), plan.name) if progress else None
+            tell = bar.part(turn, repetitions * len(plans), plan.name)
             found.append(clusters[plan.workers].train(network, data, plan, batch=batch, steps=warmup + steps, lr=0.1,
                                                       record=steps, progress=tell, stop=stop))  # fmt: skip
     experiment = {"network": network.describe().split(", ")[0], "data": data.name, "batch": batch, "steps": steps,
                   "warmup": warmup, "repetitions": repetitions, "backend": results[0][0].backend}  # fmt: skip
     points = [_point(found) for found in results]
     return {"format": FORMAT, "machine": machine(name), "experiment": experiment, "points": points}
-
-
-def _tell(progress: Callable[[float, str], None], turn: int, of: int, name: str, fraction: float, text: str) -> None:
-    progress((turn + fraction) / of, f"{name}: {text}")
 
 
 def _point(results: list[TrainResult]) -> dict[str, Any]:

@@ -68,11 +68,11 @@ def data_parallel(workers: int, buckets: int | Sequence[int] = 1, merge: str = "
     return complete(Plan(name, (tuple(row),), count, Mesh(data=workers), microbatches, merge, cuts=cuts))
 
 
-def whole_number(caller: str, **values: int) -> None:
-    """Refuse numbers below 1, by name."""
+def whole_number(caller: str, least: int = 1, **values: int) -> None:
+    """Refuse what is no whole number, or below `least`, by name."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{caller}: {name} must be a whole number of at least 1, not {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{caller}: {name} must be a whole number of at least {least}, not {value!r}")
 
 
 def call_text(function: str, *args: int, **options: object) -> str:

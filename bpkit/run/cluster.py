@@ -22,7 +22,7 @@ from bpkit.plan.strategies import whole_number
 from bpkit.run import checks
 from bpkit.run.asynchronous import rounds
 from bpkit.run.pool import Pool
-from bpkit.run.progress import Bar
+from bpkit.run.progress import Bar, Tell
 from bpkit.run.results import CollectiveResult, TrainResult, assemble
 from bpkit.run.training import Job, Outcome, Shards, collective, gradients, train
 from bpkit.run.whole import overlaid, unsharded
@@ -61,7 +61,7 @@ class Cluster(Pool):
     def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
               lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0, shards: Shards | None = None,
               compress: Compressor | None = None, sync_batch_norm: bool = False, evaluate_every: int = 0,
-              target: float | None = None, record: int = 200, progress: Callable[[float, str], None] | None = None,
+              target: float | None = None, record: int = 200, progress: Tell | None = None,
               stop: threading.Event | None = None) -> TrainResult:  # fmt: skip
         """Train a copy of a network by a plan.
 
@@ -130,7 +130,7 @@ class Cluster(Pool):
         checks.room(program, network, self.backend)
         return program
 
-    def _train(self, work: Callable[..., Outcome], args: tuple[Any, ...], progress: Callable[[float, str], None] | None,
+    def _train(self, work: Callable[..., Outcome], args: tuple[Any, ...], progress: Tell | None,
                stop: threading.Event | None) -> list[Outcome]:  # fmt: skip
         job: Job = args[0]
         with Bar(progress) as bar:
@@ -143,7 +143,7 @@ class Cluster(Pool):
 
     def train_asynchronous(self, network: Network, data: Dataset, *, batch: int, steps: int, staleness: int = 1,
                            lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0,
-                           shards: Shards | None = None, progress: Callable[[float, str], None] | None = None,
+                           shards: Shards | None = None, progress: Tell | None = None,
                            stop: threading.Event | None = None) -> TrainResult:  # fmt: skip
         """Train with an asynchronous parameter server: rank 0 applies each gradient as it comes.
 

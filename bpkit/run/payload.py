@@ -73,7 +73,7 @@ def _pickler_class() -> type:
         base = pickle.Pickler
 
     class Pickler(base):
-        def __init__(self, file: io.BytesIO, keep: Callable[[pickle.PickleBuffer], None]) -> None:
+        def __init__(self, file: io.BytesIO, keep: Callable[[pickle.PickleBuffer], object]) -> None:
             super().__init__(file, protocol=5, buffer_callback=keep)
             self.storages: dict[int, _Storage] = {}
 
@@ -97,30 +97,15 @@ class Parcel:
 
     def __init__(self, objects: Sequence[Any]) -> None:
         self._buffers: list[memoryview] = []
-        self._seen: dict[tuple[int, int], int] = {}
-        self._alive: list[pickle.PickleBuffer] = []
         pickler = _pickler_class()
         self.streams: list[tuple[bytes, list[int]]] = []
         for item in objects:
-            file, used = io.BytesIO(), list[int]()
-            pickler(file, lambda buffer, used=used: used.append(self._index(buffer))).dump(item)
-            self.streams.append((file.getvalue(), used))
+            file, first = io.BytesIO(), len(self._buffers)
+            pickler(file, lambda buffer: self._buffers.append(buffer.raw())).dump(item)
+            self.streams.append((file.getvalue(), list(range(first, len(self._buffers)))))
         self.size = sum(len(data) for data, _ in self.streams) + sum(b.nbytes for b in self._buffers)
         self._fd = self._write() if self.size > SMALL else None
         self._message: bytes | None = None
-
-    def _index(self, buffer: pickle.PickleBuffer) -> int:
-        """The number of a buffer; memory that several objects share is kept once."""
-        import numpy as np
-
-        view = buffer.raw()
-        address = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
-        key = (address, view.nbytes)
-        if key not in self._seen:
-            self._seen[key] = len(self._buffers)
-            self._buffers.append(view)
-            self._alive.append(buffer)
-        return self._seen[key]
 
     def _write(self) -> int | None:
         """Copy the buffers into one unnamed shared file; None when there is no room for it."""
@@ -158,7 +143,6 @@ class Parcel:
             os.close(self._fd)
             self._fd = None
         self._buffers.clear()
-        self._alive.clear()
 
 
 class Received:

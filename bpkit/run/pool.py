@@ -13,6 +13,8 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from bpkit.plan.strategies import whole_number
+
 from . import layout, memory, payload
 from .errors import CommunicationError, Stopped, WorkerDied, WorkerError, WorkerStuck
 from .launch import Workers, start_methods
@@ -30,12 +32,9 @@ def _check(workers: int, backend: str, threads: int, timeout: float, method: str
     if sys.platform == "win32":
         raise RuntimeError("bpkit's workers run on Linux and macOS; on Windows use WSL2 "
                            "(https://learn.microsoft.com/windows/wsl/install)")
-    if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-        raise ValueError(f"workers must be a whole number of at least 1, not {workers!r}")
+    whole_number("Cluster", workers=workers, threads_per_worker=threads)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
-    if not isinstance(threads, int) or threads < 1:
-        raise ValueError(f"threads_per_worker must be a whole number of at least 1, not {threads!r}")
     if not timeout > 0:
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     if method not in start_methods():

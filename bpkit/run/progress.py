@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Callable
 
+Tell = Callable[[float, str], None]  # takes the fraction done and a text
+
 
 def somebody_looks() -> bool:
     """Whether a person is likely to see a bar: a terminal or a notebook, not a test or a build.
@@ -21,7 +23,7 @@ def somebody_looks() -> bool:
 class Bar:
     """Takes a long run's (fraction done, text): to a callback, or to tqdm once it takes more than two seconds."""
 
-    def __init__(self, callback: Callable[[float, str], None] | None) -> None:
+    def __init__(self, callback: Tell | None) -> None:
         self._callback, self._bar = callback, None
         if callback is None and somebody_looks():
             with contextlib.suppress(ImportError):
@@ -35,6 +37,10 @@ class Bar:
         elif self._bar is not None:
             self._bar.set_description_str(text, refresh=False)
             self._bar.update(int(100 * fraction) - self._bar.n)
+
+    def part(self, index: int, of: int, what: str) -> Tell:
+        """What takes the progress of run `index` of so many."""
+        return lambda fraction, text: self((index + fraction) / of, f"{what}: {text}" if text else what)
 
     def __enter__(self) -> Bar:
         return self
