@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -85,23 +85,12 @@ def _kind(answer: Any) -> str:
     return "None" if answer is None else f"a value of type {type(answer).__name__}"
 
 
-class Bench:
-    """Workers on which answers are run; every failure becomes a sentence.
+class Bench(Pool):
+    """Workers on which answers are run; every failure becomes a sentence."""
 
-    Parameters
-    ----------
-    workers : int
-    """
-
-    def __init__(self, workers: int) -> None:
-        self._pool = Pool(workers)
-
-    def __enter__(self) -> Bench:
-        self._pool.start()  # so that an answer's limit does not count the start
+    def __enter__(self) -> Self:
+        self.start()  # so that an answer's limit does not count the start
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.close()
 
     def run(self, fn: Callable[..., Any], *args: Any, case: str) -> list[Any]:
         """Run ``fn(comm, *args)`` on each rank and return the results by rank.
@@ -113,13 +102,13 @@ class Bench:
         Wrong
             If a rank raises, ends, waits for ever, or leaves a message behind; `case` says where.
         """
-        marks = np.zeros((self._pool.workers, 2), dtype=np.int64)
+        marks = np.zeros((self.workers, 2), dtype=np.int64)
 
         def watch(seen: np.ndarray) -> None:
             marks[:] = seen
 
         try:
-            return self._pool.call(fn, *args, timeout=LIMIT, watch=watch)
+            return self.call(fn, *args, timeout=LIMIT, watch=watch)
         except WorkerStuck as error:
             raise Wrong(_stuck(str(error), marks[:, 0], case)) from None
         except WorkerDied as error:
