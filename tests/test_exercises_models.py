@@ -1,0 +1,168 @@
+"""The checks of chapter 4.2 accept right answers and reject wrong ones, with a sentence that names the fault."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+from torch import Tensor
+
+import bpkit as bp
+
+# As functions of a cell travel: by value, so that no worker imports this module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def rejected(name: str, answer: Any, says: str) -> None:
+    start = time.monotonic()
+    verdict = bp.exercises.check(name, answer)
+    assert time.monotonic() - start < 10
+    assert not verdict.passed and says in verdict.sentence, verdict
+    assert "\n" not in repr(verdict)
+
+
+def accepted(name: str, answer: Any) -> None:
+    verdict = bp.exercises.check(name, answer)
+    assert verdict.passed, verdict
+
+
+# -- predict -----------------------------------------------------------------------------------------------
+
+EDGE, MATRIX = 16 * 32 * 64 * 4, 42 * 64 * 4
+
+
+@pytest.mark.parametrize("answer", [[EDGE, MATRIX, 10 * EDGE], torch.tensor([EDGE, MATRIX, 10 * EDGE])], ids=type)
+def test_bytes_accept(answer: Any) -> None:
+    accepted("model_bytes", answer)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        ([EDGE // 4, MATRIX // 4, 10 * EDGE // 4], "each takes 4 bytes"),
+        ([4 * EDGE, MATRIX, 10 * EDGE], "not 524,288 bytes for the activations"),
+        ([EDGE // 4, MATRIX, 10 * EDGE], "not 32,768 bytes for the activations"),
+        ([EDGE, 0, 10 * EDGE], "not 0 bytes for the tied matrix"),
+        ([EDGE, 16 * MATRIX, 10 * EDGE], "for the tied matrix"),
+        ([EDGE, MATRIX, 4 * EDGE], "not 524,288 bytes for the sums"),
+        ([EDGE, MATRIX, float("nan")], "not nan bytes for the sums"),
+        ([EDGE, MATRIX], "list of 3"),
+        (None, "list of 3"),
+    ],
+)
+def test_bytes_reject(answer: Any, says: str) -> None:
+    rejected("model_bytes", answer, says)
+
+
+# -- find the bug: a plan of two by two --------------------------------------------------------------------
+
+
+def tied_plan() -> str:
+    network = bp.nn.gpt(bp.data.text(8).vocabulary, 8, 16, layers=1)
+    return str(bp.plan.compile(bp.plan.one_f_one_b(2, 2, data=2), network).plan)
+
+
+PLAN = tied_plan()
+
+
+@pytest.mark.parametrize("answer", [PLAN, bp.plan.Plan.parse(PLAN)], ids=type)
+def test_hybrid_accepts(answer: Any) -> None:
+    accepted("hybrid_plan", answer)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (PLAN.replace(" 0REDUCE_GRAD", ""), "row 0, 0UPDATE: the gradient of stage 0"),
+        (PLAN.replace(" 1REDUCE_GRAD", ""), "row 1, 1UPDATE: the gradient of stage 1"),
+        (PLAN.replace(" 0SUM_TIED", "").replace(" 1SUM_TIED", ""), "that stages (0, 1) share is not the sum"),
+        (PLAN.replace("1SUM_TIED 1REDUCE_GRAD", "1REDUCE_GRAD 1SUM_TIED"), "that stages (0, 1) share is not the sum"),
+        (PLAN.replace(" 0SUM_TIED", ""), "SUM_TIED"),
+        (str(bp.plan.one_f_one_b(2, 2, data=2)), "the line 'tied 0 1'"),
+        (str(bp.plan.one_f_one_b(2, 2)), "a mesh of data=2 pipeline=2"),
+        (PLAN.replace("merge mean", "merge sum"), "by the mean"),
+        ("a plan", "line 1 of the plan"),
+        (None, "a plan, or the text of one"),
+    ],
+)
+def test_hybrid_rejects(answer: Any, says: str) -> None:
+    rejected("hybrid_plan", answer, says)
+
+
+# -- find the bug: the end of a step -----------------------------------------------------------------------
+
+
+def finish(comm: Any, gradient: Tensor, tied: slice, terms: int, clip: float, *, sum_tied: bool = True,
+           once: bool = True, globally: bool = True, whole: bool = False, mean: bool = True) -> Tensor:  # fmt: skip
+    if sum_tied:
+        comm.all_reduce(gradient[tied])
+    gradient = gradient / terms if mean else gradient
+    square = gradient.square().sum()
+    if once and comm.rank:
+        square -= gradient[tied].square().sum()
+    norm = float(comm.all_reduce(square).sqrt() if globally else square.sqrt())
+    gradient = gradient * min(1.0, clip / norm) / (1 if mean else terms)
+    return comm.all_reduce(gradient) if whole else gradient
+
+
+def right_finish(comm: Any, gradient: Tensor, tied: slice, terms: int, clip: float) -> Tensor:
+    return finish(comm, gradient, tied, terms, clip)
+
+
+def wrong_finish(**how: bool) -> Callable[..., Tensor]:
+    return lambda *given: finish(*given, **how)
+
+
+def averages_the_matrix(comm: Any, gradient: Tensor, tied: slice, terms: int, clip: float) -> Tensor:
+    comm.all_reduce(gradient[tied])
+    gradient[tied] /= comm.size
+    return finish(comm, gradient, tied, terms, clip, sum_tied=False)
+
+
+def only_one_sums(comm: Any, gradient: Tensor, tied: slice, terms: int, clip: float) -> Tensor:
+    if comm.rank == 0:
+        comm.all_reduce(gradient[tied])
+    return finish(comm, gradient, tied, terms, clip, sum_tied=False, globally=False)
+
+
+def zeros(comm: Any, gradient: Tensor, *rest: Any) -> Tensor:
+    return torch.zeros_like(gradient)
+
+
+def dies(comm: Any, gradient: Tensor, *rest: Any) -> Tensor:
+    if comm.rank:
+        os._exit(3)
+    return comm.all_reduce(gradient)
+
+
+def test_finish_accepts() -> None:
+    accepted("finish_step", right_finish)
+
+
+WRONG = [
+    (wrong_finish(sum_tied=False), "rank 0: in the gradient of the tied matrix, its use as embedding counts 1 "
+                                   "times and its use for the scores 0 times"),
+    (averages_the_matrix, "counts 0.5 times and its use for the scores 0.5 times"),
+    (wrong_finish(globally=False), "there is one norm, of all ranks together"),
+    (wrong_finish(once=False), "is each number in it once, the tied matrix too?"),
+    (wrong_finish(mean=False), "clip 0.5: the gradient is scaled by"),
+    (lambda comm, gradient, *rest: gradient * 0.5, "its use for the scores 0 times"),
+    (wrong_finish(whole=True), "rank"),
+    (only_one_sums, "deadlock: rank 0 waits"),
+    (zeros, "rank 0 changes the gradient of what only it holds"),
+    (lambda comm, gradient, *rest: gradient[:3], "a shape of (3,)"),
+    (lambda *given: None, "raises"),
+    (dies, "the process of rank 1 ended"),
+    (None, "a function, finish_step("),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer, says", WRONG, ids=[says for _, says in WRONG])
+def test_finish_rejects(answer: Any, says: str) -> None:
+    rejected("finish_step", answer, says)
