@@ -113,7 +113,7 @@ def test_an_interrupt_ends_the_workers_and_leaves_a_usable_pool(tmp_path: Path) 
     for pid in [*workers, process.pid]:  # a terminal interrupts them all; the workers ignore it
         os.kill(pid, signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert [line for line in out.splitlines() if line != "go"] == ["interrupted []", "[0, 1, 2]"], err
+    assert [line for line in out.splitlines() if line != "go"] == ["interrupted ()", "[0, 1, 2]"], err
     assert process.returncode == 0 and gone(workers, 2.0) and not files_of(process.pid)
 
 
