@@ -69,8 +69,8 @@ class Then(Handle):
     def __init__(self, *handles: Handle, then: Callable[[], object] = lambda: None,
                  release: Callable[[], object] = lambda: None) -> None:  # fmt: skip
         self._handles, self._then, self.release, self._finished = handles, then, release, False
-        self.passive = any(handle.passive for handle in handles)
-        self.polled = any(handle.polled for handle in handles)
+        for handle in handles:
+            self.passive, self.polled = self.passive or handle.passive, self.polled or handle.polled
 
     def poll(self) -> bool:
         if not self._finished:
