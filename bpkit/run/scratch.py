@@ -3,8 +3,6 @@
 Whoever writes into a row again has passed a barrier that all reach only after they have read it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch
@@ -26,17 +24,17 @@ class Scratch:
     """
 
     def __init__(self, comm: Comm, allocate: Callable[[int, torch.dtype, str], torch.Tensor],
-                 find: Callable[[torch.Tensor], tuple[Rows, int] | None],
+                 find: Callable[[torch.Tensor, str], tuple[Rows, int]],
                  cross: Callable[[str], None]) -> None:  # fmt: skip
         self._comm, self._allocate, self._find, self._cross = comm, allocate, find, cross
-        self._memory: torch.Tensor | None = None
+        self._memory = torch.empty(0, dtype=torch.uint8)
         self._stages: dict[tuple, tuple[torch.Tensor, Program, torch.Tensor]] = {}
         self._half = 0
 
     def _room(self, size: int, operation: str) -> int:
         """Bytes of one scratch row, made larger for `size` bytes; the same on every rank."""
         want = min(1 << max(size - 1, 4095).bit_length(), _LARGEST)
-        if self._memory is None or self._memory.numel() < 2 * want:
+        if self._memory.numel() < 2 * want:
             self._stages = {}
             self._memory = self._allocate(2 * want, torch.uint8, operation)
         return self._memory.numel() // 2
@@ -46,9 +44,7 @@ class Scratch:
         self._half = 1 - self._half
         key = (self._half, n, dtype)
         if key not in self._stages:
-            assert self._memory is not None
-            rows, start = self._find(self._memory) or (None, 0)
-            assert rows is not None
+            rows, start = self._find(self._memory, "scratch")
             start += self._half * (self._memory.numel() // 2)
             self._stages[key] = (rows.view(self._comm.rank, start, n, dtype),
                                  rows.sum_program(start, self._comm.bounds(n), dtype),
@@ -80,13 +76,11 @@ class Scratch:
         for done in range(0, most, width):
             pieces = [flat[min(lo + done, hi) : min(lo + done + width, hi)] for lo, hi in bounds]
             self._stage(1, torch.uint8)
-            assert self._memory is not None
             half = self._memory.view(2, -1)[self._half]
             own = pieces[comm.rank]
             half[: own.numel() * size].view(flat.dtype).copy_(own)
             self._cross(operation)
-            rows = comm.peers(half)
-            assert rows is not None
+            rows = comm.peers(half) or []
             for rank, piece in enumerate(pieces):
                 if rank != comm.rank:
                     piece.copy_(rows[rank][: piece.numel() * size].view(flat.dtype))

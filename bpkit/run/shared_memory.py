@@ -5,8 +5,6 @@ in rank order, and writes it into every rank's row. No byte is copied but the re
 through a scratch row, one copy in and one out.
 """
 
-from __future__ import annotations
-
 import mmap
 import os
 import weakref
@@ -53,7 +51,7 @@ class SharedMemoryComm(Comm):
         self._blocks: list[tuple[int, int, Rows]] = []
         self._sums: dict[tuple, Program] = {}  # by address, length, type: valid while the memory lives
         self._allocations = 0
-        self._scratch = Scratch(self, self._empty, self._find, self._barrier.cross)
+        self._scratch = Scratch(self, self._empty, self._in_rows, self._barrier.cross)
 
     def _join_barrier(self) -> None:
         rounds, name = range(self._layout.rounds), self._layout.semaphore
