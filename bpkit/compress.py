@@ -18,8 +18,6 @@ Below, n is the number of elements of a bucket (a stage's flat gradient, padding
 network's dtype; the error of the sum is at most the sum of theirs.  Encoded sizes are rounded up to 8 bytes.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

@@ -6,8 +6,6 @@ over the number of loss terms, times the clipping factor. The formulas are those
 papers named below.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The data sets: `digits` lies in this package, `mnist` is downloaded when it is asked for."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """A text as samples for a language model: tokens are characters."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Judging a hand-written ring all-reduce: its result, its bytes, and who sends to whom."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

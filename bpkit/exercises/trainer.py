@@ -1,7 +1,5 @@
 """The exercises of chapter 4.1."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

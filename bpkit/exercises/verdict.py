@@ -1,7 +1,5 @@
 """What a check gives, and how it runs an answer that may raise, hang or die."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import dataclass

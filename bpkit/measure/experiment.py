@@ -1,7 +1,5 @@
 """``scaling``: the same training with 1, 2, 4 ... workers, beside the serial run, in one interleaved measurement."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Sequence

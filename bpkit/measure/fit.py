@@ -1,7 +1,5 @@
 """Models of the time of a message, fitted to measurements."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

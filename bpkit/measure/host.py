@@ -1,7 +1,5 @@
 """The description of a machine that goes with every measurement; it names no host, user or path."""
 
-from __future__ import annotations
-
 import datetime
 import os
 import platform

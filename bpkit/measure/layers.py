@@ -1,7 +1,5 @@
 """How long each layer of a network takes on this machine, to balance stages by measured times."""
 
-from __future__ import annotations
-
 from statistics import median
 from time import perf_counter_ns
 

@@ -3,8 +3,6 @@
 *Passes* are the F, B, I, W and RECOMPUTE of a step; waiting before one is not part of it.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

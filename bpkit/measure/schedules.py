@@ -1,7 +1,5 @@
 """``schedules``: pipelines on real workers, their passes timed one by one, beside a simulation at the same times."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Small tables as text and as HTML, and how quantities are written in them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from html import escape
 

@@ -1,7 +1,5 @@
 """Causal self-attention by heads, and the block of a transformer."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

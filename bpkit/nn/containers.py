@@ -1,7 +1,5 @@
 """Layers made of layers: `Sequential` runs them in order, `Residual` adds its input to their output."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Layers for images, samples of shape (channels, height, width): convolution, pooling, and changes of shape."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Wellons ("Prospecting for Hash Functions", nullprogram.com, 2018), computed in i
 the same bits on the CPU and on a GPU.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

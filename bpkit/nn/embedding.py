@@ -1,7 +1,5 @@
 """Tokens to vectors and back: `Embedding`, learned `Positions`, and `Unembedding`, which may share a matrix."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Flat memory: tensors one after another, each on a 64-byte boundary, and tensors that are one."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 This is the only place in `bpkit` where autograd runs, as an oracle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ The input half carries the gradient to the layer below, the weight half gives th
 A `Chain` is a pass made of passes; a network's forward and backward are a chain's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

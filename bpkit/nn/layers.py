@@ -4,8 +4,6 @@ Notation: x input, y output, dx and dy gradients of the loss with respect to the
 in ``torch.nn.Linear``; a sum over rows runs over all leading dimensions.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A loss never divides: the mean is taken once, in the optimizer's update, by the 
 global batch (`terms`), whatever the number of workers and microbatches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

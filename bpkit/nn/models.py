@@ -1,7 +1,5 @@
 """Networks of a standard form."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Norms by channel, for samples (channels,) or (channels, height, width): `BatchNorm` and `GroupNorm`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ whole input, is the whole's output; the sum of their input gradients, given the 
 So a skip, the second bias and learned positions belong to rank 0 alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

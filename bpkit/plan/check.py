@@ -6,8 +6,6 @@ multisets of (data shard, microbatch) instead of numbers, so a missing, doubled 
 gradient and a partial sum read as a whole are seen before anything starts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 

@@ -11,8 +11,6 @@ equal size.  The algorithms and their costs are those of Thakur, Rabenseifner an
 source is named.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 

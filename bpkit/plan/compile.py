@@ -1,7 +1,5 @@
 """``compile``: derive once, for run and simulate alike, what a plan leaves implicit."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ cells, ``(0F3;3B1)OVERLAP_F_B``, are read as their actions one after another.  T
 was tested on the versions of PyTorch in :data:`TESTED`.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import re

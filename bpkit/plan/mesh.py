@@ -1,7 +1,5 @@
 """The grid of ranks: data, pipeline and tensor axes, with no global state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

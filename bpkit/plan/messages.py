@@ -1,7 +1,5 @@
 """The messages of a compiled collective, one by one, in the time of a model of the link."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

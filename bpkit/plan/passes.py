@@ -4,8 +4,6 @@ A strategy says only the order in which forwards and backwards run, and where.  
 one thing that follows from that order.  ``complete`` applies them all.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

@@ -9,8 +9,6 @@ A skip connection that crosses stages would need an edge of its own.  None can: 
 `Residual` is one layer, and stages are cut between layers.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

@@ -5,8 +5,6 @@ that any action names.  A forward or backward moves marks along the edges; a red
 update demands that its part holds every contribution exactly once.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Plans that move parameters: parameter servers, synchronous and asynchronous, and local SGD."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Strategies: short pure functions that return plans."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Tensor parallelism: each stage's products split over the ranks of the tensor axis (Shoeybi et al. 2019)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

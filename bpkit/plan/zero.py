@@ -1,7 +1,5 @@
 """ZeRO: data parallelism that shards optimizer state, gradients and parameters (Rajbhandari et al. 2020)."""
 
-from __future__ import annotations
-
 from itertools import groupby
 
 from bpkit.plan.actions import Action

@@ -4,8 +4,6 @@ The rows of the ranks that train are the same in both: they give a gradient and 
 row is not known before a live run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter_ns

@@ -1,7 +1,5 @@
 """Where a rank's parameters, gradients and optimizer state lie, as a plan needs them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """What is checked before anything starts, with a sentence for what does not fit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

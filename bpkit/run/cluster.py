@@ -1,7 +1,5 @@
 """``Cluster``: persistent workers that run plans and functions."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace

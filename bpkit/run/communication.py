@@ -1,7 +1,5 @@
 """What each kind of communication does on a rank: closures that post it and return its handle."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial

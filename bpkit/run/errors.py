@@ -1,7 +1,5 @@
 """What can go wrong between the caller and its workers, one class a case."""
 
-from __future__ import annotations
-
 
 class WorkerError(RuntimeError):
     """A worker raised: the message carries its rank, what it was doing and its traceback.

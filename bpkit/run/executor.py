@@ -5,8 +5,6 @@ Communication is posted: it starts when what it waits for has ended, and whoever
 (the exposed communication).  What is under way is moved along at action boundaries.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """The groups of a mesh to which a rank belongs, each with a transport of its own."""
 
-from __future__ import annotations
-
 from bpkit.plan.mesh import Mesh
 from bpkit.run.comm import Comm
 

@@ -1,7 +1,5 @@
 """The processes of one launch: started together, ended together."""
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import multiprocessing

@@ -1,7 +1,5 @@
 """What the workers of one launch find each other by: names of semaphores, and the mailboxes' file."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from . import memory

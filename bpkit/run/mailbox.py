@@ -1,7 +1,5 @@
 """Messages between two processes of one host: a ring of slots in shared memory, two semaphores a pair."""
 
-from __future__ import annotations
-
 import struct
 from collections import deque
 

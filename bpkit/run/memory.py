@@ -4,8 +4,6 @@ A file is unlinked as soon as it is open wherever it is needed, so a killed prog
 name carries the pid of the program for the short time between, and `sweep` removes those of dead pids.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

@@ -6,8 +6,6 @@ worker; each maps it copy-on-write, so ranks neither copy it nor see each other'
 share memory still share it on arrival.
 """
 
-from __future__ import annotations
-
 import io
 import mmap
 import os

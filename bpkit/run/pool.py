@@ -1,7 +1,5 @@
 """Persistent worker processes that run a function on every rank."""
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -1,7 +1,5 @@
 """What runs give back, and what is put together from the answers of all ranks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

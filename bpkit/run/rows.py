@@ -1,7 +1,5 @@
 """Memory that every rank sees: one row a rank, and the sums over them."""
 
-from __future__ import annotations
-
 import mmap
 from collections.abc import Callable, Sequence
 from typing import Any

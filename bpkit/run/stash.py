@@ -1,7 +1,5 @@
 """Weight stashing: which copy of a stage's parameters each action uses, where updates do not wait for backwards."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 

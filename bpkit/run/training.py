@@ -1,7 +1,5 @@
 """What a worker does in ``Cluster.train`` and ``Cluster.gradients``."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Sequence

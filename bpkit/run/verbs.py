@@ -1,7 +1,5 @@
 """What each kind of action does on a rank: closures that the executor calls."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Whole networks and whole gradients, put together from what ranks hold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

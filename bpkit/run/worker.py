@@ -4,8 +4,6 @@ This module is preloaded by the fork server, which never computes: a forked chil
 run a multi-threaded product hangs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import mmap
 import multiprocessing

@@ -1,7 +1,5 @@
 """An event-driven run of a plan: the waits of the executor, with given times."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
