@@ -210,22 +210,16 @@ class Action:
 
 
 class Buffer(NamedTuple):
-    """A buffer of one rank: letter, stage (edge for A and D), microbatch."""
+    """A buffer of one rank: letter, stage (edge for A and D; -1 for the one of all stages), microbatch."""
 
     letter: str
-    stage: int | None
+    stage: int
     mb: int | None
 
 
 def buffer(action: Action, touch: Touch) -> Buffer:
     """The buffer of the action's rank that `touch` means."""
     if touch.letter == "N":
-        return Buffer("N", None, None)
+        return Buffer("N", -1, None)
     mb = action.mb if touch.letter in "ADSK" else None
     return Buffer(touch.letter, action.stage + touch.edge, mb)
-
-
-def stage_of(buf: Buffer) -> int:
-    """The stage that a per-stage buffer belongs to."""
-    assert buf.stage is not None
-    return buf.stage

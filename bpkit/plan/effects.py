@@ -1,11 +1,9 @@
 """What each kind of action does to the multisets of `bpkit.plan.provenance`."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 
-from bpkit.plan.actions import Action, Buffer, buffer, stage_of
+from bpkit.plan.actions import Action, Buffer, buffer
 from bpkit.plan.plan import scatters
 from bpkit.plan.provenance import STALE, Contributions, Holdings, Members, Provenance
 
@@ -172,9 +170,9 @@ def _sum_edges(touch: int) -> Callable[[Provenance, Members, Action], None]:
         buf = buffer(action, action.verb.writes[0])
         for rank, index in members:
             if buf not in rank.edges:
-                world.fail(rank, index, f"there is nothing on edge {stage_of(buf)} to sum")
+                world.fail(rank, index, f"there is nothing on edge {buf.stage} to sum")
             if rank.edges[buf] == world.whole and len(members) > 1:
-                world.fail(rank, index, f"edge {stage_of(buf)} is not a partial sum: it would be counted "
+                world.fail(rank, index, f"edge {buf.stage} is not a partial sum: it would be counted "
                            f"{len(members)} times")  # fmt: skip
         total = frozenset().union(*(rank.edges[buf] for rank, _ in members))
         for rank, _ in members:

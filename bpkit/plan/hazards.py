@@ -1,11 +1,9 @@
 """What each action of a row waits for, derived from the table of verbs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from bpkit.plan.actions import Action, Buffer, buffer, stage_of
+from bpkit.plan.actions import Action, Buffer, buffer
 
 
 def _overlap(a: Action, b: Action) -> bool:
@@ -32,7 +30,7 @@ def _buffers(action: Action, stages: set[int], shared: Mapping[str, int]) -> tup
 def _slot(buf: Buffer, shared: Mapping[str, int]) -> Buffer:
     """The buffer that stages with the same remainder share, where they share any."""
     count = shared.get(buf.letter, 0)
-    return Buffer(buf.letter, stage_of(buf) % count, buf.mb) if count else buf
+    return Buffer(buf.letter, buf.stage % count, buf.mb) if count else buf
 
 
 def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType({})) -> tuple[tuple[int, ...], ...]:
