@@ -227,8 +227,7 @@ def _rank(result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64],
                       hidden_communication=scaled(steps.hidden_communication),
                       bubble=None if result.plan.mesh.pipeline == 1 else span - work,
                       bytes_sent=None if (sent < 0).any() else round(float(sent.mean())),
-                      payload_bytes=result.payload(rank),
-                      memory_bytes=sum(result.memory[rank].values()))  # fmt: skip
+                      payload_bytes=result.payload(rank), memory_bytes=sum(result.memory[rank].values()))  # fmt: skip
 
 
 def _compression(result: TrainResult) -> str:

@@ -73,11 +73,9 @@ class Workers:
         try:
             self.block = Block(memoryview(mmap.mmap(control, Block.size(ranks))), ranks)
             self._hub = Hub(ranks) if backend == "shm" else None
-            setup = {
-                "backend": backend, "ranks": ranks, "threads": threads, "timeout": timeout, "path": self._path,
-                "layout": self._hub.layout if self._hub else None,
-                "environment": dict(os.environ), "folder": os.getcwd(),
-            }  # fmt: skip
+            setup = {"backend": backend, "ranks": ranks, "threads": threads, "timeout": timeout, "path": self._path,
+                     "layout": self._hub.layout if self._hub else None, "environment": dict(os.environ),
+                     "folder": os.getcwd()}  # fmt: skip
             self._start(ranks, method)
             self._set_up(setup, control, self._hub.fd if self._hub else control)
             self._until_ready()
@@ -100,9 +98,7 @@ class Workers:
             for rank in range(ranks):
                 ours, theirs = context.Pipe()
                 self.channels.append(ours)
-                process = context.Process(
-                    target=worker.main, args=(rank, theirs), name=f"bpkit-{rank}", daemon=True
-                )
+                process = context.Process(target=worker.main, args=(rank, theirs), name=f"bpkit-{rank}", daemon=True)
                 process.start()
                 self.processes.append(process)
                 theirs.close()

@@ -37,11 +37,9 @@ def megabytes(count: float) -> str:
 def no_room(what: str, needed: int, free: int | None = None) -> NoRoom:
     """The error for a shared memory that is too small: what is needed, what is free, what helps."""
     free = free_room() if free is None else free
-    return NoRoom(
-        f"{what} needs {megabytes(needed)} of shared memory, {megabytes(free)} are free in {directory()}: "
-        "enlarge it (docker run --shm-size=2g, or mount -o remount,size=2G /dev/shm), "
-        "or use backend='gloo'"
-    )
+    return NoRoom(f"{what} needs {megabytes(needed)} of shared memory, {megabytes(free)} are free in {directory()}: "
+                  "enlarge it (docker run --shm-size=2g, or mount -o remount,size=2G /dev/shm), "
+                  "or use backend='gloo'")  # fmt: skip
 
 
 def unique_name() -> str:
