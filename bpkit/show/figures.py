@@ -63,7 +63,7 @@ def timeline(what: Trace | TrainResult, step: int | None = None, ranks: Sequence
         axes.tick_params(axis="y", length=0)
         _legend(axes, seen, hatched=bool((chosen.wait > 0).any()))
         if trace.simulated:
-            axes.set_title(TEXT["simulated"], loc="left", fontstyle="italic", fontsize=9)
+            axes.set_title(TEXT["simulated"], loc="right", fontstyle="italic", fontsize=9)
     figure.alt = _timeline_words(chosen, step, shown, span)
     return figure
 
