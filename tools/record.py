@@ -44,10 +44,13 @@ def experiments(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     text = bp.data.text(length=32)
     gpt = bp.nn.gpt(text.vocabulary, 32, width=128, heads=4, layers=4, seed=0)
     split = partial(bp.plan.tensor_parallel, layout=bp.nn.tensor_layout(gpt))
-    makers = {"data": plan, "pipeline": partial(bp.plan.one_f_one_b, microbatches=8)}
-    makers["tensor"] = lambda n: split(bp.plan.serial(), n)
-    makers["data-pipeline"] = lambda n: bp.plan.one_f_one_b(2, 8, data=n // 2)
-    makers["pipeline-tensor"] = lambda n: split(bp.plan.one_f_one_b(n // 2, 8), 2)
+    makers: dict[str, Any] = {
+        "data": plan,
+        "pipeline": partial(bp.plan.one_f_one_b, microbatches=8),
+        "tensor": lambda n: split(bp.plan.serial(), n),
+        "data-pipeline": lambda n: bp.plan.one_f_one_b(2, 8, data=n // 2),
+        "pipeline-tensor": lambda n: split(bp.plan.one_f_one_b(n // 2, 8), 2),
+    }
     settings = {"steps": 8, "warmup": 2, "repetitions": 4, **short, "target": None}
     for label, maker in makers.items():
         yield f"gpt-{label}", {"network": gpt, "data": text, "batch": 64, "plan": maker, **settings}
