@@ -242,6 +242,6 @@ def _algorithm(result: TrainResult) -> str:
     native = ALGORITHMS.get(result.backend, result.backend)
     if isinstance(result.compress, Codec):
         native = "all ranks' codes gathered by all, each rank adds them"
-    words = [native] * ("REDUCE_GRAD" in kinds)
+    words = [native] * bool(kinds & {"REDUCE_GRAD", "SCATTER_GRAD", "SUM_F", "SUM_B", "SUM_G"})
     words += ["sends of the plan"] * any(kind.startswith("SEND") for kind in kinds)
     return " and ".join(words) or "none"
