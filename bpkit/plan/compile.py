@@ -113,7 +113,8 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     for name in sorted({name for part in parts for name in part.tied_slices()}):
         holders = [stage for stage, part in enumerate(parts) if name in part.tied_slices()]
         plan = tie(plan, holders) if len(holders) > 1 and not plan.tied else plan
-    plan = _with_norm(plan) if clip else plan
+    normed = any(action.kind == "NORM" for row in plan.rows for action in row)
+    plan = _with_norm(plan) if clip and not normed else plan
     check_once(plan)
     starts = [0]
     for part in parts:

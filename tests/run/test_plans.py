@@ -155,3 +155,11 @@ def test_bad_collectives_are_named(clusters):
         clusters[2].collective(collective("all_to_all", 2), [other, other])
     with pytest.raises(ValueError, match="not a collective by itself for 2 workers"):
         clusters[2].collective(data_parallel(2), [one, one])
+
+
+def test_the_plan_of_a_clipped_run_runs_again(clusters):
+    data, network = bp.data.digits(), bp.nn.mlp([64, 16, 10], seed=2)
+    arguments = dict(batch=64, steps=3, optimizer=bp.optim.SGD(0.5, clip=0.1))
+    first = clusters[2].train(network, data, data_parallel(2), **arguments)
+    again = clusters[2].train(network, data, first.plan, **arguments)
+    assert first.plan == again.plan and torch.equal(first.network.flat_parameters, again.network.flat_parameters)
