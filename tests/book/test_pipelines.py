@@ -106,7 +106,7 @@ def test_the_answer_stays_hidden_until_it_is_asked_for(show: Callable[..., Locat
     assert "You predicted 36 units; a step takes 33 units: 3 units too many." in verdict
     assert "You predicted 27 % of bubble; it is 27 %: right." in verdict
     expect(figure.locator(".pass.simulated")).to_have_count(64)
-    expect(figure.locator(".bpkit-compare .row rect.work").first).to_be_visible()
+    expect(figure.locator(".bpkit-compare .beside rect.work").first).to_be_visible()
     assert figure.locator(".bpkit-compare").get_by_text("predict first").count() == 6
     # Another schedule asks anew, and the first one's answer stays.
     figure.locator("select").select_option("1F1B")
@@ -198,7 +198,7 @@ def test_with_more_ranks_than_cores_the_wait_for_a_core_is_drawn(show: Callable[
     figure = show(made("one_f_one_b", 4, 8))
     assert figure.locator(".pass.measured .core").count() > 0
     expect(figure.locator(".bpkit-lanes .bpkit-legend")).to_contain_text("waiting for a core")
-    expect(figure.locator(".bpkit-compare .row.chosen rect.core")).to_have_count(1)
+    expect(figure.locator(".bpkit-compare .beside.chosen rect.core")).to_have_count(1)
 
 
 def test_a_run_of_the_readers_own_takes_the_place_of_the_recorded_one(show: Callable[..., Locator]) -> None:

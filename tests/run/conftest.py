@@ -19,7 +19,7 @@ def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the rows that tests gave to ``record_property("bytes", ...)``."""
+    """Print the rows that tests put among their properties as "bytes"."""
     passed = terminalreporter.getreports("passed")
     rows = [value for report in passed for name, value in report.user_properties if name == "bytes"]
     counted: dict[tuple[str, str], list[str]] = {}

@@ -87,7 +87,7 @@ def test_every_collective_has_a_formula():
 
 @pytest.mark.parametrize("n", RANKS)
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_collectives(clusters, name, n, record_property):
+def test_collectives(clusters, name, n, request):
     size = UNEVEN if name != "all_to_all" else UNEVEN // n * n  # it exchanges equal parts
     tensors = [torch.full((size,), float(rank)) for rank in range(n)]
     plan = collective(name, n, **options(name, n))
@@ -96,7 +96,8 @@ def test_collectives(clusters, name, n, record_property):
     assert [result.program.payload(at) for at in plan.mesh.coordinates()] == formula
     assert traced(result.trace, n) == formula
     assert list(result.sent) == formula
-    record_property("bytes", (f"{plan.name}, {size} elements", formula, clusters[n].backend, result.sent))
+    row = (f"{plan.name}, {size} elements", formula, clusters[n].backend, result.sent)
+    request.node.user_properties.append(("bytes", row))
 
 
 # Training plans: a small network of uneven stages; what `Program` holds is float32.
@@ -138,7 +139,7 @@ CASES = [(n, plan, sent) for n in RANKS for plan, sent in training_plans(n).item
 
 
 @pytest.mark.parametrize(("n", "plan", "formula"), CASES, ids=[plan.name for _, plan, _ in CASES])
-def test_training_plans(clusters, n, plan, formula, record_property):
+def test_training_plans(clusters, n, plan, formula, request):
     steps = plan.microbatches if plan.holds == "one" else 2  # an asynchronous server's plan is a whole run
     result = clusters[n].train(NETWORK, DATA, plan, batch=BATCH, steps=steps, lr=0.1)
     program = [sum(step.payload for step in row if step.counted) for row in map(result.program.row, coordinates(plan))]
@@ -148,7 +149,8 @@ def test_training_plans(clusters, n, plan, formula, record_property):
         microbatches = plan.microbatches
         assert [BATCH // microbatches * sent for sent in program] == formula
     assert traced(result.trace, n) == formula
-    record_property("bytes", (plan.name, formula, clusters[n].backend, traced(result.trace, n)))
+    row = (plan.name, formula, clusters[n].backend, traced(result.trace, n))
+    request.node.user_properties.append(("bytes", row))
 
 
 def coordinates(plan: Plan) -> list[bp.plan.Coordinate]:

@@ -101,7 +101,7 @@ function measuredBar({ period, shares, bubble }, x, y) {
 }
 
 function compareRow(one, view, x, y) {
-  const group = { class: one.name === view.name ? "row chosen" : "row", "data-schedule": one.name };
+  const group = { class: one.name === view.name ? "beside chosen" : "beside", "data-schedule": one.name };
   const name = label(0, y + BAR - 2, say(one.name), { class: "tick" });
   if (!one.open) return svg("g", group, name, label(NAMES, y + BAR - 2, say("notShown"), { class: "value" }));
   const note = say("compareNote", { period: number(one.period), share: sayPercent(one.share) });

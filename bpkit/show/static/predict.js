@@ -29,7 +29,7 @@ export function predictionPanel({ keys, whole, say, judge, onGuess, onShow, onSk
   const again = html("button", { type: "button", onclick: onAgain }, say("again"));
   const judged = html("div", {}, result, html("p", { class: "bpkit-buttons" }, again));
   const title = html("p", { class: "bpkit-title" });
-  const root = html("section", { class: "bpkit-predict", "aria-label": say("predictDone") }, title, ask, judged);
+  const root = html("div", { class: "bpkit-predict", role: "group", "aria-label": say("predictDone") }, title, ask, judged);
   let view = null;
   show.addEventListener("click", () => {
     if (Object.keys(view.guess).length) onShow();
