@@ -109,6 +109,7 @@ class _Walk:
     def _collective(self, rank: _Rank, index: int) -> None:
         """The k-th collective of a kind and buffer on each member of a group is one collective."""
         action = rank.row[index]
+        self.world.lives_here(rank.holds, index, action.stage)
         axis = action.verb.axis or ""
         if action.kind == "NORM":
             group: list[_Rank] = list(self.ranks.values())
@@ -117,8 +118,8 @@ class _Walk:
             holders = sorted({self.plan.place[stage] for stage in self.plan.tied})
             group = [self.ranks[rank.at._replace(pipeline=p)] for p in holders]
             key = ("SUM_TIED", rank.at.data, rank.at.tensor)
-            if rank.at.pipeline not in holders:
-                self.world.fail(rank.holds, index, "this rank holds no copy of a tied tensor")
+            if action.stage not in self.plan.tied:
+                self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
             peer = rank.at._replace(data=action.peer or 0)
             group = [rank, self.ranks[peer]]

@@ -77,6 +77,8 @@ def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) ->
 
 def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.lives_here(rank, index, action.stage)
+    if not rank.normed and any(other.kind == "NORM" for other in rank.row):
+        world.fail(rank, index, "it is clipped by the norm of the whole gradient, and NORM comes later")
     versions = rank.versions[action.stage]
     scattered = scatters(rank.row, action.stage)
     held = rank.reduced[action.stage] if scattered else rank.gradients[action.stage]
@@ -183,6 +185,9 @@ def _sum_edges(touch: int) -> Callable[[Provenance, Members, Action], None]:
 
 def _norm(world: Provenance, members: Members, action: Action) -> None:
     for rank, index in members:
+        rank.normed = True
+        for stage in rank.tied:
+            world.complete_tie(rank, index, stage)
         for stage in rank.gradients:
             scattered = scatters(rank.row, stage)
             held = rank.reduced[stage] if scattered else rank.gradients[stage]

@@ -32,6 +32,7 @@ class Holdings:
     sharded: dict[int, bool] = field(default_factory=dict)  # whether the step begins with this rank's part only
     seen: dict[tuple[int, int | None], int] = field(default_factory=dict)  # version that each forward read
     averaged: set[int] = field(default_factory=set)  # stages whose parameters are the mean over data ranks
+    normed: bool = False  # whether the global norm of the gradient is known
     tied: dict[int, Contributions] = field(default_factory=dict)  # of the tensor of which stages hold copies
 
 

@@ -134,7 +134,8 @@ class Cluster(Pool):
         with Bar(progress) as bar:
 
             def watch(marks: NDArray[np.int64]) -> None:
-                done = max(0, int(marks[:, 0].min()))
+                # An asynchronous plan is one step for its trainers; the server counts their iterations.
+                done = max(0, int(marks[:, 0].max() if job.program.plan.servers else marks[:, 0].min()))
                 bar(min(1.0, done / job.steps), f"step {done} of {job.steps}")
 
             return self.call(work, *args, watch=watch, describe=_describer(job.program), stop=stop)

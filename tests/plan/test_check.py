@@ -13,6 +13,34 @@ def test_correct_plans_are_accepted(plan):
     check(plan)
 
 
+def test_a_norm_before_the_sum_of_tied_gradients_is_refused():
+    network = bp.nn.gpt(12, 8, width=8, heads=2, layers=1)
+    plan = bp.plan.compile(bp.plan.one_f_one_b(2, 2), network, clip=True).plan
+    check(plan)
+    rows = [list(row) for row in plan.rows]
+    for row in rows:
+        norm = row.pop(next(i for i, action in enumerate(row) if action.kind == "NORM"))
+        row.insert(next(i for i, action in enumerate(row) if action.kind == "SUM_TIED"), norm)
+    with pytest.raises(PlanError, match="SUM_TIED comes once"):
+        check(plan.with_rows(rows))
+
+
+def test_an_update_before_the_norm_that_clips_it_is_refused():
+    plan = bp.plan.compile(bp.plan.data_parallel(2, 2), bp.nn.mlp([4, 4, 4]), clip=True).plan
+    row = list(plan.rows[0])
+    update = row.pop(next(i for i, action in enumerate(row) if action.kind == "UPDATE"))
+    row.insert(next(i for i, action in enumerate(row) if action.kind == "NORM"), update)
+    with pytest.raises(PlanError, match="NORM comes later"):
+        check(plan.with_rows([row]))
+
+
+def test_a_reduction_of_another_ranks_stage_is_refused():
+    rows = [list(row) for row in bp.plan.one_f_one_b(2, 1, data=2).rows]
+    rows[0].append(Action(1, "REDUCE_GRAD"))
+    with pytest.raises(PlanError, match="stage 1 does not live on this rank"):
+        check(bp.plan.one_f_one_b(2, 1, data=2).with_rows(rows))
+
+
 @pytest.mark.parametrize("plan", plans(), ids=lambda plan: plan.name)
 def test_every_plan_with_one_action_missing_is_refused(plan):
     missed = []

@@ -109,6 +109,13 @@ def test_bad_input_is_named_before_anything_starts(clusters, arguments, why):
     assert clusters[3].pids == before
 
 
+def test_progress_is_told_while_it_runs_live(clusters):
+    seen: list[float] = []
+    network = bp.nn.mlp([64, 10], dtype=torch.float64, loss=Slow())
+    clusters[2].train_asynchronous(network, DATA, batch=5, steps=30, lr=0.1, progress=lambda part, _: seen.append(part))
+    assert seen == sorted(seen) and 0 < seen[-1] <= 1
+
+
 def test_a_replay_is_of_the_whole_run(clusters):
     plan = bp.plan.asynchronous_server(2, [1, 2, 2, 1])
     with pytest.raises(ValueError, match="a whole run of 2 steps without evaluations: give steps=2"):
