@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bpkit.data import text
 from bpkit.exercises.trainer import TOLERANCE, serial_gradient
-from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers
+from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers, need_plan
 from bpkit.nn import Network, gpt, tensor_layout
-from bpkit.plan import Plan, check, one_f_one_b, serial, tensor_parallel
+from bpkit.plan import one_f_one_b, serial, tensor_parallel
 from bpkit.run.cluster import Cluster
 
 #: Samples and microbatches of the step that `model_bytes` asks about, and limits of the norm in `finish_step`.
@@ -56,13 +56,7 @@ def _judge_bytes(answer: Any) -> str:
 
 
 def _judge_hybrid(answer: Any) -> str:
-    if not isinstance(answer, Plan | str):
-        raise Wrong("the answer is a plan, or the text of one")
-    try:
-        plan = Plan.parse(str(answer))
-        check(plan)
-    except ValueError as error:
-        raise Wrong(str(error).splitlines()[0]) from None
+    plan = need_plan(answer)
     if (str(plan.mesh), plan.microbatches, plan.merge, plan.tied) != ("data=2 pipeline=2 tensor=1", 2, "mean", (0, 1)):
         raise Wrong("the plan has a mesh of data=2 pipeline=2 tensor=1, 2 microbatches, a merge by the mean and the "
                     "line 'tied 0 1'")  # fmt: skip

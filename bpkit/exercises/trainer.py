@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bpkit.data import digits, shard_sizes
-from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers
+from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers, need_plan
 from bpkit.nn import Network, mlp
 from bpkit.optim import SGD
-from bpkit.plan import Plan, check, data_parallel, zero
+from bpkit.plan import data_parallel, zero
 from bpkit.run.cluster import Cluster
 
 TOLERANCE, LEARNING_RATE = 1e-6, 0.5
@@ -127,13 +127,7 @@ def _judge_change(change: Tensor, basis: Tensor, who: str) -> None:
 
 
 def _judge_buckets(answer: Any) -> str:
-    if not isinstance(answer, Plan | str):
-        raise Wrong("the answer is a plan, or the text of one")
-    try:
-        plan = Plan.parse(str(answer))
-        check(plan)
-    except ValueError as error:
-        raise Wrong(str(error).splitlines()[0]) from None
+    plan = need_plan(answer)
     if (plan.workers, plan.stages, plan.microbatches, plan.expanded, plan.exact) != (2, 3, 1, False, True):
         raise Wrong("the plan is for 2 workers that share one row, with 3 stages and 1 microbatch, merged by the mean")
     row = [str(action) for action in plan.rows[0]]

@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from bpkit.plan import Plan, check
 from bpkit.run.errors import CommunicationError, WorkerDied, WorkerError, WorkerStuck
 from bpkit.run.pool import Pool
 
@@ -48,6 +49,18 @@ class Verdict:
 
 class Wrong(Exception):
     """Ends a check; the message is the sentence that the reader sees."""
+
+
+def need_plan(answer: Any) -> Plan:
+    """The answer as a plan that the checker accepts; otherwise what is wrong with it ends the check."""
+    if not isinstance(answer, Plan | str):
+        raise Wrong("the answer is a plan, or the text of one")
+    try:
+        plan = Plan.parse(str(answer))
+        check(plan)
+    except ValueError as error:
+        raise Wrong(str(error).splitlines()[0]) from None
+    return plan
 
 
 def judged(judge: Callable[[Any], str]) -> Callable[[Any], Verdict]:

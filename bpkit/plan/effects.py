@@ -70,6 +70,8 @@ def _backward(world: Provenance, rank: Holdings, index: int, action: Action) -> 
 
 def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.same_weights(rank, index, action.stage, action.mb)
+    if Buffer("S", action.stage, action.mb) in rank.edges:
+        world.fail(rank, index, "what it computes again is kept already")
     if action.stage > 0:
         world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
     rank.edges[Buffer("S", action.stage, action.mb)] = world.whole
@@ -146,6 +148,10 @@ def _scatter(world: Provenance, members: Members, action: Action) -> None:
 
 
 def _unshard(world: Provenance, members: Members, action: Action) -> None:
+    for rank, index in members:
+        if Action(action.stage, "UPDATE") in rank.row and not scatters(rank.row, action.stage):
+            # Where parameters lie once for all ranks, each would apply the gradient.
+            world.fail(rank, index, "every rank updates the whole of this stage: there are no parts to gather")
     owned = [members[world.owner(atom)][0].versions[action.stage][atom] for atom in range(len(world.atoms))]
     for rank, index in members:
         for stage in world.sharing("P", rank, action.stage):
@@ -160,6 +166,8 @@ def _average(world: Provenance, members: Members, action: Action) -> None:
             world.fail(rank, index, "averaging parameters is not what this plan declares; gradients are merged instead")
         if rank.versions[action.stage] != members[0][0].versions[action.stage]:
             world.fail(rank, index, "the replicas have made different numbers of updates")
+        if set(rank.versions[action.stage]) != {world.updates()}:
+            world.fail(rank, index, f"parameters are averaged once, after all {world.updates()} updates of the period")
         rank.averaged.add(action.stage)
 
 

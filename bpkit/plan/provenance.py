@@ -197,7 +197,7 @@ class Provenance:
 
     def used(self, rank: Holdings, index: int, stage: int, held: Contributions) -> None:
         """Where updates hold one contribution each: every one is used once, and none is too old."""
-        if self.plan.holds != "one":
+        if self.plan.holds == "all":
             return
         for contribution in held:
             assert isinstance(contribution, tuple)
@@ -208,7 +208,7 @@ class Provenance:
             self._used.add(key)
             version = min(v or 0 for v in rank.versions[stage])
             age = version - 1 - self.reads.get((stage, data, mb), 0)
-            if age > self.plan.staleness:
+            if self.plan.holds == "one" and age > self.plan.staleness:
                 self.fail(rank, index, f"this gradient is {age} updates old; the plan allows {self.plan.staleness}")
 
     # -- before and after --------------------------------------------------------------------------------

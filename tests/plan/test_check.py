@@ -34,6 +34,23 @@ def test_an_update_before_the_norm_that_clips_it_is_refused():
         check(plan.with_rows([row]))
 
 
+@pytest.mark.parametrize(
+    ("plan", "was", "now", "why"),
+    [
+        (bp.plan.zero(2, 1, units=2), "1SCATTER_GRAD", "1REDUCE_GRAD", "no parts to gather"),
+        (bp.plan.local_sgd(2, 2), "0UPDATE 0ZERO", "0UPDATE 0UPDATE 0ZERO", "applied twice"),
+        (bp.plan.local_sgd(2, 2), "0UPDATE 0ZERO", "0UPDATE 0AVERAGE 0ZERO", "averaged once, after all 2 updates"),
+        (bp.plan.gpipe(1, 1, buckets=2, recompute=True), "0RECOMPUTE0", "0RECOMPUTE0 0RECOMPUTE0", "kept already"),
+    ],
+)  # fmt: skip
+def test_what_random_mutants_found_is_refused(plan, was, now, why):
+    check(plan)
+    text = str(plan)
+    assert was in text
+    with pytest.raises(PlanError, match=why):
+        check(Plan.parse(text.replace(was, now, 1)))
+
+
 def test_a_reduction_of_another_ranks_stage_is_refused():
     rows = [list(row) for row in bp.plan.one_f_one_b(2, 1, data=2).rows]
     rows[0].append(Action(1, "REDUCE_GRAD"))
