@@ -6,7 +6,7 @@ Communication is posted: it starts when what it waits for has ended, and whoever
 """
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter_ns, thread_time_ns
@@ -26,6 +26,7 @@ from bpkit.trace import Log
 Runner = Callable[[], Any]  # communication returns what it posted, or None; what compute returns is not used
 
 _YIELDS = 1000  # times the core is given away before the wait sleeps
+_GIVES = ("SEND_F", "SEND_B", "SUM_F", "SUM_B")  # read what a slot holds
 _NAP = 5e-5  # seconds of one sleep
 
 
@@ -198,40 +199,47 @@ def assign_slots(row: Sequence[Action]) -> dict[tuple[int, int], int]:
     """The lowest free slot for each (stage, microbatch), so that a stage keeps no more slots than its peak.
 
     A slot holds what its stage gives to both neighbours, the output and the gradient of the input, which they keep
-    by reference; so it is free once the backward of the microbatch has run on it and on its neighbours in the row.
-    It is taken by the forward whose activations are kept: the second one, where they are computed again.
+    by reference; so it is free once the backward of the microbatch has run on it and on its neighbours in the row,
+    and what it gives has been sent or summed.  It is taken by the forward whose activations are kept: the second one,
+    where they are computed again.
     """
     taken: defaultdict[int, dict[int, int]] = defaultdict(dict)
     slots: dict[tuple[int, int], int] = {}
     here = {action.stage for action in row if action.kind == "F"}
     again = {(action.stage, action.mb) for action in row if action.kind == "RECOMPUTE"}
-    left = {(a.stage, a.mb) for a in row if a.kind in ("B", "W")}
+    users = Counter((a.stage, a.mb) for a in row if a.kind in ("B", "W", *_GIVES))  # those that are still to come
+    backward = {(a.stage, a.mb) for a in row if a.kind in ("B", "W")}
     for action in row:
         stage, mb = action.stage, action.mb
         if action.kind == ("RECOMPUTE" if (stage, mb) in again else "F") and mb is not None:
             held = taken[stage]
             slot = next(i for i in range(len(held) + 1) if i not in held.values())
             slots[stage, mb] = held[mb] = slot
-        elif action.kind in ("B", "W") and mb is not None:
-            left.discard((stage, mb))
+        elif action.kind in ("B", "W", *_GIVES) and mb is not None:
+            users[stage, mb] -= 1
+            backward -= {(stage, mb)} if action.kind in ("B", "W") else set()
             for near in (stage - 1, stage, stage + 1):
                 around = {near - 1, near, near + 1} & here
-                if not any((other, mb) in left for other in around):
+                if not users[near, mb] and not any((other, mb) in backward for other in around):
                     taken[near].pop(mb, None)
     return slots
 
 
 def with_slot_waits(row: Sequence[Instruction]) -> list[Instruction]:
-    """The row in which a backward also waits for the SEND_B of the microbatch that had its slot before."""
+    """The row in which what writes into a slot also waits for what gives away the values that are in it."""
     slots = assign_slots([step.action for step in row])
-    sends: dict[tuple[int, int], int] = {}  # of the last microbatch in a slot of a stage
+    copied = {(step.action.stage, step.action.mb) for step in row if step.action.kind == "RECOMPUTE"}  # what F gives
+    giving: defaultdict[tuple[str, int, int], list[int]] = defaultdict(list)  # way, stage and slot
     result = []
     for index, step in enumerate(row):
-        stage, mb = step.action.stage, step.action.mb
-        slot = (stage, slots.get((stage, -1 if mb is None else mb), -1))
-        if step.action.kind in ("B", "I") and slot in sends:
-            step = replace(step, waits=tuple(sorted({*step.waits, sends.pop(slot)})))
-        if step.action.kind == "SEND_B":
-            sends[slot] = index
+        stage, mb, kind = step.action.stage, step.action.mb, step.action.kind
+        way = "F" if kind in ("F", "SEND_F", "SUM_F") else "B"
+        place = (way, stage, slots.get((stage, -1 if mb is None else mb), -1))
+        if way == "F" and (stage, mb) in copied:
+            pass
+        elif kind in ("F", "B", "I"):
+            step = replace(step, waits=tuple(sorted({*step.waits, *giving.pop(place, [])})))
+        elif kind in _GIVES:
+            giving[place].append(index)
         result.append(step)
     return result

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bpkit as bp
-from bpkit.plan import Plan, naive
+from bpkit.plan import Action, Plan, naive
 from tests.plan.test_pipeline import SCHEDULES
 
 from .networks import SAMPLES, batch, every_layer
@@ -55,6 +55,14 @@ def test_replicas_and_buckets_equal_serial(clusters, name, options):
 def test_empty_microbatches_of_a_small_shard_change_nothing(clusters):
     for name in SCHEDULES:
         assert_exact(clusters, SCHEDULES[name](2, 5, data=2), shards=[9, 2])
+
+
+def test_a_gradient_that_is_sent_late_is_not_overwritten(clusters):
+    rows = [list(row) for row in SCHEDULES["1f1b"](2, 2).rows]
+    late = rows[1].pop(rows[1].index(Action(1, "SEND_B", 0)))
+    rows[1].insert(rows[1].index(Action(1, "SEND_B", 1)), late)
+    assert rows[1].index(late) > rows[1].index(Action(1, "B", 1))
+    assert_exact(clusters, SCHEDULES["1f1b"](2, 2).with_rows(rows))
 
 
 @pytest.mark.parametrize("name", ["1f1b", "h2", "zb_v"])
