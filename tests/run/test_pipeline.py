@@ -58,11 +58,12 @@ def test_empty_microbatches_of_a_small_shard_change_nothing(clusters):
 
 
 def test_a_gradient_that_is_sent_late_is_not_overwritten(clusters):
-    rows = [list(row) for row in SCHEDULES["1f1b"](2, 2).rows]
+    # Microbatches of one sample each: of equal size, so that a slot's memory is used again.
+    rows = [list(row) for row in SCHEDULES["1f1b"](2, SAMPLES).rows]
     late = rows[1].pop(rows[1].index(Action(1, "SEND_B", 0)))
     rows[1].insert(rows[1].index(Action(1, "SEND_B", 1)), late)
     assert rows[1].index(late) > rows[1].index(Action(1, "B", 1))
-    assert_exact(clusters, SCHEDULES["1f1b"](2, 2).with_rows(rows))
+    assert_exact(clusters, SCHEDULES["1f1b"](2, SAMPLES).with_rows(rows))
 
 
 @pytest.mark.parametrize("name", ["1f1b", "h2", "zb_v"])
