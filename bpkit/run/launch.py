@@ -171,3 +171,5 @@ class Workers:
             channel.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
+        if self._hub:  # workers that were ended between making a file and unlinking it
+            memory.remove(f"{self._hub.layout.name}-")

@@ -80,11 +80,18 @@ def anonymous(size: int, what: str, reserve: bool = True) -> int:
     return fd
 
 
-def sweep() -> None:
-    """Remove files that programs left which were killed in the short time while a file has a name."""
-    found = [path for folder in {directory(), tempfile.gettempdir()} for path in Path(folder).glob(f"*{PREFIX}-*")]
-    for path in found:
-        match = re.fullmatch(rf"(?:sem\.)?{PREFIX}-(\d+)-.*", path.name)
-        if match and not os.path.exists(f"/proc/{match[1]}") and os.path.isdir("/proc"):
+def remove(name: str) -> None:
+    """Remove the files and semaphores whose names begin with `name`."""
+    for folder in {directory(), tempfile.gettempdir()}:
+        for path in (*Path(folder).glob(f"{name}*"), *Path(folder).glob(f"sem.{name}*")):
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def sweep() -> None:
+    """Remove files that programs left which were killed in the short time while a file has a name."""
+    found = [path.name for folder in {directory(), tempfile.gettempdir()} for path in Path(folder).glob(f"*{PREFIX}-*")]
+    pids = {match[1] for name in found if (match := re.match(rf"(?:sem\.)?{PREFIX}-(\d+)-", name))}
+    for pid in pids if os.path.isdir("/proc") else ():
+        if not os.path.exists(f"/proc/{pid}"):
+            remove(f"{PREFIX}-{pid}-")

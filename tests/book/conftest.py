@@ -63,6 +63,20 @@ def book() -> Path:
 
 
 @pytest.fixture(scope="session")
+def pages_with(book: Path) -> Callable[[type], list[str]]:
+    """Which built pages hold a figure of a class; there must be some."""
+
+    def find(figure: type) -> list[str]:
+        name = f"{figure.__module__}.{figure.__qualname__}"
+        found = [str(path.relative_to(book)) for path in sorted(book.rglob("*.html"))
+                 if name in path.read_text(encoding="utf-8")]
+        assert found, f"no page of the book shows {name}"
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
 def book_url(book: Path) -> Iterator[str]:
     """Serve the pages on a free port of the loopback interface."""
     handler = partial(QuietHandler, directory=str(book))

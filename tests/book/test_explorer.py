@@ -16,9 +16,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 
-from bpkit.show.explorers import explorer, fragment
+from bpkit.show.explorers import Explorer, explorer, fragment
 
 Open = Callable[..., Page]
+Find = Callable[[type], list[str]]
 
 OVERFLOWING = """figure => [...figure.querySelectorAll("*")]
     .filter(e => !e.closest(".bpkit-scroll") && !e.closest("defs") && e.getClientRects().length)
@@ -276,16 +277,8 @@ def test_a_figure_on_a_page_that_is_no_notebook(tmp_path: Path, page: Page) -> N
     expect(page.locator(".bpkit-explorer")).to_have_count(1)
 
 
-@pytest.fixture
-def pages_with_explorer(book: Path) -> list[str]:
-    """The built pages that hold an explorer."""
-    return [str(path.relative_to(book)) for path in sorted(book.rglob("*.html"))
-            if "bpkit.show.explorers.Explorer" in path.read_text(encoding="utf-8")]
-
-
-def test_built_pages_draw_it(book_url: str, pages_with_explorer: list[str], open_page: Open) -> None:
-    assert pages_with_explorer, "no page of the book shows an explorer"
-    for name in pages_with_explorer:
+def test_built_pages_draw_it(book_url: str, pages_with: Find, open_page: Open) -> None:
+    for name in pages_with(Explorer):
         page = open_page()
         page.goto(f"{book_url}/{name}")
         for figure in page.locator(".bpkit-explorer:not(.bpkit-merging)").all():
@@ -299,8 +292,8 @@ def test_built_pages_draw_it(book_url: str, pages_with_explorer: list[str], open
             assert words(figure) != before[1] and "1 worker " in words(figure)
 
 
-def test_built_pages_fit_a_narrow_screen(book_url: str, pages_with_explorer: list[str], open_page: Open) -> None:
-    for name in pages_with_explorer:
+def test_built_pages_fit_a_narrow_screen(book_url: str, pages_with: Find, open_page: Open) -> None:
+    for name in pages_with(Explorer):
         page = open_page(width=390, height=800)
         page.goto(f"{book_url}/{name}")
         figure = page.locator(".bpkit-explorer:not(.bpkit-merging)").first

@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 from test_explorer import OVERFLOWING
 
-from bpkit.show.collectives import merging
+from bpkit.show.collectives import Merging, merging
 
 Open = Callable[..., Page]
 
@@ -245,16 +245,8 @@ def test_nothing_leaves_a_narrow_screen(show: Callable[..., Locator], revealed: 
     assert figure.page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-@pytest.fixture
-def pages_with_merging(book: Path) -> list[str]:
-    """The built pages that hold this figure."""
-    return [str(path.relative_to(book)) for path in sorted(book.rglob("*.html"))
-            if "bpkit.show.collectives.Merging" in path.read_text(encoding="utf-8")]
-
-
-def test_built_pages_step_through_it(book_url: str, pages_with_merging: list[str], open_page: Open) -> None:
-    assert pages_with_merging, "no page of the book shows the ways to merge"
-    for name in pages_with_merging:
+def test_built_pages_step_through_it(book_url: str, pages_with: Callable[[type], list[str]], open_page: Open) -> None:
+    for name in pages_with(Merging):
         for width in (1280, 390):
             page = open_page(width=width)
             page.goto(f"{book_url}/{name}")

@@ -274,16 +274,8 @@ def test_a_page_without_a_kernel_says_how_to_measure(show: Callable[..., Locator
     expect(figure.locator(".bpkit-measure")).to_contain_text("make lab")
 
 
-@pytest.fixture
-def pages_with_pipelines(book: Path) -> list[str]:
-    """The built pages that hold this figure."""
-    return [str(path.relative_to(book)) for path in sorted(book.rglob("*.html"))
-            if "bpkit.show.schedules.Pipelines" in path.read_text(encoding="utf-8")]
-
-
-def test_built_pages_draw_it(book_url: str, pages_with_pipelines: list[str], open_page: Open) -> None:
-    assert pages_with_pipelines, "no page of the book shows the pipelines"
-    for name in pages_with_pipelines:
+def test_built_pages_draw_it(book_url: str, pages_with: Callable[[type], list[str]], open_page: Open) -> None:
+    for name in pages_with(Pipelines):
         for width in (1280, 390):
             page = open_page(width=width)
             page.goto(f"{book_url}/{name}")

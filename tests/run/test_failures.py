@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -171,3 +171,15 @@ def test_no_answer_of_a_failed_call_is_read_later(pool: Pool) -> None:
         pool.call(late, 1)
     assert pool.call(late, 2) == [2, 2, 2]
     pool._end()
+
+
+@pytest.mark.parametrize("ask", [lambda comm: comm.empty(1000), lambda comm: comm.group([[0, 1], [2]])])
+def test_memory_that_only_one_rank_asked_for_is_given_back(pool: Pool, ask: Callable[[Comm], object]) -> None:
+    def one_sided(comm: Comm) -> None:
+        if comm.rank == 1:
+            time.sleep(0.3)  # rank 0 has made the file and waits for us
+            raise ValueError
+        ask(comm)
+
+    with pytest.raises(WorkerError):
+        pool.call(one_sided)  # the fixture looks for what is left

@@ -38,7 +38,7 @@ def plans(network: Network) -> list[Plan]:
     made.append(shard_optimizer(one_f_one_b(2, 3, data=2)))
     layout = bp.nn.tensor_layout(network)
     if layout.partial_outputs:
-        bases = [serial(1, 2), data_parallel(2), one_f_one_b(2, 3), zero_bubble_h1(2, 2)]
+        bases = [serial(1, 2), data_parallel(2), one_f_one_b(2, 3), zero_bubble_h1(2, 2), one_f_one_b(2, 2, recompute=True)]
         made += [tensor_parallel(base, 2, layout) for base in bases]
         made += [tensor_parallel(serial(), 4, layout), shard_optimizer(tensor_parallel(data_parallel(2), 2, layout))]
     return made
