@@ -8,6 +8,7 @@ gradient and a partial sum read as a whole are seen before anything starts.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.effects import COMPUTE, GROUP
@@ -17,6 +18,9 @@ from bpkit.plan.plan import Plan, PlanError
 from bpkit.plan.provenance import Holdings, Provenance
 
 Pair = tuple[Coordinate, Coordinate]
+#: Actions that happen together, each as its rank and its index in the row: one of compute, or all ends of a
+#: communication, of a message the sender first.
+Together = tuple[tuple[int, int], ...]
 
 
 @dataclass
@@ -40,7 +44,7 @@ class _Rank:
 
 
 def check(plan: Plan) -> None:
-    """Refuse a plan that would deadlock, lose a message, or compute something else than it declares.
+    """Refuse a plan that would deadlock, lose a message, or compute something else than it declares; remembered.
 
     In an accepted plan each part of each stage is updated once a step, from a gradient that holds the
     contribution of every (data shard, microbatch) exactly once, whatever the order in which independent
@@ -52,7 +56,21 @@ def check(plan: Plan) -> None:
     PlanError
         Naming the row, the action and the reason.
     """
-    _Walk(plan).run()
+    order(plan)
+
+
+@lru_cache(maxsize=256)
+def order(plan: Plan) -> tuple[Together, ...]:
+    """An order in which all actions of an accepted plan can run, whatever time they take.
+
+    Raises
+    ------
+    PlanError
+        As `check`.
+    """
+    walk = _Walk(plan)
+    walk.run()
+    return tuple(walk.order)
 
 
 class _Walk:
@@ -66,6 +84,7 @@ class _Walk:
         self.arrivals: dict[tuple[object, ...], list[tuple[_Rank, int]]] = {}
         self.posted: dict[tuple[Pair, int, bool], tuple[_Rank, int]] = {}
         self.messages: dict[tuple[Pair, int], object] = {}
+        self.order: list[Together] = []
 
     def run(self) -> None:
         """Walk to the end, or to the first fault."""
@@ -100,7 +119,7 @@ class _Walk:
         action = rank.row[index]
         if action.kind in COMPUTE:
             COMPUTE[action.kind](self.world, rank.holds, index, action)
-            rank.done.add(index)
+            self._done((rank, index))
         elif action.kind in GROUP:
             self._collective(rank, index)
         else:
@@ -134,8 +153,7 @@ class _Walk:
         if len(arrivals) == len(group):
             arrivals.sort(key=lambda pair: pair[0].at)
             GROUP[action.kind](self.world, [(member.holds, at) for member, at in arrivals], action)
-            for member, at in arrivals:
-                member.done.add(at)
+            self._done(*arrivals)
 
     def _match(self, rank: _Rank, index: int) -> None:
         """Pair the n-th send from one rank to another with the n-th receive: messages keep their order.
@@ -157,8 +175,13 @@ class _Walk:
             self.world.fail(receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is "
                             f"{sender.row[i]}")  # fmt: skip
         self.world.deliver(receiver.holds, j, self.messages.pop((pair, nth)))
-        sender.done.add(i)
-        receiver.done.add(j)
+        self._done((sender, i), (receiver, j))
+
+    def _done(self, *ends: tuple[_Rank, int]) -> None:
+        """Note what has happened together."""
+        for rank, index in ends:
+            rank.done.add(index)
+        self.order.append(tuple((self.plan.mesh.rank(rank.at), index) for rank, index in ends))
 
     def _pair(self, rank: _Rank, index: int, action: Action, sends: bool) -> Pair:
         """Sender and receiver of a message."""

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
@@ -115,7 +114,7 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
         plan = tie(plan, holders) if len(holders) > 1 and not plan.tied else plan
     normed = any(action.kind == "NORM" for row in plan.rows for action in row)
     plan = _with_norm(plan) if clip and not normed else plan
-    check_once(plan)
+    check(plan)
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + len(part.layers))
@@ -145,7 +144,7 @@ def _partial(of: Plan | TensorLayout) -> tuple[tuple[int, ...], tuple[int, ...]]
 
 def compile_collective(plan: Plan, size: int, dtype: torch.dtype) -> Program:
     """Check a collective by itself and resolve it for a buffer of `size` elements."""
-    check_once(plan)
+    check(plan)
     rows = tuple(_instructions(row, {}, (size,), (), dtype.itemsize) for row in plan.rows)
     return Program(plan, (), (size,), rows, tuple({} for _ in rows), (0,) * len(rows))
 
@@ -172,12 +171,6 @@ def bucket_cuts(network: Network, megabytes: float) -> tuple[int, ...]:
             filled = 0.0
         filled += size
     return tuple(reversed(cuts))
-
-
-@lru_cache(maxsize=256)
-def check_once(plan: Plan) -> None:
-    """``check``, remembered: plans are frozen, and the same one is trained many times."""
-    check(plan)
 
 
 def _with_norm(plan: Plan) -> Plan:

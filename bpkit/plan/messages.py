@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from bpkit.plan.check import order
 from bpkit.plan.compile import Program
 
 
@@ -43,31 +44,11 @@ def messages(program: Program, seconds: Callable[[int, int, int], float]) -> lis
     if program.plan.purpose == "train":
         raise ValueError(f"{program.plan.name} is not a collective by itself")
     ends: list[dict[int, float]] = [{} for _ in program.rows]  # of each rank: action -> when it ended
-    posted: dict[tuple[int, int, int], tuple[int, int]] = {}  # pair and number -> the partner that came first
-    counts: dict[tuple[int, int, int], int] = {}  # rank and pair -> messages so far
     found: list[Message] = []
-    left = [(rank, index) for rank, row in enumerate(program.rows) for index in range(len(row))]
-    while left:
-        later = []
-        for rank, index in left:
-            step = program.rows[rank][index]
-            if any(i not in ends[rank] for i in step.waits):
-                later.append((rank, index))
-                continue
-            peer = step.action.peer or 0
-            pair = (rank, peer) if step.action.verb.peer == ">" else (peer, rank)
-            if step.action.kind == "SWAP_G":  # both send and both receive
-                pair = (min(pair), max(pair))
-            number = counts[rank, *pair] = counts.get((rank, *pair), -1) + 1
-            other = posted.pop((*pair, number), None)
-            if other is None:
-                posted[*pair, number] = (rank, index)
-                continue
-            (source, send), (to, receive) = sorted([(rank, index), other], key=lambda end: end[0] != pair[0])
-            waits = [ends[r][i] for r, at in ((source, send), (to, receive)) for i in program.rows[r][at].waits]
-            start = max(waits, default=0.0)
-            end = start + seconds(source, to, program.rows[source][send].payload)
-            ends[source][send] = ends[to][receive] = end
-            found.append(Message(start, end, source, send, to, receive))
-        left = later
+    for (source, send), (to, receive) in order(program.plan):
+        waits = [ends[r][i] for r, at in ((source, send), (to, receive)) for i in program.rows[r][at].waits]
+        start = max(waits, default=0.0)
+        end = start + seconds(source, to, program.rows[source][send].payload)
+        ends[source][send] = ends[to][receive] = end
+        found.append(Message(start, end, source, send, to, receive))
     return sorted(found)

@@ -13,7 +13,8 @@ from bpkit.data import Dataset, digits
 from bpkit.measure.pipeline import makespan, period
 from bpkit.measure.schedules import FORMAT, equal_stages, schedules
 from bpkit.nn import Network
-from bpkit.plan import Action, Plan, gpipe, interleaved, naive, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.plan import Plan, gpipe, interleaved, naive, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.plan.check import order
 from bpkit.plan.compile import peak_activations
 from bpkit.plan.hazards import hazards
 from bpkit.show.explorers import Explorer, bundle, stylesheet
@@ -80,17 +81,10 @@ def film(name: str, p: int, m: int) -> dict[str, Any]:
 def _messages(plan: Plan) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """For each message between passes: rank and index of the first to wait for it, and of the pass that gave it."""
     waits = [hazards(row, plan.shared) for row in plan.rows]
-    for rank, row in enumerate(plan.rows):
-        seen: set[int] = set()
-        for index, action in enumerate(row):
-            for i in [i for i in waits[rank][index] if action.kind in UNITS and row[i].verb.stream == "in"]:
-                if i not in seen:
-                    stage = row[i].stage + (-1 if row[i].kind == "RECV_F" else 1)
-                    sender = plan.place[stage]
-                    send = plan.rows[sender].index(Action(stage, row[i].kind.replace("RECV", "SEND"), row[i].mb))
-                    before = [j for j in waits[sender][send] if plan.rows[sender][j].verb.stream == "compute"]
-                    yield rank, index, (sender, before[-1])
-                seen.add(i)
+    for (sender, send), (rank, receive) in (ends for ends in order(plan) if len(ends) == 2):
+        gave = max(i for i in waits[sender][send] if plan.rows[sender][i].verb.stream == "compute")
+        takes = (i for i, action in enumerate(plan.rows[rank]) if action.kind in UNITS and receive in waits[rank][i])
+        yield rank, next(takes), (sender, gave)
 
 
 class Pipelines(Explorer):

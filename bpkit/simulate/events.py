@@ -1,14 +1,13 @@
-"""An event-driven run of a plan: the waits of the executor, with given times."""
+"""A run of a plan in an order that its waits allow, with given times instead of work."""
 
-from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from bpkit.plan import Plan, Program
 from bpkit.plan.actions import PARTNERS, Action
-from bpkit.plan.compile import check_once
+from bpkit.plan.check import order
 from bpkit.plan.hazards import hazards
-from bpkit.plan.mesh import Coordinate
 from bpkit.trace import Log, Trace
 
 Time = float | Sequence[float]
@@ -83,104 +82,34 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3) -
     for value in (times.forward, times.backward_input, times.backward_weight):
         if isinstance(value, Sequence) and len(value) != plan.stages:
             raise ValueError(f"{plan.name} has {plan.stages} stages, but there are times for {len(value)}")
-    check_once(plan)
-    world = _World(plan)
-    ranks = [_Rank(at, plan, steps) for at in plan.mesh.coordinates()]
-    while any([rank.advance(world, times) for rank in ranks]):
-        pass
-    assert all(rank.finished for rank in ranks), "the checker accepts no plan that hangs"
-    rows = [[str(action) for action in rank.row] for rank in ranks]
-    return Trace.collect([rank.log for rank in ranks], rows, simulated=True)
+    together = order(plan)
+    rows = [plan.row(at) for at in plan.mesh.coordinates()]
+    ranks = [_Rank(row, hazards(row, plan.shared), Log.empty(range(steps), len(row))) for row in rows]
+    for step in range(steps):
+        begun = [int(rank.log.end[step - 1].max(initial=0)) for rank in ranks]  # 0 for the first: nothing has ended
+        for ends in together:
+            free = [ranks[rank].reach(step, i, begun[rank]) for rank, i in ends]
+            for (rank, i), own in zip(ends, free, strict=True):
+                sends = ranks[rank].row[i].kind in PARTNERS  # it waits for nobody
+                ranks[rank].run(step, i, own if sends else max(free), times)
+    return Trace.collect([rank.log for rank in ranks], [list(map(str, row)) for row in rows], simulated=True)
 
 
-@dataclass
-class _World:
-    """What ranks know of each other: when each message was sent and each member came to a collective."""
+class _Rank(NamedTuple):
+    row: tuple[Action, ...]
+    waits: tuple[tuple[int, ...], ...]
+    log: Log
 
-    plan: Plan
-    sent: dict[tuple[object, ...], deque[int]] = field(default_factory=dict)
-    came: dict[tuple[object, ...], dict[int, int]] = field(default_factory=dict)
+    def reach(self, step: int, i: int, begun: int) -> int:
+        """Note when the row comes to action i; when all that this waits for has ended."""
+        ends = {j: int(self.log.end[step, j]) for j in self.waits[i]}
+        start = max((end for j, end in ends.items() if self.row[j].verb.stream == "compute"), default=begun)
+        self.log.start[step, i] = start
+        return max([start, *ends.values()])
 
-    def meet(self, at: Coordinate, action: Action, nth: tuple[int, int], start: int) -> int | None:
-        """When a communication that starts at `start` ends; None while a partner has not come."""
-        mesh, me = self.plan.mesh, self.plan.mesh.rank(at)
-        if action.verb.axis is None:
-            return start
-        if action.kind in PARTNERS or action.verb.stream == "in":
-            return self._message(at, action, start)
-        group = mesh.group(me, action.verb.axis)
-        if action.kind == "SWAP_G":
-            group = tuple(sorted((me, mesh.rank(at._replace(data=action.peer or 0)))))
-        stage = 0 if action.kind == "NORM" else action.stage
-        came = self.came.setdefault((group, action.kind, stage, action.mb, nth), {})
-        came[me] = start
-        return max(came.values()) if len(came) == len(group) else None
-
-    def _message(self, at: Coordinate, action: Action, start: int) -> int | None:
-        sends, me = action.kind in PARTNERS, self.plan.mesh.rank(at)
-        peer = self.plan.mesh.rank(self.plan.partner(at, action))
-        line = self.sent.setdefault((me, peer) if sends else (peer, me), deque())
-        if sends:
-            line.append(start)
-            return start
-        return max(start, line.popleft()) if line else None
-
-
-class _Rank:
-    """How far one rank has come, and when."""
-
-    def __init__(self, at: Coordinate, plan: Plan, steps: int) -> None:
-        self.at, self.row = at, plan.row(at)
-        self.waits = hazards(self.row, plan.shared)
-        seen: Counter[Action] = Counter()
-        self.nth = [seen.update([action]) or seen[action] for action in self.row]  # which of its like in the row
-        self.log = Log.empty(range(steps), len(self.row))
-        self.now = self.step = self.index = 0
-        self.pending: dict[int, int] = {}  # communication of this step that has not ended: when the row reached it
-
-    @property
-    def finished(self) -> bool:
-        return self.step == len(self.log.steps)
-
-    def advance(self, world: _World, times: Times) -> bool:
-        """Go on until the row waits for another rank; whether anything happened."""
-        moved = self._move(world)
-        while not self.finished and self._next(times):
-            moved = True
-            self._move(world)
-        return moved
-
-    def _next(self, times: Times) -> bool:
-        """The next action of the row, or the end of the step; False where it must wait for what is pending."""
-        if self.index == len(self.row):
-            if self.pending:
-                return False
-            last = int(self.log.end[self.step].max(initial=self.now))
-            self.now, self.step, self.index = last, self.step + 1, 0
-            return True
-        at, action, start = (self.step, self.index), self.row[self.index], self.now
-        if action.verb.stream != "compute":
-            self.pending[self.index] = self.log.start[at] = start
-        elif any(i in self.pending for i in self.waits[self.index]):
-            return False
-        else:
-            ready = max([start, *(int(self.log.end[self.step, i]) for i in self.waits[self.index])])
-            cost = times.nanoseconds(action)
-            self.now = ready + cost
-            self.log.start[at], self.log.wait[at], self.log.end[at] = start, ready - start, self.now
-            self.log.cpu[at] = cost
-        self.index += 1
-        return True
-
-    def _move(self, world: _World) -> bool:
-        """End what can end of the pending communication; whether anything did."""
-        before = len(self.pending)
-        for i, posted in list(self.pending.items()):
-            if any(j in self.pending for j in self.waits[i]):
-                continue
-            start = max([posted, *(int(self.log.end[self.step, j]) for j in self.waits[i])])
-            end = world.meet(self.at, self.row[i], (self.step, self.nth[i]), start)
-            if end is not None:
-                self.log.end[self.step, i] = end
-                del self.pending[i]
-        return len(self.pending) < before
+    def run(self, step: int, i: int, ready: int, times: Times) -> None:
+        """Note the wait and the end of an action that begins when it is ready."""
+        log, at = self.log, (step, i)
+        if self.row[i].verb.stream == "compute":
+            log.wait[at], log.cpu[at] = ready - log.start[at], times.nanoseconds(self.row[i])
+        log.end[at] = ready + log.cpu[at]
