@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +91,26 @@ class Trace:
 
         The last step lasts to its own last end, since no step follows it.
         """
-        starts = np.array([[self.start[(self.rank == r) & (self.step == s)].min() for s in self.steps]
-                           for r in range(self.ranks)], dtype=float)  # fmt: skip
-        ends = np.array([self.end[self.rank == r].max() for r in range(self.ranks)], dtype=float)
-        return np.diff(np.column_stack([starts, ends]), axis=1).mean(axis=0) / 1e9
+        start, end = self.bounds()
+        return np.diff(np.column_stack([start, end.max(axis=1)]), axis=1).mean(axis=0) / 1e9
+
+    def places(self) -> NDArray[np.int64]:
+        """Where each entry stands in a flattened table of shape (ranks, steps)."""
+        return self.rank * len(self.steps) + np.searchsorted(self.steps, self.step)
+
+    def bounds(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """First start and last end of each rank in each step, in nanoseconds, of shape (ranks, steps)."""
+        shape = (self.ranks, len(self.steps))
+        start, end = np.full(shape, np.inf), np.full(shape, -np.inf)
+        np.minimum.at(start.reshape(-1), self.places(), self.start)
+        np.maximum.at(end.reshape(-1), self.places(), self.end)
+        return start, end
 
     def rows(self) -> Iterator[tuple[int, int, str, int, int, int]]:
         """Entries as (rank, step, cell, start, end, wait)."""
-        for i in range(len(self)):
-            yield (int(self.rank[i]), int(self.step[i]), self.cells[self.cell[i]], int(self.start[i]), int(self.end[i]),
-                   int(self.wait[i]))  # fmt: skip
+        columns = (self.rank, self.step, self.cell, self.start, self.end, self.wait)
+        for rank, step, cell, start, end, wait in zip(*(column.tolist() for column in columns), strict=True):
+            yield rank, step, self.cells[cell], start, end, wait
 
     def to_chrome(self, path: str | Path) -> Path:
         """Write the trace in Chrome's trace-event format, which Perfetto opens.
@@ -139,20 +149,17 @@ class Trace:
         """
         names = tuple(dict.fromkeys(name for row in cells for name in row))
         lookup = {name: i for i, name in enumerate(names)}
-        columns: list[list[Column]] = [[] for _ in range(8)]
+        parts = []
         for rank, (log, row) in enumerate(zip(logs, cells, strict=True)):
             steps, width = log.start.shape
-            index = np.array([lookup[name] for name in row], dtype=np.int64)
-            flat = (np.full(steps * width, rank), np.repeat(log.steps, width), np.tile(index, steps), log.start.ravel(),
-                    log.end.ravel(), log.wait.ravel(), log.cpu.ravel(), log.bytes.ravel())  # fmt: skip
-            for column, values in zip(columns, flat, strict=True):
-                column.append(np.asarray(values, dtype=np.int64))
-        joined = [np.concatenate(column) if column else np.empty(0, np.int64) for column in columns]
-        if len(joined[3]):
-            origin = joined[3].min()
-            joined[3], joined[4] = joined[3] - origin, joined[4] - origin
-        columns_by_name: dict[str, Any] = dict(zip(_COLUMNS, joined, strict=True))
-        return cls(names, **columns_by_name, simulated=simulated)
+            index = np.tile([lookup[name] for name in row], steps)
+            noted = (log.start, log.end, log.wait, log.cpu, log.bytes)
+            parts.append([np.full(steps * width, rank), np.repeat(log.steps, width), index, *map(np.ravel, noted)])
+        joined = [np.concatenate(values).astype(np.int64) for values in zip(*parts, strict=True)]
+        columns: dict[str, Any] = dict(zip(_COLUMNS, joined, strict=True))
+        found = cls(names, **columns, simulated=simulated)
+        origin = found.start.min() if len(found) else 0
+        return replace(found, start=found.start - origin, end=found.end - origin)
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,4 @@ class Log:
 
     def until(self, line: int) -> Log:
         """The lines up to and with `line`, when a run ended early."""
-        kept = slice(0, line + 1)
-        return Log(self.steps[kept], self.start[kept], self.end[kept], self.wait[kept], self.cpu[kept],
-                   self.bytes[kept])  # fmt: skip
+        return Log(*(getattr(self, column.name)[: line + 1] for column in fields(self)))

@@ -4,13 +4,14 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 
 from bpkit.data import Dataset
 from bpkit.measure.host import machine
 from bpkit.measure.measurement import Event, Point, Scaling
-from bpkit.measure.reports import Report, Spread, summarize
+from bpkit.measure.reports import Report, summarize
 from bpkit.measure.steps import Steps
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
@@ -129,8 +130,7 @@ def _points(runs: dict[int, list[TrainResult]], reached: dict[int, TrainResult],
 def _point(results: list[TrainResult], found: Report, medians: list[float], best: float,
            accuracy: tuple[float | None, int | None]) -> Point:  # fmt: skip
     speedup = found.throughput / best
-    return Point(workers=found.workers, batch=found.batch,
-                 step_s=Spread(found.step_s.median, found.step_s.q1, found.step_s.q3, tuple(medians)),
+    return Point(workers=found.workers, batch=found.batch, step_s=replace(found.step_s, samples=tuple(medians)),
                  throughput=found.throughput, speedup=speedup, efficiency=speedup / found.workers, parts=found.parts,
                  hidden_communication=found.hidden_communication, bytes_sent=found.bytes_sent,
                  payload_bytes=found.payload_bytes, algorithm=found.algorithm, time_to_accuracy_s=accuracy[0],
@@ -142,24 +142,19 @@ def _accuracy(result: TrainResult | None, target: float | None) -> tuple[float |
     """Seconds and steps to the target, or twice None."""
     if result is None or target is None:
         return None, None
-    for step, accuracy in result.accuracies:
-        if accuracy >= target:
-            return float(result.step_times[:step].sum()), step
-    return None, None
+    step = next((step for step, accuracy in result.accuracies if accuracy >= target), None)
+    return (None, None) if step is None else (float(result.step_times[:step].sum()), step)
 
 
 def _timeline(traces: Sequence[Trace], median: float) -> tuple[Event, ...]:
     """The step whose duration is nearest to the median, in microseconds from its first start."""
-    found = []
-    for trace in traces:
-        times = trace.step_times()
-        nearest = int(np.argmin(np.abs(times - median)))
-        found.append((abs(times[nearest] - median), trace, int(trace.steps[nearest])))
-    _, trace, step = min(found, key=lambda item: item[0])
+    times = [zip(trace.steps, trace.step_times(), strict=True) for trace in traces]
+    _, trace, step = min(((abs(time - median), trace, step) for trace, pairs in zip(traces, times, strict=True)
+                          for step, time in pairs), key=lambda found: found[0])  # fmt: skip
     chosen = trace.at_step(step)
     origin = int(chosen.start.min())
-    micro = [(rank, cell, start - origin, end - origin, wait) for rank, _, cell, start, end, wait in chosen.rows()]
-    return tuple((rank, cell, start / 1e3, end / 1e3, wait / 1e3) for rank, cell, start, end, wait in micro)
+    return tuple((rank, cell, (start - origin) / 1e3, (end - origin) / 1e3, wait / 1e3)
+                 for rank, _, cell, start, end, wait in chosen.rows())  # fmt: skip
 
 
 # -- arguments ------------------------------------------------------------------------------------------------
@@ -174,8 +169,7 @@ def _counts(workers: Sequence[int]) -> list[int]:
     if not counts:
         raise ValueError("workers is empty: name at least one count, for example [1, 2, 4]")
     for n in counts:
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"each count of workers must be a whole number of at least 1, not {n!r}")
+        whole_number("scaling", workers=n)
     return sorted({1, *counts})
 
 

@@ -29,10 +29,10 @@ class Spread:
     samples: tuple[float, ...]
 
     @classmethod
-    def of(cls, values: Sequence[float] | NDArray[np.float64], samples: Sequence[float] | None = None) -> Spread:
-        """Median and quartiles of `values`; keeps `samples`, or all values where None."""
+    def of(cls, values: NDArray[np.float64]) -> Spread:
+        """Median and quartiles of `values`, which are kept."""
         q1, median, q3 = (float(q) for q in np.quantile(values, [0.25, 0.5, 0.75]))
-        return cls(median, q1, q3, tuple(map(float, values if samples is None else samples)))
+        return cls(median, q1, q3, tuple(map(float, values)))
 
 
 @dataclass(frozen=True)
@@ -200,17 +200,20 @@ def summarize(results: Sequence[TrainResult]) -> Report:
     spread = Spread.of(periods)
     near = np.argsort(np.abs(periods - spread.median), kind="stable")[: (len(periods) + 1) // 2]
     ranks = tuple(_rank(last, steps, rank, near, spread.median) for rank in range(result.workers))
-    sent = [r.bytes_sent for r in ranks]
+    names = ("hidden_communication", "bubble", "bytes_sent", "payload_bytes", "memory_bytes")
+    means = {name: _mean([getattr(rank, name) for rank in ranks]) for name in names}
     return Report(plan=plan.name, backend=result.backend, workers=result.workers, batch=result.batch,
                   steps=len(periods), step_s=spread, throughput=result.samples / spread.median,
-                  parts=Parts.mean([r.parts for r in ranks]),
-                  hidden_communication=float(np.mean([r.hidden_communication for r in ranks])),
-                  bubble=None if plan.mesh.pipeline == 1 else float(np.mean([r.bubble
-                                                                             for r in ranks if r.bubble is not None])),
-                  bytes_sent=None if None in sent else round(float(np.mean([s for s in sent if s is not None]))),
-                  payload_bytes=round(float(np.mean([r.payload_bytes for r in ranks]))), compress=_compression(result),
-                  algorithm=_algorithm(result), memory_bytes=round(float(np.mean([r.memory_bytes for r in ranks]))),
-                  ranks=ranks)  # fmt: skip
+                  parts=Parts.mean([r.parts for r in ranks]), **means, compress=_compression(result),
+                  algorithm=_algorithm(result), ranks=ranks)  # fmt: skip
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """The average over ranks, whole for bytes; None where it is not known of all."""
+    if None in values:
+        return None
+    mean = float(np.mean(values))
+    return round(mean) if isinstance(values[0], int) else mean
 
 
 def _rank(result: TrainResult, steps: Steps, rank: int, near: NDArray[np.int64], median: float) -> RankReport:

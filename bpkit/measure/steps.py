@@ -45,10 +45,7 @@ class Steps:
         steps, ranks = trace.steps, trace.ranks
         if not len(steps):
             raise ValueError("the trace is empty: there is nothing to report")
-        column = np.searchsorted(steps, trace.step)
-        place = trace.rank * len(steps) + column
-        start, end = _bounds(trace, place, ranks * len(steps))
-        start, end = start.reshape(ranks, -1), end.reshape(ranks, -1)
+        place, (start, end) = trace.places(), trace.bounds()
         followed = (np.diff(steps, append=steps[-1]) == 1) & ~np.isin(steps, list(paused))
         following = np.roll(start, -1, axis=1)
         period = np.where(followed, following - start, end - start)
@@ -76,14 +73,6 @@ class Steps:
         """The steps of several runs of one plan."""
         tables = list(parts)
         return cls(*(np.concatenate([getattr(t, name) for t in tables], axis=1) for name in cls.__dataclass_fields__))
-
-
-def _bounds(trace: Trace, place: NDArray[np.int64], size: int) -> tuple[Table, Table]:
-    """First start and last end at each (rank, step)."""
-    start, end = np.full(size, np.inf), np.full(size, -np.inf)
-    np.minimum.at(start, place, trace.start.astype(float))
-    np.maximum.at(end, place, trace.end.astype(float))
-    return start, end
 
 
 def _hidden(trace: Trace, place: NDArray[np.int64], size: int, communication: NDArray[np.bool_]) -> Table:

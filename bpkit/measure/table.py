@@ -28,14 +28,10 @@ def seconds(value: float | None) -> str:
     """``1.24 ms``: three digits, in the unit that fits."""
     if value is None:
         return "-"
-    if value == 0:
-        return "0"
     if value < 0:  # a small remainder
         return "-" + seconds(-value)
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if value * factor >= 0.9995:
-            return f"{_digits(value * factor)} {unit}"
-    return f"{_digits(value * 1e6)} us"
+    unit, factor = ("s", 1.0) if value >= 0.9995 else ("ms", 1e3) if value * 1e3 >= 0.9995 else ("us", 1e6)
+    return f"{_digits(value * factor)} {unit}" if value else "0"
 
 
 def count(value: float | None) -> str:
