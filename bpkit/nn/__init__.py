@@ -1,7 +1,7 @@
 """Layers, losses and networks with hand-written forward and backward; no autograd outside `gradcheck`."""
 
 from bpkit.nn.attention import Attention, Heads, block
-from bpkit.nn.containers import Residual, Sequential
+from bpkit.nn.containers import AddSkip, Residual, Sequential, StashSkip
 from bpkit.nn.convolution import AveragePool2d, Conv2d, Flatten, MaxPool2d, Reshape
 from bpkit.nn.costs import StageCost, balanced_cuts
 from bpkit.nn.dropout import Dropout, dropout_mask
@@ -15,8 +15,8 @@ from bpkit.nn.network import Network
 from bpkit.nn.normalisation import BatchNorm, GroupNorm
 from bpkit.nn.tensor import TensorLayout, merge, shard, tensor_layout
 
-__all__ = ["GELU", "MSE", "Attention", "AveragePool2d", "BatchNorm", "Context", "Conv2d", "CrossEntropy", "Dropout",
-           "Embedding", "Flatten", "GradCheck", "GroupNorm", "Heads", "Layer", "LayerNorm", "Linear", "Loss",
+__all__ = ["GELU", "MSE", "AddSkip", "Attention", "AveragePool2d", "BatchNorm", "Context", "Conv2d", "CrossEntropy",
+           "Dropout", "Embedding", "Flatten", "GradCheck", "GroupNorm", "Heads", "Layer", "LayerNorm", "Linear", "Loss",
            "MaxPool2d", "Network", "Pass", "Positions", "ReLU", "Reshape", "Residual", "Sequential", "Sigmoid", "Site",
-           "StageCost", "Tanh", "TensorLayout", "Unembedding", "VocabularyCrossEntropy", "balanced_cuts", "block",
-           "convnet", "dropout_mask", "gpt", "gradcheck", "merge", "mlp", "shard", "tensor_layout"]  # fmt: skip
+           "StageCost", "StashSkip", "Tanh", "TensorLayout", "Unembedding", "VocabularyCrossEntropy", "balanced_cuts",
+           "block", "convnet", "dropout_mask", "gpt", "gradcheck", "merge", "mlp", "shard", "tensor_layout"]  # fmt: skip

@@ -1,7 +1,12 @@
-"""Layers made of layers: `Sequential` runs them in order, `Residual` adds its input to their output."""
+"""Layers made of layers: `Sequential` runs them in order, `Residual` adds its input to their output.
 
-from collections.abc import Sequence
-from dataclasses import replace
+A skip connection over several layers of a network, even over stages of one rank, is a pair of `StashSkip` and
+`AddSkip`; `opened` writes containers out so.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor
@@ -56,7 +61,7 @@ class Sequential(Layer):
         return tuple(share for layer, s in self._inner(shape) for share in layer.partial(s))
 
     def produced(self, shape: Shape) -> list[int]:
-        return produced(self.layers, shape)
+        return produced(self.layers, output_shapes(self.layers, shape))
 
     def cost(self, shape: Shape) -> StageCost:
         return StageCost.merge([layer.cost(s) for layer, s in self._inner(shape)])
@@ -124,3 +129,85 @@ class _ResidualPass(Pass):
 
     def backward_weight(self, accumulate: bool = False) -> None:
         self._inner.backward_weight(accumulate)
+
+
+def opened(layers: Sequence[Layer], numbers: Iterator[int] | None = None) -> Iterator[Layer]:
+    """Yield the layers with containers written out, a `Residual` as its layers between `StashSkip` and `AddSkip`."""
+    numbers = count() if numbers is None else numbers
+    for layer in layers:
+        if isinstance(layer, Residual):
+            number = next(numbers)
+            yield from (StashSkip(number), *opened(layer.layers, numbers), AddSkip(number))
+        elif isinstance(layer, Sequential):
+            yield from opened(layer.layers, numbers)
+        else:
+            yield layer
+
+
+@dataclass(frozen=True)
+class _Skip(Layer):
+    """One end of the skip connection of a number, unique in its network."""
+
+    number: int
+    leaves = 0  # not counted, so that masks of dropout are those of the closed container
+    fresh_gradient = False
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Count one FLOP an element for F and for I: an addition or a copy."""
+        size = torch.Size(shape).numel()
+        return StageCost(size, size, 0, size, size, 0)
+
+
+class StashSkip(_Skip):
+    """y = x, and keeps x for the `AddSkip` of the same number; dx = dy + the gradient that one has kept."""
+
+    keeps_output = True  # its output is its input
+    fresh_gradient = True
+
+    def at(self, site: Site) -> Pass:
+        return _StashPass(self.number, site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        site.skips["x", self.number, context.first] = x
+        return x
+
+
+class AddSkip(_Skip):
+    """y = x + what the `StashSkip` of the same number has kept of this microbatch; dx = dy, kept for it in turn."""
+
+    def at(self, site: Site) -> Pass:
+        return _AddPass(self.number, site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        return x + site.skips.pop(("x", self.number, context.first))
+
+
+class _StashPass(Pass):
+    """What is kept is copied: the two ends may stand in different stages, whose buffers are used again in turn."""
+
+    def __init__(self, number: int, site: Site) -> None:
+        self._number, self._skips, self._first = number, site.skips, 0
+        self._dx = site.empty()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        self._first = context.first
+        self._skips["x", self._number, self._first] = x.clone()
+        return x
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        # Empty microbatches have one place in the batch in common, and nothing to add.
+        return torch.add(dy, self._skips.pop(("dx", self._number, self._first)), out=self._dx) if len(dy) else dy
+
+
+class _AddPass(Pass):
+    def __init__(self, number: int, site: Site) -> None:
+        self._number, self._skips, self._first = number, site.skips, 0
+        self._y = site.empty()
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        self._first = context.first
+        return torch.add(x, self._skips.pop(("x", self._number, self._first)), out=self._y) if len(x) else x
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        self._skips["dx", self._number, self._first] = dy.clone()
+        return dy

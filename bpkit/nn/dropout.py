@@ -43,7 +43,7 @@ def key(*coordinates: int) -> int:
     return result
 
 
-def dropout_mask(p: float, shape: Shape, *, seed: int, step: int, layer: int, first: int = 0,
+def dropout_mask(p: float, shape: Shape, *, seed: int, step: int, layer: int, first: int = 0, start: int = 0,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:  # fmt: skip
     """Return the mask of a batch: 0 with probability `p`, else 1 / (1 - p).
 
@@ -55,13 +55,16 @@ def dropout_mask(p: float, shape: Shape, *, seed: int, step: int, layer: int, fi
         Shape of the batch, rows first. Row r is sample ``first + r`` of the step's global batch.
     seed, step, layer, first : int
         The coordinates: the network's seed, the training step, the layer's index, the first sample.
+    start : int
+        Number of the first feature, of a sample counted in one row; of a tensor rank's own tokens.
     dtype, device
         Of the result.
     """
     features = math.prod(shape[1:])
-    start = key(seed, step, layer)
-    rows = mix_(torch.arange(first, first + shape[0], device=device).bitwise_xor_(start).bitwise_and_(_LOW))
-    columns = mix_(torch.arange(features, device=device).add_(key(start, 1)).bitwise_and_(_LOW))
+    origin = key(seed, step, layer)
+    rows = mix_(torch.arange(first, first + shape[0], device=device).bitwise_xor_(origin).bitwise_and_(_LOW))
+    places = torch.arange(start, start + features, device=device)
+    columns = mix_(places.add_(key(origin, 1)).bitwise_and_(_LOW))
     numbers = mix_((rows[:, None] + columns[None, :]).bitwise_and_(_LOW))
     keep = numbers >= round(p * 2**32)
     return keep.to(dtype).mul_(1 / (1 - p)).view(shape)
@@ -72,10 +75,11 @@ class Dropout(Elementwise):
     """y = mask x in training, y = x otherwise (Srivastava et al. 2014, JMLR 15, with inverted scaling).
 
     dx = mask dy. The mask is `dropout_mask` at the network's seed, the context's step and first sample, and
-    the layer's index among all layers.
+    the layer's index among all layers; with `start`, from that feature on.
     """
 
     p: float = 0.5
+    start: int = 0
     keeps_output = True  # outside training the output is the input
     fresh_gradient = False
 
@@ -87,24 +91,24 @@ class Dropout(Elementwise):
         return _DropoutPass(self, site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        return x * _mask(self.p, site, context) if context.training and self.p else x
+        return x * _mask(self, site, context) if context.training and self.p else x
 
 
-def _mask(p: float, site: Site, context: Context) -> Tensor:
+def _mask(layer: Dropout, site: Site, context: Context) -> Tensor:
     """Return the mask at a site and a context."""
-    return dropout_mask(p, site.shape, seed=site.seed, step=context.step, layer=site.layer, first=context.first,
-                        dtype=site.dtype, device=site.device)  # fmt: skip
+    return dropout_mask(layer.p, site.shape, seed=site.seed, step=context.step, layer=site.layer,
+                        first=context.first, start=layer.start, dtype=site.dtype, device=site.device)  # fmt: skip
 
 
 class _DropoutPass(Pass):
     def __init__(self, layer: Layer, site: Site) -> None:
         assert isinstance(layer, Dropout)
-        self._p, self._site = layer.p, site
+        self._layer, self._site = layer, site
         self._mask: Tensor | None = None
         self._y, self._dx = site.empty(), site.empty()
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        self._mask = _mask(self._p, self._site, context) if context.training and self._p else None
+        self._mask = _mask(self._layer, self._site, context) if context.training and self._layer.p else None
         return x if self._mask is None else torch.mul(x, self._mask, out=self._y)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:

@@ -104,15 +104,10 @@ class _EmbeddingPass(Pass):
 
 @dataclass(frozen=True)
 class Positions(_Normal):
-    """y = x + P, P (length, width) learned; dx = dy, dP = sum of dy over rows.
-
-    With ``held=False`` there is no P and y = x: of the tensor ranks only the first one adds it.
-    """
+    """y = x + P, P (length, width) learned; dx = dy, dP = sum of dy over rows."""
 
     length: int
     width: int
-    held: bool = True
-    keeps_output = True  # not held, the output is the input
     fresh_gradient = False
 
     def output_shape(self, shape: Shape) -> Shape:
@@ -121,18 +116,18 @@ class Positions(_Normal):
         return shape
 
     def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        return ((self.length, self.width),) if self.held else ()
+        return ((self.length, self.width),)
 
     def cost(self, shape: Shape) -> StageCost:
         """Count one FLOP an element for F and for W; I passes the gradient on."""
         size = self.length * self.width
-        return StageCost(size, 0, size, size, size, size * self.held)
+        return StageCost(size, 0, size, size, size, size)
 
     def at(self, site: Site) -> Pass:
         return _PositionsPass(site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        return x + parameters[0] if self.held else x
+        return x + parameters[0]
 
 
 class _PositionsPass(Pass):
@@ -141,7 +136,7 @@ class _PositionsPass(Pass):
         self._dy = self._y
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return torch.add(x, self._site.parameters[0], out=self._y) if self._site.parameters else x
+        return torch.add(x, self._site.parameters[0], out=self._y)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         self._dy = dy

@@ -9,7 +9,7 @@ A `Chain` is a pass made of passes; a network's forward and backward are a chain
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,6 +54,7 @@ class Site:
     changes it. `reuse_input` says that the input may be overwritten: nobody else reads it. `reuse_gradient`
     says the same of the gradient that comes from above. `buffers` are values that are kept but not trained.
     `added` says of each gradient that a later layer has written it before (tied weights): it is always added to.
+    `skips` holds what goes past layers, by (what, number of the skip, first row); stages of one network share it.
     """
 
     parameters: tuple[Tensor, ...]
@@ -67,6 +68,7 @@ class Site:
     reuse_gradient: bool = False
     buffers: tuple[Tensor, ...] = ()
     added: tuple[bool, ...] = ()
+    skips: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def empty(self, *shape: int) -> Tensor:
         """Return an uninitialised tensor of `shape` (default: the input's) on the site's device."""
@@ -191,9 +193,10 @@ def spans(counts: Sequence[int]) -> Iterator[slice]:
         start += count
 
 
-def produced(layers: Sequence[Layer], shape: Shape) -> list[int]:
-    """Return the chain's parameter indices in the order of their gradients: last layer first."""
-    orders = [layer.produced(s) for layer, s in zip(layers, output_shapes(layers, shape), strict=False)]
+def produced(layers: Sequence[Layer], shapes: Sequence[Shape]) -> list[int]:
+    """Return the parameter indices of layers in a chain, given the shapes in front of them, in the order of their
+    gradients: last layer first."""
+    orders = [layer.produced(s) for layer, s in zip(layers, shapes, strict=False)]
     places = list(spans([len(order) for order in orders]))
     return [place.start + i for order, place in zip(orders[::-1], places[::-1], strict=True) for i in order]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpkit.nn.containers import Sequential, opened
 from bpkit.nn.costs import StageCost, balanced_cuts
 from bpkit.nn.dropout import Dropout
 from bpkit.nn.flat import ALIGNMENT, aligned, lay_out, owners, views
@@ -79,7 +80,7 @@ class Network:
         self.load([drawn[i] for i in self.owners])
 
     def _define(self, layers: tuple[Layer, ...], input_shape: Shape, loss: Loss, seed: int, dtype: torch.dtype,
-                device: torch.device, first_leaf: int) -> None:  # fmt: skip
+                device: torch.device, first_leaf: int, shapes: list[Shape] | None = None) -> None:  # fmt: skip
         """Check, lay out and allocate; parameters are zero afterwards."""
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"a network computes in torch.float32 or torch.float64, not {dtype}")
@@ -90,15 +91,16 @@ class Network:
                 raise TypeError(f"layer {i} is {layer!r}, not a bp.nn layer")
         self.layers, self.input_shape, self.loss = layers, input_shape, loss
         self.seed, self.dtype, self.device, self._first_leaf = seed, dtype, device, first_leaf
-        self.shapes = output_shapes(layers, input_shape)
+        self.shapes = output_shapes(layers, input_shape) if shapes is None else shapes
         self.output_shape = self.shapes[-1]
         self.input_dtype = layers[0].input_dtype or dtype
         self._parameter_shapes = [p for layer, s in self._placed() for p in layer.parameter_shapes(s)]
         self._names = [name for layer, s in self._placed() for name in layer.ties(s)]
         self.owners = owners(self._names, self._parameter_shapes)
-        order = produced(layers, input_shape)
+        order = produced(layers, self.shapes)
         self._offsets, self.flat_size = lay_out(order, self.owners, self._parameter_shapes, dtype.itemsize)
         self._runs: dict[Hashable, _Run] = {}
+        self._skips: dict[tuple[str, int, int], Tensor] = {}
         self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, dtype, device) for _ in range(2))
         kept = [b for layer, s in self._placed() for b in layer.buffers(s)]
         self.flat_buffers = torch.cat([torch.zeros(0), *(b.flatten() for b in kept)]).to(device, dtype)
@@ -259,7 +261,7 @@ class Network:
         return Site(self._parameters, self._gradients, (rows, *self.input_shape), self.dtype, self.device,
                     self._first_leaf, self.seed, buffers=self._buffers,
                     added=tuple(own == i and own in self.owners[i + 1 :]
-                                for i, own in enumerate(self.owners)))  # fmt: skip
+                                for i, own in enumerate(self.owners)), skips=self._skips)  # fmt: skip
 
     def release(self) -> None:
         """Drop the buffers of all slots."""
@@ -320,12 +322,30 @@ class Network:
         stage.load(self._parameters[counts[start] : counts[stop]])
         kept = [sum(b.numel() for la, s in run for b in la.buffers(s)) for run in (placed[:start], placed[:stop])]
         stage.flat_buffers.copy_(self.flat_buffers[kept[0] : kept[1]])
+        stage._skips = self._skips
         return stage
 
-    def like(self, layers: tuple[Layer, ...], loss: Loss, device: str | torch.device | None = None) -> Network:
-        """Return a network of these layers at the same place in its whole, its parameters zero."""
+    def like(self, layers: tuple[Layer, ...], loss: Loss, device: str | torch.device | None = None,
+             shapes: list[Shape] | None = None) -> Network:  # fmt: skip
+        """Return a network of these layers at the same place in its whole, its parameters zero.
+
+        `shapes`, in front of each layer and behind the last, are given where they do not follow from each other.
+        """
         other, at = Network.__new__(Network), torch.device(device or self.device)
-        other._define(layers, self.input_shape, loss, self.seed, self.dtype, at, self._first_leaf)
+        other._define(layers, self.input_shape, loss, self.seed, self.dtype, at, self._first_leaf, shapes)
+        return other
+
+    def opened(self) -> Network:
+        """Return the network with its containers written out as layers, skips as pairs of layers: cut anywhere.
+
+        It computes the same, dropout masks included, and its `parameters` are the same in the same order. Stages must
+        run together in one process where a skip goes from one to another.
+        """
+        if not any(isinstance(layer, Sequential) for layer in self.layers):
+            return self
+        other = self.like(tuple(opened(self.layers)), self.loss)
+        other.load(self.parameters())
+        other.flat_buffers.copy_(self.flat_buffers)
         return other
 
     def copy(self, device: str | torch.device | None = None) -> Network:

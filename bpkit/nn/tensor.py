@@ -4,7 +4,8 @@ A product x W^T is split by the rows of W (by columns of the mathematicians' W^T
 one by its columns (each rank has some inputs), so that two products need one sum over the ranks forward and one
 backward (Shoeybi et al. 2019, arXiv:1909.08053, section 3). The sum over the ranks of the shards' outputs, given the
 whole input, is the whole's output; the sum of their input gradients, given the whole output gradient, is the whole's.
-So a skip, the second bias and learned positions belong to rank 0 alone.
+So the second bias belongs to rank 0 alone. What stands between such pairs (norms, dropout, skips) every rank computes
+whole; or, with sequence parallelism, for its own tokens only (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2).
 """
 
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bpkit.nn.attention import Heads
-from bpkit.nn.containers import Residual, Sequential
+from bpkit.nn.containers import AddSkip, StashSkip
 from bpkit.nn.dropout import Dropout
 from bpkit.nn.embedding import Embedding, Positions
-from bpkit.nn.layer import Elementwise, Layer, Shape
+from bpkit.nn.layer import Elementwise, Layer, Shape, output_shapes
 from bpkit.nn.layers import LayerNorm, Linear
 from bpkit.nn.losses import CrossEntropy, VocabularyCrossEntropy
 from bpkit.nn.network import Network
@@ -40,6 +41,8 @@ class Piece:
 
 Cut = tuple[Layer, list[Piece]]
 ALL, NONE = Piece(), Piece(())
+#: Layers that treat each token alone and whose parameters, if any, know how to be shared or cut by tokens.
+BY_TOKEN = (Elementwise, LayerNorm, Positions, StashSkip, AddSkip)
 
 
 def _part(size: int, index: int, of: int, what: str) -> Range:
@@ -48,13 +51,14 @@ def _part(size: int, index: int, of: int, what: str) -> Range:
     return index * size // of, (index + 1) * size // of
 
 
-def _first(layer: Linear, index: int, of: int, heads: Heads | None) -> Cut:
+def _first(layer: Linear, index: int, of: int, behind: Sequence[Layer]) -> Cut:
     """A product of which each rank has some outputs; in front of `Heads` those of whole heads, of q, k and v."""
-    if heads is None:
+    heads = next((la.heads for la in behind[:1] if isinstance(la, Heads)), 0)
+    if not heads:
         ranges = [_part(layer.outputs, index, of, "a width of")]
     else:
-        if heads.heads % of:
-            raise ValueError(f"{heads.heads} heads cannot be divided among {of} tensor ranks")
+        if heads % of:
+            raise ValueError(f"{heads} heads cannot be divided among {of} tensor ranks")
         third, part = layer.outputs // 3, layer.outputs // (3 * of)
         ranges = [(i * third + index * part, i * third + (index + 1) * part) for i in range(3)]
     piece = Piece(tuple(ranges))
@@ -83,33 +87,16 @@ def _pairs(layers: Sequence[Layer]) -> list[Range]:
     return found
 
 
-def _inside(layers: Sequence[Layer], index: int, of: int) -> list[Cut]:
-    """Cut the layers inside a container: norms, one pair of products, dropout."""
-    flat: list[Layer] = []
-    for layer in layers:
-        flat += layer.layers if type(layer) is not Residual and isinstance(layer, Sequential) else [layer]
-    pairs = _pairs(flat)
-    if len(pairs) != 1:
-        raise ValueError("a tensor axis cuts one pair of Linear layers in a container, and finds "
-                         f"{len(pairs)} in {flat}")  # fmt: skip
-    (a, b), result = pairs[0], []
-    for i, layer in enumerate(flat):
-        heads = flat[a + 1] if isinstance(flat[a + 1], Heads) else None
-        if i == a:
-            result.append(_first(layer, index, of, heads))  # type: ignore[arg-type]
-        elif i == b:
-            result.append(_second(layer, index, of))  # type: ignore[arg-type]
-        elif a < i < b and isinstance(layer, Dropout):
-            raise ValueError("Dropout between two split products: put it at the end, where every rank has all features")
-        elif isinstance(layer, Heads):
-            result.append((replace(layer, heads=layer.heads // of), []))
-        elif i > b and not isinstance(layer, Dropout):
-            raise ValueError(f"{layer!r} stands behind the pair of Linear layers, where each rank has a share only")
-        elif isinstance(layer, LayerNorm):
-            result.append((replace(layer, shared=True), [ALL, ALL]))
-        else:
-            result.append((layer, []))
-    return result
+def _by_token(layer: Layer, shape: Shape, index: int, of: int) -> Cut:
+    """A layer for this rank's tokens only."""
+    own = shape[0] // of
+    if isinstance(layer, Positions):
+        return replace(layer, length=own), [Piece(((index * own, (index + 1) * own),))]
+    if isinstance(layer, LayerNorm):
+        return replace(layer, shared=True), [ALL, ALL]
+    if isinstance(layer, Dropout):
+        return replace(layer, start=index * own * shape[1]), []
+    return layer, []
 
 
 @dataclass(frozen=True)
@@ -119,9 +106,13 @@ class TensorLayout:
     Parameters
     ----------
     cuts : tuple of int
-        Layers at which stages 1, 2, ... start.
+        Layers at which stages 1, 2, ... start, of the network with its containers opened (`Network.opened`).
     partial_outputs, partial_inputs : tuple of int
         Stages whose output (gradient of input) is to be summed over the tensor ranks.
+    own_tokens : tuple of int
+        Stages that each tensor rank computes for its own tokens only (sequence parallelism).
+    skips : tuple of pairs of int
+        Stages at which a skip connection starts and ends, which must stand on one rank.
     costs : tuple of int
         FLOPs of each stage's F, I and W a sample.
     vocabulary : bool
@@ -131,97 +122,139 @@ class TensorLayout:
     cuts: tuple[int, ...]
     partial_outputs: tuple[int, ...]
     partial_inputs: tuple[int, ...]
+    own_tokens: tuple[int, ...]
+    skips: tuple[tuple[int, int], ...]
     costs: tuple[int, ...]
     vocabulary: bool
 
 
-def _groups(network: Network) -> list[tuple[str, int, int]]:
-    """Return (kind, start, stop) of runs of layers: "tokens", "pair", "classes", or "whole" (every rank has all)."""
+Group = tuple[str, int, int]
+
+
+def _groups(network: Network, sequence: bool) -> list[Group]:
+    """Return (kind, start, stop) of runs of layers: "vocabulary", "pair" or "classes", which are split over the ranks,
+    "whole" (every rank has all), or "tokens" (each rank has its own)."""
     layers, n, i = network.layers, len(network.layers), 0
-    result: list[tuple[str, int, int]] = []
+    result: list[Group] = []
     pairs = dict(_pairs(layers))
     scores = isinstance(layers[-1], Linear) and n - 1 not in pairs.values() and isinstance(network.loss, CrossEntropy)
-    norm = n - 1 - (n > 1 and isinstance(layers[-2], LayerNorm))
     while i < n:
-        if i == norm and scores:
-            kind, stop = "classes", n
+        kind, stop = "whole", i + 1
+        if i == n - 1 and scores:
+            kind = "classes"
         elif isinstance(layers[i], Embedding):
-            kind, stop = "tokens", i + 1
-        elif isinstance(layers[i], Sequential):
-            kind, stop = "pair", i + 1
+            kind = "vocabulary"
         elif i in pairs:
             kind, stop = "pair", pairs[i] + 1
-        else:
-            kind, stop = "whole", i + 1
-        tail = (Positions, Dropout) if kind == "tokens" else (Dropout,) if kind == "pair" else ()
-        while stop < n and isinstance(layers[stop], tail):
-            stop += 1
-        if kind == "whole" and result and result[-1][0] == "whole":
+        between_skips = isinstance(layers[i], StashSkip) and i > 0 and isinstance(layers[i - 1], AddSkip)
+        if kind == "whole" and result and result[-1][0] == "whole" and not between_skips:  # there a pipeline may be cut
             result[-1] = ("whole", result[-1][1], stop)
         else:
             result.append((kind, i, stop))
         i = stop
-    return result
+    return [_of_tokens(network, result, i) for i in range(len(result))] if sequence else result
 
 
-def tensor_layout(network: Network) -> TensorLayout:
-    """Return where a network is cut for the tensor axis, for any number of ranks."""
-    groups, costs = _groups(network), [cost.total for cost in network.costs()]
-    return TensorLayout(tuple(start for _, start, _ in groups[1:]),
-                        tuple(i for i, (kind, _, _) in enumerate(groups) if kind in ("tokens", "pair")),
-                        tuple(i for i, (kind, _, _) in enumerate(groups) if kind in ("pair", "classes")),
-                        tuple(sum(costs[start:stop]) for _, start, stop in groups),
-                        groups[-1][0] == "classes")  # fmt: skip
+def _of_tokens(network: Network, groups: list[Group], index: int) -> Group:
+    """Make a group one of own tokens, where all between two split groups treats each token alone."""
+    low = high = index
+    while low >= 0 and groups[low][0] == "whole":
+        low -= 1
+    while high < len(groups) and groups[high][0] == "whole":
+        high += 1
+    kind, start, stop = groups[index]
+    if kind != "whole" or low < 0 or high == len(groups):
+        return groups[index]
+    between = range(groups[low][2], groups[high][1])
+    alone = all(isinstance(network.layers[i], BY_TOKEN) and len(network.shapes[i]) == 2 for i in between)
+    return ("tokens" if alone else "whole", start, stop)
 
 
-def _cut(network: Network, index: int, of: int) -> list[Cut]:
-    """Return each layer of one tensor rank, with what it holds of each parameter of the whole's layer."""
-    result: list[Cut] = []
-    counts = [len(la.parameter_shapes(s)) for la, s in zip(network.layers, network.shapes, strict=False)]
-    for kind, start, stop in _groups(network):
-        for i in range(start, stop):
-            layer = network.layers[i]
-            pieces = [ALL] * counts[i]
-            if isinstance(layer, Sequential) and kind == "pair":
-                cuts = _inside(layer.layers, index, of)
-                skip = isinstance(layer, Residual) and index == 0
-                made = (Residual if skip else Sequential)(*(la for la, _ in cuts))
-                result.append((made, [piece for _, own in cuts for piece in own]))
-            elif isinstance(layer, Embedding):
-                rows = _part(layer.vocabulary, index, of, "a vocabulary of")
-                result.append((replace(layer, rows=rows), [Piece((rows,))]))
-            elif isinstance(layer, Positions) and kind == "tokens":
-                result.append((replace(layer, held=index == 0), [ALL if index == 0 else NONE]))
-            elif kind == "classes" and isinstance(layer, Linear):
-                result.append(_first(layer, index, of, None))
-            elif kind == "classes" and isinstance(layer, LayerNorm):
-                result.append((replace(layer, shared=True), pieces))
-            elif kind == "pair" and isinstance(layer, Linear):
-                result.append(_first(layer, index, of, None) if i == start else _second(layer, index, of))
-            elif (kind == "pair" and isinstance(layer, Dropout)
-                  and any(isinstance(later, Linear) for later in network.layers[i:stop])):  # fmt: skip
-                raise ValueError(f"layer {i}: Dropout between two split products: put it behind the second one")
-            else:
-                result.append((layer, pieces))
-    return result
+def tensor_layout(network: Network, sequence: bool = False) -> TensorLayout:
+    """Return where a network is cut for the tensor axis, for any number of ranks.
 
-
-def shard(network: Network, index: int, of: int) -> Network:
-    """Return the network that tensor rank `index` of `of` computes; it is split into stages as the whole is.
-
-    Where the last stage's classes are split, its loss is a `VocabularyCrossEntropy` for this rank's classes.
+    Parameters
+    ----------
+    network : Network
+    sequence : bool
+        Sequence parallelism: what stands between split products each rank computes for its own tokens only.
 
     Raises
     ------
     ValueError
-        If heads, widths or vocabulary are too few to be divided, or layers stand where each rank has a share only.
+        If `sequence` finds nothing that could be computed token by token.
     """
-    cuts = _cut(network, index, of)
+    network = network.opened()
+    groups, costs = _groups(network, sequence), [cost.total for cost in network.costs()]
+    if sequence and not any(kind == "tokens" for kind, _, _ in groups):
+        raise ValueError("sequence=True asks for layers that treat each token alone between split products, and "
+                         f"{network!r} has none")  # fmt: skip
+    kinds = [kind for kind, _, _ in groups]
+
+    def stages(*wanted: str) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(kinds) if kind in wanted)
+
+    def ends(which: type) -> list[int]:
+        held = [network.layers[start:stop] for _, start, stop in groups]
+        found = {la.number: i for i, layers in enumerate(held) for la in layers if isinstance(la, which)}  # type: ignore
+        return [found[number] for number in sorted(found)]
+
+    skips = zip(ends(StashSkip), ends(AddSkip), strict=True)
+
+    return TensorLayout(tuple(start for _, start, _ in groups[1:]), stages("vocabulary", "pair"),
+                        stages("pair", "classes"), stages("tokens"),
+                        tuple((start, end) for start, end in skips if start < end),
+                        tuple(sum(costs[start:stop]) for _, start, stop in groups),
+                        kinds[-1] == "classes")  # fmt: skip
+
+
+def _cut(network: Network, index: int, of: int, sequence: bool) -> list[Cut]:
+    """Return each layer of one tensor rank, with what it holds of each parameter of the whole's layer."""
+    result: list[Cut] = []
+    layers, shapes = network.layers, network.shapes
+    for kind, start, stop in _groups(network, sequence):
+        for i in range(start, stop):
+            layer = layers[i]
+            if kind == "tokens":
+                if shapes[i][0] % of:
+                    raise ValueError(f"sequence parallelism gives each of {of} tensor ranks as many tokens, which "
+                                     f"samples of {shapes[i][0]} tokens do not allow")  # fmt: skip
+                result.append(_by_token(layer, shapes[i], index, of))
+            elif isinstance(layer, Embedding):
+                rows = _part(layer.vocabulary, index, of, "a vocabulary of")
+                result.append((replace(layer, rows=rows), [Piece((rows,))]))
+            elif isinstance(layer, Linear) and kind in ("pair", "classes"):
+                cut = _first(layer, index, of, layers[i + 1 : stop]) if i == start else _second(layer, index, of)
+                result.append(cut)
+            elif kind == "pair" and isinstance(layer, Heads):
+                result.append((replace(layer, heads=layer.heads // of), []))
+            elif kind == "pair" and isinstance(layer, Dropout):
+                raise ValueError(f"layer {i} of the opened network: Dropout between two split products: put it behind "
+                                 "the second one, where every rank has all features")  # fmt: skip
+            else:
+                result.append((layer, [ALL] * len(layer.parameter_shapes(shapes[i]))))
+    return result
+
+
+def shard(network: Network, index: int, of: int, sequence: bool = False) -> Network:
+    """Return the network that tensor rank `index` of `of` computes, its containers opened.
+
+    It is split into stages at the layout's cuts, as the whole is. Where the last stage's classes are split, its loss is
+    a `VocabularyCrossEntropy` for this rank's classes.
+
+    Raises
+    ------
+    ValueError
+        If heads, widths, vocabulary or tokens cannot be divided, or layers stand where each rank has a share only.
+    """
+    network = network.opened()
+    cuts = _cut(network, index, of, sequence)
     loss = network.loss
-    if isinstance(loss, CrossEntropy) and _groups(network)[-1][0] == "classes":
+    if isinstance(loss, CrossEntropy) and _groups(network, False)[-1][0] == "classes":
         low, high = _part(network.output_shape[-1], index, of, "a vocabulary of")
         loss = VocabularyCrossEntropy(loss.ignore_index, low, high, network.output_shape[-1])
-    made = network.like(tuple(layer for layer, _ in cuts), loss)
+    layers = tuple(layer for layer, _ in cuts)
+    made = network.like(layers, loss, shapes=_shapes(network, layers, of, sequence))
     pieces = [piece for _, own in cuts for piece in own]
     held = zip(network.parameters(), pieces, strict=True)
     made.load([p.index_select(x.dim, x.index(tuple(p.shape)).to(p.device)) for p, x in held if x != NONE])
@@ -229,7 +262,18 @@ def shard(network: Network, index: int, of: int) -> Network:
     return made
 
 
-def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = False) -> list[Tensor]:
+def _shapes(network: Network, layers: Sequence[Layer], of: int, sequence: bool) -> list[Shape]:
+    """Return the shapes in front of a rank's layers, and the last output's; collectives change them between groups."""
+    result: list[Shape] = []
+    for kind, start, stop in _groups(network, sequence):
+        shape = network.shapes[start]
+        shape = (shape[0] // of, *shape[1:]) if kind == "tokens" else shape
+        result[start:] = output_shapes(layers[start:stop], shape)
+    return result
+
+
+def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = False,
+          sequence: bool = False) -> list[Tensor]:  # fmt: skip
     """Return whole tensors from those of all tensor ranks: the inverse of `shard`.
 
     Parameters
@@ -239,12 +283,15 @@ def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = Fals
     shards : sequence of sequence of Tensor
         For each tensor rank its parameters (or gradients), in the order of its network's ``parameters()``.
     add : bool
-        Sum what several ranks hold, as for gradients before they are summed over the ranks (`Network.shares`);
-        else rank 0's counts.
+        Sum what several ranks hold a share of, as for gradients before they are summed over the ranks
+        (`Network.shares`); else rank 0's counts.
+    sequence : bool
+        As in `shard`.
     """
+    network = network.opened()
     result = [torch.zeros_like(p) for p in network.parameters()]
     for index, tensors in enumerate(shards):
-        cuts, given = _cut(network, index, len(shards)), iter(tensors)
+        cuts, given = _cut(network, index, len(shards), sequence), iter(tensors)
         shares = [share for (la, own), s in zip(cuts, network.shapes, strict=False) for share in _partial(la, own, s)]
         pieces = [piece for _, own in cuts for piece in own]
         for out, piece, share in zip(result, pieces, shares, strict=True):

@@ -103,6 +103,10 @@ VERBS: Final[dict[str, Verb]] = {
     "RECV_B": _verb("in", "pipeline", "", "D+", "", "mb"),
     "SUM_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
     "SUM_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
+    "GATHER_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
+    "GATHER_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
+    "SCATTER_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
+    "SCATTER_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
     "SUM_G": _verb("tensor", "tensor", "G", "G", "", "stage"),
     "SUM_TIED": _verb("out", "pipeline", "G", "G", "", "stage"),
     "REDUCE_GRAD": _verb("data", "data", "G", "G", "", "stage"),
@@ -118,6 +122,9 @@ VERBS: Final[dict[str, Verb]] = {
     "SEND_P": _verb("out", "data", "P", "", "", "part", ">"),
     "RECV_P": _verb("in", "data", "", "P", "", "part", "<"),
 }
+
+#: Collectives of the tensor axis on an edge: a sum, or what brings together or takes apart the ranks' own tokens.
+ON_EDGES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.stream == "tensor" and verb.scope == "mb")
 
 #: Which RECV takes what a SEND gives, with the step in stages from sender to receiver.
 PARTNERS: Final[dict[str, tuple[tuple[str, ...], int]]] = {

@@ -8,7 +8,7 @@ import torch
 
 from bpkit.nn import Network, TensorLayout, shard, tensor_layout
 from bpkit.nn.costs import balanced_cuts
-from bpkit.plan.actions import PARTNERS, Action
+from bpkit.plan.actions import ON_EDGES, PARTNERS, Action
 from bpkit.plan.check import check
 from bpkit.plan.hazards import hazards
 from bpkit.plan.mesh import Coordinate
@@ -70,6 +70,10 @@ class Program:
         """The instructions of the rank at a coordinate."""
         return self.rows[self.plan.row_index(at)]
 
+    def form(self, network: Network) -> Network:
+        """The network as its stages are cut: its containers opened, where the plan says so."""
+        return network.opened() if self.plan.opened else network
+
     def payload(self, at: Coordinate) -> int:
         """Bytes of gradients that a rank gives to reductions and sends of parts in one step."""
         return sum(step.payload for step in self.row(at) if step.action.kind in _GRADIENT_KINDS)
@@ -102,11 +106,13 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
         If the network has fewer layers than the plan has stages, there is not one weight a layer, or the network
         cannot be split over the plan's tensor ranks.
     """
+    network = network.opened() if plan.opened else network
     if weights is not None and len(weights) != len(network.layers):
         raise ValueError(f"compile takes one weight a layer: {len(network.layers)}, not {len(weights)}")
     if plan.stages > len(network.layers):
         raise ValueError(f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} "
                          "layers: use fewer stages or buckets")  # fmt: skip
+    _same_layout(plan, network)
     cuts = plan.cuts if weights is None or plan.cuts is not None else balanced_cuts(weights, plan.stages)
     parts = network.split(cuts if cuts is not None else plan.stages)
     for name in sorted({name for part in parts for name in part.tied_slices()}):
@@ -130,16 +136,22 @@ def _sizes(plan: Plan, network: Network, cuts: Sequence[int]) -> tuple[int, ...]
     """Elements of each stage's flat buffers; of the tensor rank that has most of them."""
     if plan.mesh.tensor == 1:
         return tuple(part.flat_size for part in network.split(cuts))
-    layout = tensor_layout(network)
-    if (tuple(cuts), *_partial(plan)) != (layout.cuts, *_partial(layout)):
-        raise ValueError(f"{plan.name} splits another network than this one over the tensor axis: make it with "
-                         "bp.plan.tensor_parallel(plan, ranks, bp.nn.tensor_layout(network))")  # fmt: skip
-    ranks = [shard(network, index, plan.mesh.tensor).split(cuts) for index in range(plan.mesh.tensor)]
+    ranks = [shard(network, index, plan.mesh.tensor, bool(plan.own_tokens)).split(cuts)
+             for index in range(plan.mesh.tensor)]  # fmt: skip
     return tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
 
 
-def _partial(of: Plan | TensorLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return of.partial_outputs, of.partial_inputs
+def _same_layout(plan: Plan, network: Network) -> None:
+    """Refuse a plan with a tensor axis that was made for another network."""
+    if plan.mesh.tensor > 1:
+        layout = tensor_layout(network, bool(plan.own_tokens))
+        if _tensor_stages(plan) != _tensor_stages(layout):
+            raise ValueError(f"{plan.name} splits another network than this one over the tensor axis: make it with "
+                             "bp.plan.tensor_parallel(plan, ranks, bp.nn.tensor_layout(network))")  # fmt: skip
+
+
+def _tensor_stages(of: Plan | TensorLayout) -> tuple[object, ...]:
+    return of.cuts, of.partial_outputs, of.partial_inputs, of.own_tokens, of.skips
 
 
 def compile_collective(plan: Plan, size: int, dtype: torch.dtype) -> Program:
@@ -202,10 +214,8 @@ def _instructions(row: tuple[Action, ...], shared: dict[str, int], sizes: Sequen
 def _payload(action: Action, sizes: Sequence[int], edges: Sequence[int]) -> int:
     """Elements that an action gives to the wire: from the bounds of its part, or one sample of its edge."""
     kind = action.kind
-    if kind in ("SEND_F", "SUM_F"):
-        return edges[action.stage + 1]
-    if kind in ("SEND_B", "SUM_B"):
-        return edges[action.stage]
+    if kind in ON_EDGES | {"SEND_F", "SEND_B"}:
+        return edges[action.stage + (kind[-1] == "F")]
     if kind in _GRADIENT_KINDS | _PARAMETER_KINDS:
         low, high = (0, sizes[action.stage]) if action.part is None else action.part.bounds(sizes[action.stage])
         return high - low

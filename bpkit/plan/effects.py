@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Callable
 
-from bpkit.plan.actions import Action, Buffer, buffer
+from bpkit.plan.actions import ON_EDGES, Action, Buffer, buffer
 from bpkit.plan.plan import scatters
-from bpkit.plan.provenance import STALE, Contributions, Holdings, Members, Provenance
+from bpkit.plan.provenance import STALE, Contributions, Holdings, Members, Provenance, Shares
 
 # -- compute actions ---------------------------------------------------------------------------------------
 
@@ -25,10 +25,21 @@ def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> N
     saved = Buffer("S", action.stage, action.mb)
     if saved in rank.edges:
         world.fail(rank, index, "this forward already ran and its backward has not")
+    _skip(world, rank, index, action)
     partial = action.stage in world.plan.partial_outputs
-    rank.edges[Buffer("A", action.stage + 1, action.mb)] = frozenset({rank.at.tensor}) if partial else world.whole
+    rank.edges[Buffer("A", action.stage + 1, action.mb)] = world.given(rank, action.stage, partial)
     if not any(a.kind == "RECOMPUTE" and (a.stage, a.mb) == (action.stage, action.mb) for a in rank.row):
-        rank.edges[saved] = world.whole
+        rank.edges[saved] = world.wanted(rank, action.stage)
+
+
+def _skip(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    for start, end in world.plan.skips:
+        if action.stage == end:
+            if (start, action.mb) not in rank.skips:
+                world.fail(rank, index, f"the skip connection from stage {start}, which it adds, is not there")
+            rank.skips.remove((start, action.mb))
+        if action.stage == start:
+            rank.skips.add((start, action.mb))
 
 
 def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -36,7 +47,7 @@ def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None
         world.fail(rank, index, f"the loss follows the last stage, {world.plan.stages - 1}")
     world.whole_edge(rank, index, Buffer("A", action.stage + 1, action.mb))
     del rank.edges[Buffer("A", action.stage + 1, action.mb)]
-    rank.edges[Buffer("D", action.stage + 1, action.mb)] = world.whole
+    rank.edges[Buffer("D", action.stage + 1, action.mb)] = world.wanted(rank, action.stage)
 
 
 def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -44,8 +55,8 @@ def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -
     world.whole_edge(rank, index, Buffer("D", action.stage + 1, action.mb))
     world.whole_edge(rank, index, Buffer("S", action.stage, action.mb))
     partial = action.stage in world.plan.partial_inputs
-    rank.edges[Buffer("D", action.stage, action.mb)] = frozenset({rank.at.tensor}) if partial else world.whole
-    rank.edges[Buffer("K", action.stage, action.mb)] = world.whole
+    rank.edges[Buffer("D", action.stage, action.mb)] = world.given(rank, action.stage, partial)
+    rank.edges[Buffer("K", action.stage, action.mb)] = world.wanted(rank, action.stage)
 
 
 def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -58,7 +69,7 @@ def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) 
             world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {stage}")
     if action.stage in rank.tied:
         rank.tied[action.stage][rank.at.data, action.mb, action.stage] += 1
-    share = (rank.at.tensor,) if action.stage in world.split else ()
+    share = (rank.at.tensor,) if action.stage in world.plan.own_tokens else ()
     for counts in rank.gradients[action.stage]:
         counts[(rank.at.data, action.mb, *share)] += 1
 
@@ -74,7 +85,8 @@ def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) ->
         world.fail(rank, index, "what it computes again is kept already")
     if action.stage > 0:
         world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
-    rank.edges[Buffer("S", action.stage, action.mb)] = world.whole
+    _skip(world, rank, index, action)
+    rank.edges[Buffer("S", action.stage, action.mb)] = world.wanted(rank, action.stage)
 
 
 def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -175,20 +187,18 @@ def _swap(world: Provenance, members: Members, action: Action) -> None:
     world.swap(*members)
 
 
-def _sum_edges(touch: int) -> Callable[[Provenance, Members, Action], None]:
-    def add(world: Provenance, members: Members, action: Action) -> None:
-        buf = buffer(action, action.verb.writes[0])
-        for rank, index in members:
-            if buf not in rank.edges:
-                world.fail(rank, index, f"there is nothing on edge {buf.stage} to sum")
-            if rank.edges[buf] == world.whole and len(members) > 1:
-                world.fail(rank, index, f"edge {buf.stage} is not a partial sum: it would be counted "
-                           f"{len(members)} times")  # fmt: skip
-        total = frozenset().union(*(rank.edges[buf] for rank, _ in members))
-        for rank, _ in members:
-            rank.edges[buf] = total
-
-    return add
+def _on_edge(world: Provenance, members: Members, action: Action) -> None:
+    buf, gathers = buffer(action, action.verb.writes[0]), action.kind.startswith("GATHER")
+    for rank, index in members:
+        if buf not in rank.edges:
+            world.fail(rank, index, f"there is nothing on edge {buf.stage}")
+        if gathers and rank.edges[buf] != world.own_tokens(rank):
+            world.fail(rank, index, f"edge {buf.stage} does not hold the sum of this rank's own tokens")
+        if not gathers and any(share != rank.at.tensor for _, share in rank.edges[buf]):
+            world.fail(rank, index, f"edge {buf.stage} is not a partial sum: it would be counted {len(members)} times")
+    total: Shares = frozenset().union(*(rank.edges[buf] for rank, _ in members))
+    for rank, _ in members:
+        rank.edges[buf] = total & world.own_tokens(rank) if action.kind.startswith("SCATTER") else total
 
 
 def _norm(world: Provenance, members: Members, action: Action) -> None:
@@ -210,5 +220,5 @@ COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
 }  # fmt: skip
 GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
     "REDUCE_GRAD": _reduce_data, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard, "AVERAGE": _average,
-    "SUM_F": _sum_edges(1), "SUM_B": _sum_edges(0), "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": _swap,
+    "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": _swap, **dict.fromkeys(ON_EDGES, _on_edge),
 }  # fmt: skip

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from bpkit.plan.actions import Action
+from bpkit.plan.actions import ON_EDGES, Action
 from bpkit.plan.plan import Plan
 
 Rows = list[list[Action]]
@@ -16,7 +16,7 @@ Rows = list[list[Action]]
 
 def complete(plan: Plan, norm: bool = False) -> Plan:
     """All that a compute-only plan lacks: losses, sends and receives, reductions, zeroing and updates."""
-    for step in (losses, tensor_sums, communicate, zero, tensor_gradients, reduce_gradients):
+    for step in (losses, tensor_edges, communicate, zero, tensor_gradients, reduce_gradients):
         plan = step(plan)
     return update(clip(plan) if norm else plan)
 
@@ -82,16 +82,15 @@ def losses(plan: Plan) -> Plan:
     return _each_row(plan, insert)
 
 
-def tensor_sums(plan: Plan) -> Plan:
-    """A SUM_F after each forward whose output is partial, a SUM_B after each such input half."""
+def tensor_edges(plan: Plan) -> Plan:
+    """The collective on the tensor axis that each edge needs: a sum, or tokens scattered or gathered."""
 
     def insert(row: list[Action]) -> Iterable[Action]:
         for action in row:
             yield action
-            if action.kind == "F" and action.stage in plan.partial_outputs:
-                yield Action(action.stage, "SUM_F", action.mb)
-            if action.kind in ("I", "B") and action.stage in plan.partial_inputs and action.stage:
-                yield Action(action.stage, "SUM_B", action.mb)
+            kind = plan.edge_collective(action.kind, action.stage) if action.kind in ("F", "I", "B") else ""
+            if kind:
+                yield Action(action.stage, kind, action.mb)
 
     return _each_row(plan, insert)
 
@@ -147,14 +146,14 @@ def _ready(plan: Plan, action: Action, arrived: dict[tuple[str, int, int | None]
 def _hand_over(plan: Plan, rank: int, action: Action, end: int, rows: Rows,
                arrived: dict[tuple[str, int, int | None], int]) -> None:  # fmt: skip
     """Mark what an action produced, and send it where the next stage is elsewhere."""
-    sums_follow = {"F": plan.partial_outputs, "B": plan.partial_inputs, "I": plan.partial_inputs}
     kind = action.kind
-    if kind in sums_follow and action.stage in sums_follow[kind]:
-        return  # what is handed over is the sum
-    if kind in ("F", "SUM_F"):
+    if kind in ("F", "B", "I") and plan.edge_collective(kind, action.stage):
+        return  # what is handed over is the collective's result
+    way = "F" if kind == "F" else "B" if kind in ("B", "I") else kind[-1] if kind in ON_EDGES else ""
+    if way == "F":
         arrived["A", action.stage + 1, action.mb] = end
         _send(plan, rank, action, "F", action.stage + 1, rows)
-    elif kind in ("B", "I", "SUM_B"):
+    elif way == "B":
         arrived["D", action.stage, action.mb] = end
         _send(plan, rank, action, "B", action.stage - 1, rows)
 
@@ -177,8 +176,8 @@ def zero(plan: Plan) -> Plan:
 
 
 def tensor_gradients(plan: Plan) -> Plan:
-    """A SUM_G after the gradient of each stage that is split over the tensor axis is complete."""
-    return _after_gradients(plan, "SUM_G", {*plan.partial_outputs, *plan.partial_inputs})
+    """A SUM_G after the gradient of each stage of own tokens is complete: each tensor rank has a share of it."""
+    return _after_gradients(plan, "SUM_G", set(plan.own_tokens))
 
 
 def reduce_gradients(plan: Plan) -> Plan:
@@ -190,7 +189,7 @@ def reduce_gradients(plan: Plan) -> Plan:
 
 
 def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
-    follow = ("SUM_B", "SEND_B", "SUM_G")
+    follow = ON_EDGES | {"SEND_B", "SUM_G"}
 
     def insert(row: list[Action]) -> Iterable[Action]:
         after: dict[int, Action] = {}
@@ -231,7 +230,7 @@ def tie(plan: Plan, stages: Sequence[int]) -> Plan:
             raise ValueError(f"{plan.name}: a tensor tied across stages needs a plan that reduces each gradient once; "
                              "or cut so that one stage holds both of its uses")  # fmt: skip
         rest = [action for action in row if action not in late]
-        last = max(i for i, action in enumerate(rest) if action.kind in ("B", "W", "SUM_B", "SEND_B", "SUM_G"))
+        last = max(i for i, action in enumerate(rest) if action.kind in ON_EDGES | {"B", "W", "SEND_B", "SUM_G"})
         return [*rest[: last + 1], *([Action(own[0].stage, "SUM_TIED")] if own else []), *late, *rest[last + 1 :]]
 
     return replace(_each_row(plan, insert), tied=tuple(stages), name=f"{plan.name} with tied weights")

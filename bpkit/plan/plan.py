@@ -51,6 +51,13 @@ class Plan:
         Layers at which a stage starts (without 0); None lets ``compile`` balance the stages.
     partial_outputs, partial_inputs : tuple of int
         Stages whose output (gradient of input) is only this tensor rank's share until a SUM_F (SUM_B).
+    own_tokens : tuple of int
+        Stages that a tensor rank computes for its own tokens only: a SCATTER_F (GATHER_B) comes before them on the way
+        there (back), a GATHER_F (SCATTER_B) after them.
+    skips : tuple of pairs of int
+        Stages at which a skip connection starts and ends; both stand on one pipeline rank.
+    opened : bool
+        Whether `cuts` count the layers of the network with its containers opened (`Network.opened`).
     expanded : bool
         Whether data replicas have rows of their own.
     purpose : str
@@ -85,6 +92,9 @@ class Plan:
     cuts: tuple[int, ...] | None = None
     partial_outputs: tuple[int, ...] = ()
     partial_inputs: tuple[int, ...] = ()
+    own_tokens: tuple[int, ...] = ()
+    skips: tuple[tuple[int, int], ...] = ()
+    opened: bool = False
     expanded: bool = False
     purpose: str = "train"
     holds: str = "all"
@@ -116,6 +126,10 @@ class Plan:
             raise ValueError(f"{self.name}: {self.stages} stages need {self.stages - 1} cuts, not {len(self.cuts)}")
         if not self.place:
             object.__setattr__(self, "place", self._places())
+        for start, end in self.skips:
+            if not 0 <= start < end < self.stages or self.place[start] != self.place[end]:
+                raise ValueError(f"{self.name}: a skip connection from stage {start} to stage {end} needs both on one "
+                                 "pipeline rank, in this order")  # fmt: skip
         for index, row in enumerate(self.rows):
             for action in row:
                 self._fits(action, index)
@@ -147,6 +161,16 @@ class Plan:
     def exact(self) -> bool:
         """Whether the plan must equal serial training (class *exact*); other plans are *defined*."""
         return self.merge == "mean" and self.holds == "all"
+
+    def edge_collective(self, kind: str, stage: int) -> str:
+        """The kind of the collective on the tensor axis that must follow an F, B or I of a stage; "" for none."""
+        way, to = ("F", stage + 1) if kind == "F" else ("B", stage - 1)
+        partial = self.partial_outputs if kind == "F" else self.partial_inputs
+        if to < 0:
+            return ""
+        if stage in self.own_tokens:
+            return "" if to in self.own_tokens else f"GATHER_{way}"
+        return (f"SCATTER_{way}" if to in self.own_tokens else f"SUM_{way}") if stage in partial else ""
 
     @property
     def shared(self) -> dict[str, int]:
@@ -190,11 +214,12 @@ class Plan:
         lines = [f"plan {self.name}", f"mesh {self.mesh}"]
         for key in ("stages", "microbatches", "merge"):
             lines.append(f"{key} {getattr(self, key)}")
-        for key in ("place", "cuts", "partial_outputs", "partial_inputs", "servers", "tied"):
+        for key in ("place", "cuts", "partial_outputs", "partial_inputs", "own_tokens", "servers", "tied"):
             value = getattr(self, key)
             if value:
                 lines.append(f"{key} {' '.join(map(str, value))}")
-        lines += [f"{key} yes" for key in ("expanded", "stashed") if getattr(self, key)]
+        lines += [f"skips {' '.join(f'{start}-{end}' for start, end in self.skips)}"] if self.skips else []
+        lines += [f"{key} yes" for key in ("opened", "expanded", "stashed") if getattr(self, key)]
         for key, default in (("purpose", "train"), ("holds", "all"), *((key, 0) for key in _COUNTS)):
             if getattr(self, key) != default:
                 lines.append(f"{key} {getattr(self, key)}")
@@ -226,7 +251,9 @@ class Plan:
                     values[key] = int(rest)
                 elif key in ("merge", "purpose", "holds"):
                     values[key] = rest
-                elif key in ("expanded", "stashed"):
+                elif key == "skips":
+                    values[key] = tuple(tuple(map(int, word.split("-"))) for word in rest.split())
+                elif key in ("opened", "expanded", "stashed"):
                     values[key] = rest == "yes"
                 elif key in known:
                     values[key] = tuple(map(int, rest.split()))

@@ -15,6 +15,7 @@ from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
 
 Contributions = Counter[object]
+Shares = frozenset[tuple[int, int]]  # of an edge: part of the tokens, and tensor rank that has contributed to it
 STALE = "a gradient of an earlier step"
 
 
@@ -25,7 +26,8 @@ class Holdings:
     at: Coordinate
     index: int  # its row in the plan
     row: tuple[Action, ...]
-    edges: dict[Buffer, frozenset[int]] = field(default_factory=dict)  # A, D, S, K: tensor shares held
+    edges: dict[Buffer, Shares] = field(default_factory=dict)  # A, D, S, K
+    skips: set[tuple[int, int | None]] = field(default_factory=set)  # stage and microbatch whose skip is kept
     gradients: dict[int, list[Contributions]] = field(default_factory=dict)  # by stage, then atom
     reduced: dict[int, list[Contributions]] = field(default_factory=dict)  # what scatters gave this rank's own part
     versions: dict[int, list[int | None]] = field(default_factory=dict)  # parameters: updates seen, None: not held
@@ -45,8 +47,8 @@ class Provenance:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.atoms = _atoms(plan)
-        self.whole = frozenset(range(plan.mesh.tensor))
-        self.split = {*plan.partial_outputs, *plan.partial_inputs} if plan.mesh.tensor > 1 else set()
+        parts, ranks = range(plan.mesh.tensor if plan.own_tokens else 1), range(plan.mesh.tensor)
+        self.whole: Shares = frozenset((part, rank) for part in parts for rank in ranks)
         self.reads: dict[tuple[int, int, int | None], int] = {}  # version that each shard's forward read
         self._used: set[tuple[int, object, object]] = set()
 
@@ -124,15 +126,34 @@ class Provenance:
         if stage is not None and stage not in rank.gradients:
             self.fail(rank, index, f"stage {stage} does not live on this rank")
 
-    def whole_edge(self, rank: Holdings, index: int, buf: Buffer) -> frozenset[int]:
-        """An activation or its gradient that must be there, and be the sum over the tensor axis."""
+    def own_tokens(self, rank: Holdings) -> Shares:
+        """A complete sum of this rank's own tokens."""
+        return frozenset(share for share in self.whole if share[0] == rank.at.tensor)
+
+    def wanted(self, rank: Holdings, stage: int) -> Shares:
+        """What a stage reads."""
+        return self.own_tokens(rank) if stage in self.plan.own_tokens else self.whole
+
+    def given(self, rank: Holdings, stage: int, partial: bool) -> Shares:
+        """What a stage gives, which may be its rank's share of the sum."""
+        own = frozenset(share for share in self.whole if share[1] == rank.at.tensor)
+        return own if partial else self.wanted(rank, stage)
+
+    def whole_edge(self, rank: Holdings, index: int, buf: Buffer) -> Shares:
+        """An activation or its gradient that must be there, and be what its reader needs."""
         names = {"A": "input", "D": "gradient of output", "S": "saved state", "K": "input half"}
         if buf not in rank.edges:
             self.fail(rank, index, f"its {names[buf.letter]} (edge {buf.stage}, microbatch {buf.mb}) is not on this "
                       "rank")  # fmt: skip
-        if rank.edges[buf] != self.whole:
-            self.fail(rank, index, f"it reads a partial sum: {len(rank.edges[buf])} of {len(self.whole)} tensor ranks")
-        return rank.edges[buf]
+        reader = min(buf.stage - (buf.letter == "D"), self.plan.stages - 1)
+        held, wanted = rank.edges[buf], self.wanted(rank, reader)
+        if {part for part, _ in held} != {part for part, _ in wanted}:
+            whose = "its own tokens" if reader in self.plan.own_tokens else "all tokens"
+            self.fail(rank, index, f"it needs {whose}, and edge {buf.stage} holds others")
+        if held != wanted:
+            self.fail(rank, index, f"it reads a partial sum: {len({share for _, share in held})} of "
+                      f"{self.plan.mesh.tensor} tensor ranks")  # fmt: skip
+        return held
 
     def weights(self, rank: Holdings, index: int, stage: int) -> int:
         """The version of a stage's parameters, which must be whole, of one version and (exact) of before the update."""
@@ -163,7 +184,8 @@ class Provenance:
 
     def expected(self, stage: int) -> Contributions:
         """What a complete gradient holds: every shard's every microbatch once, of all tensor ranks if split."""
-        shares = [(t,) for t in sorted(self.whole)] if stage in self.split else [()]
+        ranks = range(self.plan.mesh.tensor)
+        shares = [(t,) for t in ranks] if stage in self.plan.own_tokens else [()]
         microbatches = range(self.plan.microbatches)
         return Counter({(d, m, *share): 1 for d in self.trained() for m in microbatches for share in shares})
 

@@ -18,12 +18,14 @@ def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
 
     With one worker's plan, and a network of one split stage between two whole ones::
 
-        0ZERO 1ZERO 2ZERO 0F0 1F0 1SUM_F0 2F0 2LOSS0 2B0 1I0 1SUM_B0 1W0 1SUM_G 0B0 2UPDATE 1UPDATE 0UPDATE
+        0ZERO 1ZERO 2ZERO 0F0 1F0 1SUM_F0 2F0 2LOSS0 2B0 1I0 1SUM_B0 1W0 0B0 2UPDATE 1UPDATE 0UPDATE
 
     A split stage's whole backward B is written as I and W, so that W overlaps the sum.  Two sums of one edge a
     microbatch and split stage: sent a rank by a ring of t ranks, ``4 (t-1)/t`` edges (Shoeybi et al. 2019, section 3).
-    SUM_G adds the gradients of parameters that every tensor rank holds, of which each has a share.  Where the layout
-    splits the classes of the last stage, LOSS sums one maximum and two numbers a row over the tensor ranks.
+    With sequence parallelism each SUM_F is a SCATTER_F and a later GATHER_F, each SUM_B a SCATTER_B and a later
+    GATHER_B: as many bytes; and SUM_G adds the gradients of what every rank holds and uses for its own tokens
+    (Korthikanti et al. 2022, section 4.2).  Where the layout splits the classes of the last stage, LOSS sums one
+    maximum and two numbers a row over the tensor ranks.
 
     Parameters
     ----------
@@ -45,15 +47,21 @@ def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
         raise ValueError(f"{plan.name}: a tensor axis is laid under serial, data_parallel and pipeline plans; "
                          "shard_optimizer, expand and the like come after it")  # fmt: skip
     count = len(layout.cuts) + 1
-    if plan.stages > count:
-        raise ValueError(f"{plan.name} has {plan.stages} stages, but the network can only be cut into {count} here")
-    bounds = list(pairwise([0, *balanced_cuts(layout.costs, plan.stages), count]))
+    starts = [s for s in range(count) if not any(start < s <= end for start, end in layout.skips)]
+    if plan.stages > len(starts):
+        raise ValueError(f"{plan.name} has {plan.stages} stages, but the network can only be cut into {len(starts)} "
+                         "here, where no skip connection goes past")  # fmt: skip
+    costs = [sum(layout.costs[low:high]) for low, high in pairwise([*starts, count])]
+    bounds = list(pairwise([0, *(starts[cut] for cut in balanced_cuts(costs, plan.stages)), count]))
     split = {*layout.partial_outputs, *layout.partial_inputs} if tensor > 1 else set()
     rows = tuple(tuple(a for action in row for a in _cut(action, bounds, split)) for row in plan.rows)
     place = tuple(plan.place[stage] for stage, (low, high) in enumerate(bounds) for _ in range(low, high))
     made = Plan(f"tensor_parallel({plan.name}, {tensor})", rows, count,
                 Mesh(plan.mesh.data, plan.mesh.pipeline, tensor), plan.microbatches, plan.merge, place, layout.cuts,
-                *((layout.partial_outputs, layout.partial_inputs) if tensor > 1 else ((), ())))  # fmt: skip
+                skips=layout.skips, opened=True)
+    if tensor > 1:
+        made = replace(made, partial_outputs=layout.partial_outputs, partial_inputs=layout.partial_inputs,
+                       own_tokens=layout.own_tokens)  # fmt: skip
     return complete(made)
 
 

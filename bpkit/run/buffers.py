@@ -58,7 +58,9 @@ class Buffers:
         self.at = plan.mesh.coordinate(self.groups.world.rank)
         self.row = plan.row(self.at)
         mesh = plan.mesh
-        own = shard(self.network, self.at.tensor, mesh.tensor) if mesh.tensor > 1 else self.network
+        sequence = bool(plan.own_tokens)
+        own = self.program.form(self.network)
+        own = shard(own, self.at.tensor, mesh.tensor, sequence) if mesh.tensor > 1 else own
         parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
         kinds = {action.kind for row in plan.rows for action in row}
@@ -141,7 +143,7 @@ class Buffers:
 
     def _make_edges(self, plan: Plan) -> Edges:
         """What carries activations and their gradients, with the slots that the receivers' rows hold."""
-        parts = self.network.split(self.program.cuts)
+        parts = self.program.form(self.network).split(self.program.cuts)
         channels: list[dict[Channel, tuple[int, int]]] = [{} for _ in range(plan.mesh.pipeline)]
         for row in self.program.slots:
             for (kind, stage), count in row.items():
@@ -158,7 +160,7 @@ class Buffers:
 
     def _make_sums(self) -> None:
         """Memory of the tensor axis for each sum of the row, and the gradients of which this rank has a share."""
-        nets, wanted = self.stages, [a for a in self.row if a.kind in ("SUM_F", "SUM_B", "SUM_G")]
+        nets, wanted = self.stages, [action for action in self.row if action.verb.stream == "tensor"]
         self.shares = {a.stage: nets[a.stage].shares() for a in wanted if a.kind == "SUM_G"}
         sizes = []
         for action in wanted:
@@ -166,8 +168,9 @@ class Buffers:
                 sizes.append(sum(map(len, self.shares[action.stage])))
             else:
                 net = nets[action.stage]
-                shape = net.output_shape if action.kind == "SUM_F" else net.input_shape
-                sizes.append(self.rows * math.prod(shape))
+                shape = net.output_shape if action.kind[-1] == "F" else net.input_shape
+                parts = self.program.plan.mesh.tensor if action.kind.startswith("GATHER") else 1
+                sizes.append(self.rows * math.prod(shape) * parts)
         block = self.groups.tensor.empty(sum(sizes), self.network.dtype) if wanted else torch.empty(0)
         self.sums = dict(zip(wanted, block.split(sizes), strict=True))
 
@@ -201,7 +204,7 @@ class Buffers:
         What several tensor ranks hold counts on the first, a tied tensor where it is first used.
         """
         plan, net = self.program.plan, self.stages[stage]
-        split = {*plan.partial_outputs, *plan.partial_inputs}
+        split = {*plan.partial_outputs, *plan.partial_inputs, *plan.own_tokens}
         if self.at.tensor == 0 and stage not in plan.tied[1:]:
             return None
         mask = torch.ones_like(net.flat_gradients)

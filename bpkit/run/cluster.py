@@ -228,7 +228,7 @@ class Cluster(Pool):
         ranks = plan.mesh.tensor
         flats = [[overlaid(plan, stage, [pieces[stage] for pieces in found[index::ranks] if stage in pieces])
                   for index in range(ranks)] for stage in range(plan.stages)]  # fmt: skip
-        return torch.cat([tensor.flatten() for tensor in unsharded(network, program.cuts, flats)])
+        return torch.cat([tensor.flatten() for tensor in unsharded(network, program, flats)])
 
     def collective(self, plan: Plan, tensors: Sequence[Tensor], repeat: int = 1) -> CollectiveResult:
         """Run a collective by itself (see `bpkit.plan.collective`).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bpkit.plan.actions import Action
 from bpkit.run.buffers import Buffers
-from bpkit.run.comm import Handle, Then
+from bpkit.run.comm import Comm, Handle, Then
 from bpkit.run.compressed import reducer
 from bpkit.run.executor import Runner, StepData
 
@@ -110,9 +110,14 @@ class Communication:
 
         return norm
 
+    def _edge(self, action: Action) -> tuple[tuple[str, int, int], Tensor, Comm]:
+        """The edge that a collective on the tensor axis works on, its memory and its transport."""
+        s, mb = action.stage, action.mb or 0
+        key = ("A", s + 1, mb) if action.kind[-1] == "F" else ("D", s, mb)
+        return key, self.buffers.sums[action], self.buffers.groups.tensor
+
     def _sum_edge(self, action: Action, index: int) -> Runner:
-        s, mb, forward, comm = action.stage, action.mb or 0, action.kind == "SUM_F", self.buffers.groups.tensor
-        key, memory, edges = ("A", s + 1, mb) if forward else ("D", s, mb), self.buffers.sums[action], self._edges
+        (key, memory, comm), edges = self._edge(action), self._edges
 
         def sum_edge() -> Handle:
             share = edges[key]
@@ -122,6 +127,39 @@ class Communication:
             return comm.post_all_reduce(flat)
 
         return sum_edge
+
+    def _gather_edge(self, action: Action, index: int) -> Runner:
+        """Own tokens of all ranks, side by side in memory, to whole samples."""
+        (key, memory, comm), edges = self._edge(action), self._edges
+
+        def gather_edge() -> Handle:
+            own = edges[key]
+            flat = memory[: comm.size * own.numel()]
+            parts = flat.view(comm.size, *own.shape)
+            parts[comm.rank] = own
+
+            def take() -> None:
+                edges[key] = parts.transpose(0, 1).flatten(1, 2)
+
+            return Then(comm.post_all_gather(flat), then=take)
+
+        return gather_edge
+
+    def _scatter_edge(self, action: Action, index: int) -> Runner:
+        """Shares of whole samples to the sum of this rank's own tokens."""
+        (key, memory, comm), edges = self._edge(action), self._edges
+        out = torch.empty(len(memory) // comm.size, dtype=memory.dtype, device=memory.device)
+
+        def scatter_edge() -> Handle:
+            share = edges[key]
+            flat, own = memory[: share.numel()], out[: share.numel() // comm.size]
+            rows, tokens, width = share.shape
+            parts = flat.view(comm.size, rows, tokens // comm.size, width)
+            parts.copy_(share.view(rows, comm.size, -1, width).transpose(0, 1))
+            edges[key] = own.view(parts.shape[1:])
+            return comm.post_reduce_scatter(flat, own, False)
+
+        return scatter_edge
 
     def _sum_gradients(self, action: Action, index: int) -> Runner:
         """Only the gradients of which each tensor rank has a share: brought together, summed, and put back."""

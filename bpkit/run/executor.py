@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from bpkit.nn import Context
-from bpkit.plan.actions import Action
+from bpkit.plan.actions import ON_EDGES, Action
 from bpkit.plan.compile import Instruction
 from bpkit.run.barrier import yield_core
 from bpkit.run.comm import Handle
@@ -26,7 +26,7 @@ from bpkit.trace import Log
 Runner = Callable[[], Any]  # communication returns what it posted, or None; what compute returns is not used
 
 _YIELDS = 1000  # times the core is given away before the wait sleeps
-_GIVES = ("SEND_F", "SEND_B", "SUM_F", "SUM_B")  # read what a slot holds
+_GIVES = ON_EDGES | {"SEND_F", "SEND_B"}  # read what a slot holds
 _NAP = 5e-5  # seconds of one sleep
 
 
@@ -233,7 +233,7 @@ def with_slot_waits(row: Sequence[Instruction]) -> list[Instruction]:
     result = []
     for index, step in enumerate(row):
         stage, mb, kind = step.action.stage, step.action.mb, step.action.kind
-        way = "F" if kind in ("F", "SEND_F", "SUM_F") else "B"
+        way = "F" if kind == "F" or (kind in _GIVES and kind[-1] == "F") else "B"
         place = (way, stage, slots.get((stage, -1 if mb is None else mb), -1))
         if way == "F" and (stage, mb) in copied:
             pass

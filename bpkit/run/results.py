@@ -118,7 +118,7 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
     starts = np.array([outcomes[rank].starts for rank in trained], dtype=float)
     rows = [[str(step.action) for step in job.program.row(at)] for at in mesh.coordinates()]
     trace = Trace.collect([outcome.log for outcome in outcomes], rows)
-    return TrainResult(gathered(job.network, job.program.cuts, [outcome.parameters for outcome in outcomes]), losses,
+    return TrainResult(gathered(job.network, job.program, [outcome.parameters for outcome in outcomes]), losses,
                        np.diff(starts, axis=1).mean(axis=0) / 1e9, trace, tuple(outcomes[0].accuracies), job.program,
                        job.batch, backend, tuple(outcome.memory for outcome in outcomes), job.compress,
                        tuple(outcome.encoded for outcome in outcomes))  # fmt: skip

@@ -189,7 +189,8 @@ class Runner:
             for layer in reversed(range(len(counts))):
                 own = gradients[sum(counts[:layer]) : sum(counts[: layer + 1])]
                 if not all(gradient.isfinite().all() for gradient in own):
-                    return f"step {number}: the loss is not a number, nor is the gradient of layer {first + layer}"
+                    name = f"layer {first + layer}{' of the opened network' if self.plan.opened else ''}"
+                    return f"step {number}: the loss is not a number, nor is the gradient of {name}"
         return f"step {number}: the loss is not a number, though the gradients of this rank are finite"
 
 
@@ -244,7 +245,7 @@ def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
             if rank and at.data == 0:
                 owned = job.program.plan.owned(at.pipeline)
                 others.append({stage: (comm.recv(None, rank), comm.recv(None, rank)) for stage in owned})
-        network = gathered(job.network, job.program.cuts, [held, *others])
+        network = gathered(job.network, job.program, [held, *others])
         result[0] = network.accuracy(job.data.test_inputs, job.data.test_targets)
     return float(comm.broadcast(result, 0)) if comm.size > 1 else float(result)
 

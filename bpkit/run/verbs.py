@@ -49,8 +49,9 @@ class Verbs(Communication):
             "B": self._backward, "I": self._input_half, "W": self._weight_half, "UPDATE": self._update,
             "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter, "UNSHARD": self._unshard,
             "AVERAGE": self._average, "NORM": self._norm,
-            "SUM_F": self._sum_edge, "SUM_B": self._sum_edge, "SUM_G": self._sum_gradients,
-            "SUM_TIED": self._sum_tied,
+            "SUM_F": self._sum_edge, "SUM_B": self._sum_edge, "GATHER_F": self._gather_edge,
+            "GATHER_B": self._gather_edge, "SCATTER_F": self._scatter_edge, "SCATTER_B": self._scatter_edge,
+            "SUM_G": self._sum_gradients, "SUM_TIED": self._sum_tied,
             "RESHARD": lambda action, index: lambda: None,  # its buffer is free for the next stage: that is all
             "SEND_F": self._send_edge, "SEND_B": self._send_edge, "RECV_F": self._receive_edge,
             "RECV_B": self._receive_edge, "SEND_G": self._send_part, "ADD_G": self._receive_part,

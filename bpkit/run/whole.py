@@ -7,21 +7,22 @@ import torch
 from torch import Tensor
 
 from bpkit.nn import Network, merge, shard
+from bpkit.plan.compile import Program
 from bpkit.plan.plan import Plan
 
 Held = Mapping[int, tuple[Tensor, Tensor]]  # by stage: flat parameters, and what is kept beside them
 
 
-def gathered(network: Network, cuts: Sequence[int], held: Sequence[Held]) -> Network:
+def gathered(network: Network, program: Program, held: Sequence[Held]) -> Network:
     """A copy of a network with what ranks hold: one mapping a rank, empty where its values are another's too."""
-    stages = [[mapping[stage] for mapping in held if stage in mapping] for stage in range(len(cuts) + 1)]
+    stages = [[mapping[stage] for mapping in held if stage in mapping] for stage in range(program.plan.stages)]
     whole = network.copy()
-    whole.load(unsharded(network, cuts, [[flat for flat, _ in flats] for flats in stages]))
+    whole.load(unsharded(network, program, [[flat for flat, _ in flats] for flats in stages]))
     whole.flat_buffers.copy_(torch.cat([flats[0][1] for flats in stages]))
     return whole
 
 
-def unsharded(network: Network, cuts: Sequence[int], flats: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def unsharded(network: Network, program: Program, flats: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Tensors of the whole network, in the order of ``parameters()``.
 
     Parameters
@@ -29,13 +30,14 @@ def unsharded(network: Network, cuts: Sequence[int], flats: Sequence[Sequence[Te
     flats : sequence of sequence of Tensor
         For each stage, the flat buffer of each tensor rank.
     """
-    ranks, found = len(flats[0]), []
+    ranks, sequence, found = len(flats[0]), bool(program.plan.own_tokens), []
     for index in range(ranks):
-        parts = (shard(network, index, ranks) if ranks > 1 else network).split(cuts)
-        for part, own in zip(parts, flats, strict=True):
-            part.flat_parameters.copy_(own[index])
+        own = shard(network, index, ranks, sequence) if ranks > 1 else program.form(network)
+        parts = own.split(program.cuts)
+        for part, flat in zip(parts, flats, strict=True):
+            part.flat_parameters.copy_(flat[index])
         found.append([tensor for part in parts for tensor in part.parameters()])
-    return merge(network, found) if ranks > 1 else found[0]
+    return merge(network, found, sequence=sequence) if ranks > 1 else found[0]
 
 
 def overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:

@@ -21,6 +21,8 @@ LAYERS: dict[str, list[nn.Layer]] = {
     "layer norm first": [nn.LayerNorm(6), nn.Linear(6, 4)],
     "dropout": [nn.Linear(6, 8), nn.Dropout(0.1), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 4)],
     "residual": [nn.Linear(6, 8), nn.Residual(nn.ReLU(), nn.Linear(8, 8), nn.Tanh()), nn.ReLU(), nn.Linear(8, 4)],
+    "skips": [nn.StashSkip(0), nn.Linear(6, 6), nn.StashSkip(1), nn.Tanh(), nn.AddSkip(0), nn.Linear(6, 6),
+              nn.AddSkip(1), nn.Dropout(0.1), nn.Linear(6, 4)],
     "residual first": [nn.Residual(nn.Linear(6, 6), nn.GELU()), nn.Linear(6, 4)],
     "sequential": [nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Sequential(nn.Tanh(), nn.Linear(8, 4))],
     "activations in a row": [nn.ReLU(), nn.Linear(6, 4), nn.Tanh(), nn.ReLU(), nn.Sigmoid(), nn.GELU(), nn.Tanh()],

@@ -33,8 +33,22 @@ microbatches 1
 merge mean
 partial_outputs 1
 partial_inputs 1
-row 0ZERO 1ZERO 2ZERO 0F0 1F0 1SUM_F0 2F0 2LOSS0 2B0 1I0 1SUM_B0 1W0 1SUM_G 0B0 2UPDATE 1UPDATE 0UPDATE
+row 0ZERO 1ZERO 2ZERO 0F0 1F0 1SUM_F0 2F0 2LOSS0 2B0 1I0 1SUM_B0 1W0 0B0 2UPDATE 1UPDATE 0UPDATE
 """
+
+TOKENS = """
+plan sequence parallel by hand
+mesh data=1 pipeline=1 tensor=2
+stages 5
+microbatches 1
+merge mean
+partial_outputs 0 2
+partial_inputs 2 4
+own_tokens 1 3
+skips 1-3
+row 0ZERO 1ZERO 2ZERO 3ZERO 4ZERO 0F0 0SCATTER_F0 1F0 1GATHER_F0 2F0 2SCATTER_F0 3F0 3GATHER_F0 4F0 4LOSS0 """
+TOKENS += "4I0 4SCATTER_B0 4W0 3B0 3GATHER_B0 3SUM_G 2I0 2SCATTER_B0 2W0 1B0 1GATHER_B0 1SUM_G 0B0 "
+TOKENS += "4UPDATE 3UPDATE 2UPDATE 1UPDATE 0UPDATE"
 
 SHARDED = """
 plan ZeRO-3 by hand
@@ -64,7 +78,7 @@ def ring(n: int) -> Plan:
 
 def texts() -> list[str]:
     """All of them as text."""
-    return [PIPELINE_1F1B, PIPELINE_HALVES, TENSOR, SHARDED, str(ring(2)), str(ring(3)), str(ring(4))]
+    return [PIPELINE_1F1B, PIPELINE_HALVES, TENSOR, TOKENS, SHARDED, str(ring(2)), str(ring(3)), str(ring(4))]
 
 
 def plans() -> list[Plan]:

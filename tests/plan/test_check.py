@@ -5,7 +5,7 @@ import pytest
 import bpkit as bp
 from bpkit.plan import Action, Plan, PlanError, check
 
-from .hand_written import PIPELINE_1F1B, SHARDED, TENSOR, plans, ring
+from .hand_written import PIPELINE_1F1B, SHARDED, TENSOR, TOKENS, plans, ring
 
 
 @pytest.mark.parametrize("plan", plans(), ids=lambda plan: plan.name)
@@ -113,6 +113,11 @@ DATA = str(bp.plan.data_parallel(2, buckets=2))
         (edited(TENSOR, " 1SUM_F0", ""), "2F0", "reads a partial sum: 1 of 2 tensor ranks"),
         (edited(TENSOR, " 1SUM_B0", ""), "0B0", "reads a partial sum"),
         (edited(TENSOR, "0F0 1F0", "0F0 0SUM_F0 1F0"), "0SUM_F0", "counted 2 times"),
+        (edited(TOKENS, " 1GATHER_F0", ""), "2F0", "needs all tokens, and edge 2 holds others"),
+        (edited(TOKENS, "2SCATTER_F0", "2SUM_F0"), "3F0", "needs its own tokens, and edge 3 holds others"),
+        (edited(TOKENS, "0F0 0SCATTER_F0", "0F0 0GATHER_F0"), "0GATHER_F0", "not hold the sum of this rank's"),
+        (edited(TOKENS, "3GATHER_B0", "3SUM_B0"), "3SUM_B0", "not a partial sum"),
+        (edited(TOKENS, " 1SUM_G", ""), "1UPDATE", "lacks shard 0 microbatch 0"),
         (edited(SHARDED, "0UPDATE[1/2]", "0UPDATE[0/2]"), "UPDATE", "lacks shard 0 microbatch 0, shard 1"),
     ],
 )  # fmt: skip

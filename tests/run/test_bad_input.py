@@ -86,6 +86,10 @@ def test_plans_that_do_not_fit_the_network_are_refused(cluster):
     tokens = torch.zeros(4, 8, dtype=torch.int64)
     with pytest.raises(ValueError, match="3 heads cannot be divided among 2 tensor ranks"):
         cluster.gradients(gpt, tokens, tokens, bp.plan.tensor_parallel(bp.plan.serial(), 2, layout))
+    odd = bp.nn.gpt(20, 7, width=12, heads=4, layers=1)
+    by_tokens = bp.plan.tensor_parallel(bp.plan.serial(), 2, bp.nn.tensor_layout(odd, sequence=True))
+    with pytest.raises(ValueError, match="as many tokens, which samples of 7 tokens do not allow"):
+        cluster.gradients(odd, tokens[:, :7], tokens[:, :7], by_tokens)
     for plan in (Plan.parse(TENSOR), bp.plan.tensor_parallel(bp.plan.serial(), 2, layout)):
         with pytest.raises(ValueError, match="splits another network than this one"):
             cluster.gradients(bp.nn.mlp([64, 20, 20, 16, 16, 16, 10]), DATA.inputs[:8], DATA.targets[:8], plan)

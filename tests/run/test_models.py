@@ -36,10 +36,11 @@ def plans(network: Network) -> list[Plan]:
     made += [one_f_one_b(3, 1), one_f_one_b(2, 3, data=2), one_f_one_b(2, 5, recompute=True), interleaved(2, 3)]
     made += [zero_bubble_h1(2, 3, data=2, recompute=True), zero_bubble_h2(3, 4), zb_v(2, 3), zb_v(2, 3, data=2)]
     made.append(shard_optimizer(one_f_one_b(2, 3, data=2)))
-    layout = bp.nn.tensor_layout(network)
-    if layout.partial_outputs:
-        bases = [serial(1, 2), data_parallel(2), one_f_one_b(2, 3), zero_bubble_h1(2, 2), one_f_one_b(2, 2, recompute=True)]
-        made += [tensor_parallel(base, 2, layout) for base in bases]
+    layouts = [bp.nn.tensor_layout(network)]
+    layouts += [bp.nn.tensor_layout(network, sequence=True)] if len(network.output_shape) == 2 else []
+    for layout in layouts if layouts[0].partial_outputs else []:
+        bases = [serial(1, 2), data_parallel(2), one_f_one_b(2, 3), zero_bubble_h1(2, 2), zb_v(1, 2)]
+        made += [tensor_parallel(base, 2, layout) for base in [*bases, one_f_one_b(2, 2, recompute=True)]]
         made += [tensor_parallel(serial(), 4, layout), shard_optimizer(tensor_parallel(data_parallel(2), 2, layout))]
     return made
 
@@ -84,9 +85,10 @@ def test_gpt_learns_step_by_step_as_in_pytorch(clusters, tied):
         optimizer.step()
         expected.append(float(loss.detach()))
     assert expected[-1] < expected[0] - 0.3
-    layout = bp.nn.tensor_layout(network)
+    layout, by_tokens = bp.nn.tensor_layout(network), bp.nn.tensor_layout(network, sequence=True)
     two = one_f_one_b(2, 2)
-    for plan in (serial(), two, tensor_parallel(serial(), 2, layout), tensor_parallel(two, 2, layout)):
+    split = [tensor_parallel(base, 2, one) for base in (serial(), two) for one in (layout, by_tokens)]
+    for plan in (serial(), two, *split):
         result = clusters[plan.workers].train(network, text, plan, batch=16, steps=15, lr=0.5)
         assert abs(result.losses - expected).max() < 1e-8, plan.name
 

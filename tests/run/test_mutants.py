@@ -92,9 +92,10 @@ def clusters():
 
 def hybrids() -> list[Plan]:
     """Plans of a GPT with tied weights, as they are compiled: with SUM_TIED."""
-    layout = bp.nn.tensor_layout(GPT)
+    layout, by_tokens = bp.nn.tensor_layout(GPT), bp.nn.tensor_layout(GPT, sequence=True)
     made = [tensor_parallel(base, 2, layout) for base in (serial(1, 2), data_parallel(2), one_f_one_b(2, 2))]
     made += [one_f_one_b(2, 2), one_f_one_b(2, 2, data=2), shard_optimizer(made[1])]
+    made += [tensor_parallel(base, 2, by_tokens) for base in (serial(1, 2), one_f_one_b(2, 2, recompute=True))]
     return [compile(plan, GPT).plan for plan in made]
 
 
