@@ -29,8 +29,8 @@ class Heads(Layer):
     causal : bool
         A token sees itself and earlier tokens only.
     fused : bool, optional
-        Use PyTorch's fused kernels, which keep no (tokens, tokens) matrix: equal up to rounding, and only on the CPU.
-        None: on the CPU yes, elsewhere no.
+        Use PyTorch's fused kernels, which keep no (tokens, tokens) matrix: equal up to rounding, and on a GPU not in
+        float64. None: on the CPU yes, elsewhere no.
     """
 
     heads: int
@@ -51,10 +51,12 @@ class Heads(Layer):
         return StageCost(2 * product + 5 * scores, 4 * product + 4 * scores, 0, 3 * tokens * width, tokens * width, 0)
 
     def at(self, site: Site) -> Pass:
-        fused = site.device.type == "cpu" if self.fused is None else self.fused
-        if fused and site.device.type != "cpu":
-            raise ValueError(f"{self!r}: fused kernels are used on the CPU only, not on {site.device}")
-        return (_FusedPass if fused else _HeadsPass)(self, site)
+        cpu = site.device.type == "cpu"
+        if not (cpu if self.fused is None else self.fused):
+            return _HeadsPass(self, site)
+        if not cpu and site.dtype is torch.float64:
+            raise ValueError(f"{self!r}: fused kernels compute in float64 on the CPU only, not on {site.device}")
+        return (_FusedPass if cpu else _EfficientPass)(self, site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
         q, k, v = _split(x, self.heads)
@@ -110,18 +112,37 @@ class _FusedPass(Pass):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = _split(x, self._heads)
-        y, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, self._causal)
-        self._kept = (q, k, v, y, sums)
+        y, *more = self._attend(q, k, v)
+        self._kept = (q, k, v, y, *more)
         return y.transpose(1, 2).flatten(2)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         if not len(dy):
             return self._dx
         dy = dy.reshape(*dy.shape[:2], self._heads, -1).transpose(1, 2)
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        for own, made in zip(_split(self._dx, self._heads), backward(dy, *self._kept, 0.0, self._causal), strict=True):
+        for own, made in zip(_split(self._dx, self._heads), self._gradients(dy, *self._kept), strict=True):
             own.copy_(made)
         return self._dx
+
+    def _attend(self, *qkv: Tensor) -> tuple[Tensor, ...]:
+        """The output, and what the gradients need besides."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*qkv, 0.0, self._causal)
+
+    def _gradients(self, *kept: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of queries, keys and values."""
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*kept, 0.0, self._causal)
+
+
+class _EfficientPass(_FusedPass):
+    """The same on a GPU, by the kernel that also takes float32 (Rabe and Staats 2021, arXiv:2112.05682)."""
+
+    def _attend(self, *qkv: Tensor) -> tuple[Tensor, ...]:
+        return torch.ops.aten._scaled_dot_product_efficient_attention(*qkv, None, True, 0.0, self._causal)
+
+    def _gradients(self, *kept: Tensor) -> tuple[Tensor, ...]:
+        (dy, *qkv), more, wanted = kept[:4], kept[4:], (True, True, True, False)
+        backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+        return backward(dy, *qkv, None, *more, 0.0, wanted, self._causal)[:3]
 
 
 class Attention(Sequential):

@@ -75,7 +75,7 @@ class CrossEntropy(Loss):
 
     def _may_be_masked(self, targets: Tensor) -> bool:
         """Look for masked targets; on a GPU, where looking would wait for it, assume that there are some."""
-        return targets.is_cuda or (targets.numel() > 0 and int(targets.min()) < 0)
+        return not targets.is_cpu or (targets.numel() > 0 and int(targets.min()) < 0)
 
     def terms(self, targets: Tensor) -> int:
         return int(torch.count_nonzero(targets != self.ignore_index))

@@ -152,8 +152,9 @@ class _BatchNormPass(_GroupNormPass):
 
     def backward_weight(self, accumulate: bool = False) -> None:
         super().backward_weight(accumulate)
-        if self._context.training and self._count > 0:  # here, as a forward may be computed again (RECOMPUTE)
+        if self._context.training:  # here, as a forward may be computed again (RECOMPUTE)
             assert isinstance(self._layer, BatchNorm)
             unbiased = self._variance * (self._count / (self._count - 1).clamp(min=1))
+            weight = self._layer.momentum * self._count.clamp(max=1)  # 0 without rows; a GPU is not waited for
             for own, seen in zip(self._site.buffers, (self._mean, unbiased), strict=True):
-                own.lerp_(seen.view(-1), self._layer.momentum)
+                own.lerp_(seen.view(-1), weight)
