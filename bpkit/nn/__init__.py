@@ -19,4 +19,5 @@ __all__ = ["GELU", "MSE", "AddSkip", "Attention", "AveragePool2d", "BatchNorm", 
            "Dropout", "Embedding", "Flatten", "GradCheck", "GroupNorm", "Heads", "Layer", "LayerNorm", "Linear", "Loss",
            "MaxPool2d", "Network", "Pass", "Positions", "ReLU", "Reshape", "Residual", "Sequential", "Sigmoid", "Site",
            "StageCost", "StashSkip", "Tanh", "TensorLayout", "Unembedding", "VocabularyCrossEntropy", "balanced_cuts",
-           "block", "convnet", "dropout_mask", "gpt", "gradcheck", "merge", "mlp", "shard", "tensor_layout"]  # fmt: skip
+           "block", "convnet", "dropout_mask", "gpt", "gradcheck", "merge", "mlp", "shard",
+           "tensor_layout"]  # fmt: skip

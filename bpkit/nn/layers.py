@@ -110,7 +110,7 @@ class LayerNorm(Layer):
 
     features: int
     eps: float = 1e-5
-    shared: bool = False  # in front of products split over a tensor axis: each rank's gradient is a share
+    shared: bool = False  # on a tensor rank that has some of the tokens: its gradient is a share
 
     def partial(self, shape: Shape) -> tuple[bool, ...]:
         return (self.shared, self.shared)
