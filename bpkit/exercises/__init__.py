@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from bpkit.exercises import data_parallel, models, pipeline, trainer
-from bpkit.exercises.verdict import Verdict
+from bpkit.exercises.verdict import Verdict, Wrong
 
 __all__ = ["EXERCISES", "Verdict", "check"]
 
-#: Every exercise, by name.
-EXERCISES: dict[str, Callable[[Any], Verdict]] = {
+#: The judge of every exercise, by name: it returns praise, or raises `Wrong`.
+EXERCISES: dict[str, Callable[[Any], str]] = {
     **data_parallel.EXERCISES, **pipeline.EXERCISES, **trainer.EXERCISES, **models.EXERCISES,
 }  # fmt: skip
 
@@ -38,4 +38,7 @@ def check(name: str, answer: Any) -> Verdict:
     """
     if name not in EXERCISES:
         raise ValueError(f"there is no exercise {name!r}: choose one of {', '.join(map(repr, EXERCISES))}")
-    return EXERCISES[name](answer)
+    try:
+        return Verdict(True, EXERCISES[name](answer))
+    except Wrong as wrong:
+        return Verdict(False, str(wrong))

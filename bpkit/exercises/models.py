@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bpkit.data import text
-from bpkit.exercises.trainer import TOLERANCE, serial_gradient
-from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers, need_plan
+from bpkit.exercises.trainer import TOLERANCE, need_serial, serial_gradient
+from bpkit.exercises.verdict import Bench, Wrong, need_function, need_numbers, need_plan
 from bpkit.nn import Network, gpt, tensor_layout
 from bpkit.plan import one_f_one_b, serial, tensor_parallel
 from bpkit.run.cluster import Cluster
@@ -62,10 +62,7 @@ def _judge_hybrid(answer: Any) -> str:
                     "line 'tied 0 1'")  # fmt: skip
     network, inputs, targets = _model(8, 16, 1, torch.float64)
     x, t = inputs[:5], targets[:5]  # of unequal microbatches
-    with Cluster(4, timeout=5) as cluster:
-        found = cluster.gradients(network, x, t, plan)
-    if not (found - serial_gradient(network, x, t) / t.numel()).norm() <= TOLERANCE * found.norm():
-        raise Wrong("four workers do not end with the serial gradient")
+    need_serial(plan, network, x, t, "four workers")
     return "four workers, two stages of two replicas each, end with the serial gradient"
 
 
@@ -128,6 +125,6 @@ def _judge_rank(given: Tensor, tied: slice, found: Tensor, uses: Tensor, who: st
 
 
 #: The exercises by name.
-EXERCISES: dict[str, Callable[[Any], Verdict]] = {
-    "model_bytes": judged(_judge_bytes), "hybrid_plan": judged(_judge_hybrid), "finish_step": judged(_judge_finish),
+EXERCISES = {
+    "model_bytes": _judge_bytes, "hybrid_plan": _judge_hybrid, "finish_step": _judge_finish,
 }  # fmt: skip

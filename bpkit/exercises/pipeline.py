@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import accumulate
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bpkit.data import digits
-from bpkit.exercises.trainer import LEARNING_RATE, TOLERANCE, serial_gradient
-from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers
+from bpkit.exercises.trainer import LEARNING_RATE, TOLERANCE, need_serial, serial_gradient, watched
+from bpkit.exercises.verdict import Bench, Wrong, need_function, need_numbers
 from bpkit.nn import Network, mlp
 from bpkit.plan import Action, Mesh, Plan, complete, gpipe, interleaved, one_f_one_b
 from bpkit.plan.compile import peak_activations
-from bpkit.run.cluster import Cluster
 from bpkit.simulate import Times, simulate
 
 #: (ranks, microbatches) of the order, and samples of each microbatch of the step.
@@ -57,11 +55,7 @@ def _judge_order(answer: Any) -> str:
     with Bench(4) as bench:
         plans = [_judge_words(bench.run(_order, answer, p, m, case=case)[:p], m, case) for p, m, case in cases]
     data, network = digits(torch.float64), mlp([64, *[16] * 6, 10], seed=1, dtype=torch.float64)
-    x, t = data.batch(0, 22)
-    with Cluster(4, timeout=5) as cluster:
-        found = cluster.gradients(network, x, t, plans[0])
-    if (found - serial_gradient(network, x, t) / 22).norm() > TOLERANCE * found.norm():
-        raise Wrong("four workers that run this order do not end with the serial gradient")
+    need_serial(plans[0], network, *data.batch(0, 22), "four workers that run this order")
     return "no deadlock, no more stored than 1F1B stores, no unit slower, and four workers end with the serial gradient"
 
 
@@ -124,10 +118,8 @@ def _judge_step(answer: Any) -> str:
 
 def _split(comm: Any, answer: Callable[..., Any], x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor, dz: Tensor) -> Any:
     """What the answer returns on this rank, and the elements of each sum."""
-    sums, rank, size = list[int](), comm.rank, comm.size
-    add = lambda y: sums.append(y.numel()) or comm.all_reduce(y)  # type: ignore[func-returns-value]  # noqa: E731
-    watched = SimpleNamespace(rank=rank, size=size, all_reduce=add)
-    z, dx, dw1, dw2 = answer(watched, x, w1.chunk(size)[rank], w2.chunk(size, 1)[rank], bias, dz)
+    (narrow, sums), rank, size = watched(comm), comm.rank, comm.size
+    z, dx, dw1, dw2 = answer(narrow, x, w1.chunk(size)[rank], w2.chunk(size, 1)[rank], bias, dz)
     return [torch.as_tensor(one) for one in (z, dx, dw1, dw2)], sums
 
 
@@ -151,7 +143,7 @@ def _judge_split(answer: Any) -> str:
 
 
 #: The exercises by name.
-EXERCISES: dict[str, Callable[[Any], Verdict]] = {
-    "pipeline_costs": judged(_judge_costs), "my_order": judged(_judge_order),
-    "pipeline_step": judged(_judge_step), "split_layers": judged(_judge_split),
+EXERCISES = {
+    "pipeline_costs": _judge_costs, "my_order": _judge_order,
+    "pipeline_step": _judge_step, "split_layers": _judge_split,
 }  # fmt: skip

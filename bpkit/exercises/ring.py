@@ -151,17 +151,14 @@ def _judge_values(results: list[Ran], size: int, case: str) -> None:
 def _only_scattered(results: list[Ran], wanted: Tensor) -> bool:
     """Whether every rank finished a chunk of its own, and sent no more than that takes."""
     n, finished = len(results), []
+    bounds = [part_bounds(len(wanted), n, i)[0] for i in range(1, n)]
     for one in results:
-        own = [i for i in range(n) if _same_part(one.tensor, wanted, n, i)]
+        chunks = zip(one.tensor.tensor_split(bounds), wanted.tensor_split(bounds), strict=True)
+        own = [i for i, (part, true) in enumerate(chunks) if torch.equal(part, true)]
         if len(own) != 1 or len(one.sends) > n - 1:
             return False
         finished += own
     return n > 1 and sorted(finished) == list(range(n))
-
-
-def _same_part(one: Tensor, other: Tensor, n: int, i: int) -> bool:
-    low, high = part_bounds(len(other), n, i)
-    return torch.equal(one[low:high], other[low:high])
 
 
 def _contents(values: Tensor, low: int, n: int) -> str:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from bpkit.data import digits, shard_sizes
-from bpkit.exercises.verdict import Bench, Verdict, Wrong, judged, need_function, need_numbers, need_plan
+from bpkit.exercises.verdict import Bench, Wrong, need_function, need_numbers, need_plan
 from bpkit.nn import Network, mlp
 from bpkit.optim import SGD
-from bpkit.plan import data_parallel, zero
+from bpkit.plan import Plan, data_parallel, zero
 from bpkit.run.cluster import Cluster
+from bpkit.run.comm import Comm
 
 TOLERANCE, LEARNING_RATE = 1e-6, 0.5
 #: Samples of each rank, and the microbatches into which it cuts them.
@@ -24,6 +25,25 @@ def serial_gradient(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
     _, dy = network.loss.value_and_gradient(network.forward(inputs), targets)
     network.backward(dy)
     return torch.cat([gradient.flatten() for gradient in network.gradients()])
+
+
+def need_serial(plan: Plan, network: Network, x: Tensor, t: Tensor, who: str) -> None:
+    """Run a plan on workers, and refuse a mean gradient that is not the serial one."""
+    with Cluster(plan.workers, timeout=5) as cluster:
+        found = cluster.gradients(network, x, t, plan)
+    if not (found - serial_gradient(network, x, t) / t.numel()).norm() <= TOLERANCE * found.norm():
+        raise Wrong(f"{who} do not end with the serial gradient")
+
+
+def watched(comm: Comm) -> tuple[SimpleNamespace, list[int]]:
+    """A transport narrowed to `all_reduce`, and the elements of each sum so far."""
+    sums: list[int] = []
+
+    def all_reduce(tensor: Tensor) -> Tensor:
+        sums.append(tensor.numel())
+        return comm.all_reduce(tensor)
+
+    return SimpleNamespace(rank=comm.rank, size=comm.size, all_reduce=all_reduce), sums
 
 
 # -- predict: what does each level of ZeRO keep? -----------------------------------------------------------
@@ -83,16 +103,10 @@ def _judge_deal(parts: tuple[list[int], ...], samples: int, case: str) -> None:
 
 def _accumulate(comm: Any, answer: Callable[..., Any], network: Network, parts: list[Any]) -> tuple[Tensor, int]:
     """The change of the parameters, and how often a whole gradient was reduced."""
-    before, sizes = network.copy().parameters(), list[int]()
-
-    def all_reduce(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return comm.all_reduce(tensor)
-
-    watched = SimpleNamespace(rank=comm.rank, size=comm.size, all_reduce=all_reduce)
-    answer(watched, network, parts[comm.rank], LEARNING_RATE)
+    before, (narrow, sums) = network.copy().parameters(), watched(comm)
+    answer(narrow, network, parts[comm.rank], LEARNING_RATE)
     change = torch.cat([(a - b).flatten() for a, b in zip(network.parameters(), before, strict=True)])
-    return change, sum(sizes) // len(change)
+    return change, sum(sums) // len(change)
 
 
 def _judge_accumulate(answer: Any) -> str:
@@ -135,16 +149,12 @@ def _judge_buckets(answer: Any) -> str:
         if row.index(f"{stage}REDUCE_GRAD") > row.index(f"{stage - 1}B0"):
             raise Wrong(f"a right gradient, but {stage}REDUCE_GRAD comes after {stage - 1}B0 and cannot hide behind it")
     data, network = digits(torch.float64), mlp([64, 16, 16, 10], seed=1, dtype=torch.float64)
-    x, t = data.batch(0, 9)
-    with Cluster(2, timeout=5) as cluster:
-        found = cluster.gradients(network, x, t, plan)
-    if (found - serial_gradient(network, x, t) / len(t)).norm() > TOLERANCE * found.norm():
-        raise Wrong("two workers do not end with the serial gradient")
+    need_serial(plan, network, *data.batch(0, 9), "two workers")
     return "two workers end with the serial gradient, and each bucket but the last can hide behind a backward"
 
 
 #: The exercises by name.
-EXERCISES: dict[str, Callable[[Any], Verdict]] = {
-    "zero_memory": judged(_judge_memory), "my_samples": judged(_judge_sampler),
-    "accumulate": judged(_judge_accumulate), "bucket_plan": judged(_judge_buckets),
+EXERCISES = {
+    "zero_memory": _judge_memory, "my_samples": _judge_sampler,
+    "accumulate": _judge_accumulate, "bucket_plan": _judge_buckets,
 }  # fmt: skip

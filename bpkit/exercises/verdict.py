@@ -63,22 +63,11 @@ def need_plan(answer: Any) -> Plan:
     return plan
 
 
-def judged(judge: Callable[[Any], str]) -> Callable[[Any], Verdict]:
-    """Turn a judge, which returns praise or raises `Wrong`, into a check."""
-
-    def check(answer: Any) -> Verdict:
-        try:
-            return Verdict(True, judge(answer))
-        except Wrong as wrong:
-            return Verdict(False, str(wrong))
-
-    return check
-
-
 def need_function(answer: Any, signature: str) -> None:
     """Refuse an answer that cannot be called."""
     if not callable(answer):
-        raise Wrong(f"the answer is a function, {signature}, not {_kind(answer)}")
+        kind = "None" if answer is None else f"a value of type {type(answer).__name__}"
+        raise Wrong(f"the answer is a function, {signature}, not {kind}")
 
 
 def need_numbers(answer: Any, count: int, what: str) -> list[float]:
@@ -90,10 +79,6 @@ def need_numbers(answer: Any, count: int, what: str) -> list[float]:
     if len(numbers) != count:
         raise Wrong(f"the answer is a list of {count} numbers, {what}: [{', '.join(['...'] * count)}]")
     return numbers
-
-
-def _kind(answer: Any) -> str:
-    return "None" if answer is None else f"a value of type {type(answer).__name__}"
 
 
 class Bench(Pool):
