@@ -112,9 +112,10 @@ def test_what_the_checker_accepts_of_hybrids_is_right(clusters, plan):
 def by_training() -> list[tuple[Plan, bp.nn.Network, bp.data.Dataset, bp.optim.Optimizer]]:
     """Plans whose outcome only weights show: clipped ones, as they are compiled, and local SGD."""
     mlp, digits = bp.nn.mlp([64, 16, 12, 10], seed=1, dtype=torch.float64), bp.data.digits(dtype=torch.float64)
-    layout = bp.nn.tensor_layout(GPT)
+    layouts = [bp.nn.tensor_layout(GPT, sequence) for sequence in (False, True)]
     cases = [(plan, mlp, digits) for plan in (data_parallel(2, 2), zero(2, 2, units=2), one_f_one_b(2, 2, data=2))]
-    cases += [(plan, GPT, TEXT) for plan in (one_f_one_b(2, 2), tensor_parallel(data_parallel(2), 2, layout))]
+    split = [tensor_parallel(data_parallel(2), 2, layout) for layout in layouts]
+    cases += [(plan, GPT, TEXT) for plan in (one_f_one_b(2, 2), *split)]
     clip = bp.optim.SGD(0.5, clip=0.02)
     made = [(compile(plan, network, clip=True).plan, network, data, clip) for plan, network, data in cases]
     return [*made, (local_sgd(2, 2, buckets=2), mlp, digits, bp.optim.SGD(0.5))]
