@@ -115,6 +115,8 @@ def _tie(world: Provenance, members: Members, action: Action) -> None:
     copies = [(rank, stage) for rank, _ in members for stage in rank.tied]
     total = sum((rank.tied[stage] for rank, stage in copies), Counter[object]())
     for rank, stage in copies:
+        if not rank.tied[stage]:
+            world.fail(*members[0], f"no backward of stage {stage} has run, whose tied gradient it sums")
         rank.tied[stage] = Counter(total)
 
 

@@ -25,6 +25,14 @@ def test_a_norm_before_the_sum_of_tied_gradients_is_refused():
         check(plan.with_rows(rows))
 
 
+def test_a_sum_of_tied_gradients_before_a_backward_is_refused():
+    network = bp.nn.gpt(12, 8, width=8, heads=2, layers=1)
+    plan = bp.plan.compile(bp.plan.one_f_one_b(2, 2), network).plan
+    rows = [[Action(stage, "SUM_TIED"), *row] for stage, row in enumerate(plan.rows)]
+    with pytest.raises(PlanError, match="no backward of stage 0 has run"):
+        check(plan.with_rows(rows))
+
+
 def test_an_update_before_the_norm_that_clips_it_is_refused():
     plan = bp.plan.compile(bp.plan.data_parallel(2, 2), bp.nn.mlp([4, 4, 4]), clip=True).plan
     row = list(plan.rows[0])
