@@ -127,7 +127,7 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     sizes = _sizes(plan, network, starts[1:-1])
     edges = (*(_elements(part.input_shape) for part in parts), _elements(network.output_shape))
     itemsize = network.dtype.itemsize
-    rows = tuple(_instructions(row, plan.shared, sizes, edges, itemsize) for row in plan.rows)
+    rows = tuple(_instructions(row, plan, sizes, edges, itemsize) for row in plan.rows)
     return Program(plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)),
                    tuple(map(peak_activations, plan.rows)))  # fmt: skip
 
@@ -157,7 +157,7 @@ def _tensor_stages(of: Plan | TensorLayout) -> tuple[object, ...]:
 def compile_collective(plan: Plan, size: int, dtype: torch.dtype) -> Program:
     """Check a collective by itself and resolve it for a buffer of `size` elements."""
     check(plan)
-    rows = tuple(_instructions(row, {}, (size,), (), dtype.itemsize) for row in plan.rows)
+    rows = tuple(_instructions(row, plan, (size,), (), dtype.itemsize) for row in plan.rows)
     return Program(plan, (), (size,), rows, tuple({} for _ in rows), (0,) * len(rows))
 
 
@@ -201,21 +201,24 @@ def _elements(shape: Sequence[int]) -> int:
     return count
 
 
-def _instructions(row: tuple[Action, ...], shared: dict[str, int], sizes: Sequence[int], edges: Sequence[int],
+def _instructions(row: tuple[Action, ...], plan: Plan, sizes: Sequence[int], edges: Sequence[int],
                   itemsize: int) -> tuple[Instruction, ...]:  # fmt: skip
     result = []
-    for action, waits in zip(row, hazards(row, shared), strict=True):
+    for action, waits in zip(row, hazards(row, plan.shared), strict=True):
         communication = tuple(i for i in waits if row[i].verb.stream != "compute")
-        elements = _payload(action, sizes, edges)
+        elements = _payload(action, plan, sizes, edges)
         result.append(Instruction(action, communication, elements * itemsize, action.kind in COUNTED))
     return tuple(result)
 
 
-def _payload(action: Action, sizes: Sequence[int], edges: Sequence[int]) -> int:
+def _payload(action: Action, plan: Plan, sizes: Sequence[int], edges: Sequence[int]) -> int:
     """Elements that an action gives to the wire: from the bounds of its part, or one sample of its edge."""
     kind = action.kind
-    if kind in ON_EDGES | {"SEND_F", "SEND_B"}:
+    if kind in ON_EDGES:
         return edges[action.stage + (kind[-1] == "F")]
+    if kind in ("SEND_F", "SEND_B"):
+        edge, reader = action.stage + (kind[-1] == "F"), action.stage + (1 if kind[-1] == "F" else -1)
+        return edges[edge] // (plan.mesh.tensor if reader in plan.own_tokens else 1)
     if kind in _GRADIENT_KINDS | _PARAMETER_KINDS:
         low, high = (0, sizes[action.stage]) if action.part is None else action.part.bounds(sizes[action.stage])
         return high - low

@@ -69,6 +69,12 @@ def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
         cluster.close()
 
 
+@pytest.fixture(params=["shm", "gloo"])
+def four(request: pytest.FixtureRequest) -> Iterator[bp.Cluster]:
+    with bp.Cluster(4, backend=request.param, timeout=30) as cluster:
+        yield cluster
+
+
 def options(name: str, n: int) -> dict[str, int]:
     return {"hosts": n} if name == "hierarchical" and n % 2 else {}
 
@@ -163,3 +169,18 @@ def test_native_collectives_say_that_they_are_not_counted(clusters, n):
         trace = clusters[n].train(NETWORK, DATA, plan, batch=BATCH, steps=2, lr=0.1).trace
         native = np.isin(trace.kinds(), ["REDUCE_GRAD", "SCATTER_GRAD", "UNSHARD", "AVERAGE"])
         assert native.any() and (trace.bytes[native] == -1).all() and (trace.bytes[~native] == 0).all(), plan.name
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["whole edges", "own tokens"])
+def test_a_tensor_rank_sends_its_own_tokens_to_the_next_stage(four, sequence):
+    text = bp.data.text(length=8)
+    gpt = bp.nn.gpt(text.vocabulary, 8, width=12, heads=2, layers=2, tied=False)
+    layout = bp.nn.tensor_layout(gpt, sequence)
+    plan = bp.plan.tensor_parallel(bp.plan.one_f_one_b(2, 2), 2, layout)
+    result = four.train(gpt, text, plan, batch=BATCH, steps=1, lr=0.1)
+    edge = 4 * BATCH * 8 * 12 // (2 if sequence else 1)
+    sends = np.isin(result.trace.kinds(), ["SEND_F", "SEND_B"])
+    assert [result.trace.bytes[sends & (result.trace.rank == rank)].sum() for rank in range(4)] == [edge] * 4
+    for at in plan.mesh.coordinates():
+        steps = [step for step in result.program.row(at) if step.action.kind in ("SEND_F", "SEND_B")]
+        assert sum(step.payload for step in steps) * BATCH // 2 == edge
