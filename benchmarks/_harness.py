@@ -17,12 +17,17 @@ import numpy
 import torch
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return what reads ``--json FILE`` and ``--quick``."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows to FILE")
+    made.add_argument("--quick", action="store_true", help="fewer repetitions")
+    return made
+
+
 def arguments(description: str) -> argparse.Namespace:
     """Read ``--json FILE`` and ``--quick``."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine and rows to FILE")
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    return parser.parse_args()
+    return parser(description).parse_args()
 
 
 def interleave(runs: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
@@ -90,10 +95,11 @@ def machine() -> dict[str, Any]:
 
 def report(rows: list[dict[str, Any]], file: Path | None, **more: Any) -> None:
     """Print the table of ratios and write the JSON file, if one is asked for."""
-    print(f"{'case':<26}{'peer':<42}{'ours us':>10}{'peer us':>10}{'ratio':>7}  spread")
+    wide = max((len(r["case"]) + 2 for r in rows), default=0)
+    print(f"{'case':<{wide}}{'peer':<42}{'ours us':>10}{'peer us':>10}{'ratio':>7}  spread")
     for r in rows:
         times = f"{r['ours_s'] * 1e6:>10.1f}{r['peer_s'] * 1e6:>10.1f}"
-        note = "  for information" if r["info"] else ""
-        print(f"{r['case']:<26}{r['peer']:<42}{times}{r['ratio']:>7.2f}  ±{r['spread']:.2f}{note}")
+        note = "  for information" if r["info"] else f"  wanted {r['wanted']:.2f}" if "wanted" in r else ""
+        print(f"{r['case']:<{wide}}{r['peer']:<42}{times}{r['ratio']:>7.2f}  ±{r['spread']:.2f}{note}")
     if file is not None:
         file.write_text(json.dumps({"machine": machine(), "rows": rows, **more}, indent=1) + "\n")
