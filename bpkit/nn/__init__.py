@@ -8,11 +8,11 @@ from bpkit.nn.dropout import Dropout, dropout_mask
 from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.gradcheck import GradCheck, gradcheck
 from bpkit.nn.layer import Context, Layer, Pass, Site
-from bpkit.nn.layers import GELU, LayerNorm, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import MSE, CrossEntropy, Loss, VocabularyCrossEntropy
 from bpkit.nn.models import convnet, gpt, mlp
 from bpkit.nn.network import Network
-from bpkit.nn.normalisation import BatchNorm, GroupNorm
+from bpkit.nn.normalisation import BatchNorm, GroupNorm, LayerNorm
 from bpkit.nn.tensor import TensorLayout, merge, shard, tensor_layout
 
 __all__ = ["GELU", "MSE", "AddSkip", "Attention", "AveragePool2d", "BatchNorm", "Context", "Conv2d", "CrossEntropy",

@@ -12,7 +12,8 @@ from bpkit.nn.containers import Residual, Sequential
 from bpkit.nn.costs import StageCost
 from bpkit.nn.dropout import Dropout
 from bpkit.nn.layer import Context, Layer, Pass, Shape, Site
-from bpkit.nn.layers import GELU, LayerNorm, Linear
+from bpkit.nn.layers import GELU, Linear
+from bpkit.nn.normalisation import LayerNorm
 
 
 @dataclass(frozen=True)

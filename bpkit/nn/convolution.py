@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bpkit.nn.costs import StageCost
 from bpkit.nn.layer import Context, Layer, Pass, Shape, Site
+from bpkit.nn.layers import uniform
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,7 @@ class Conv2d(Layer):
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw from U(-1/sqrt(n), 1/sqrt(n)), n = inputs x kernel^2, as ``torch.nn.Conv2d`` does."""
-        bound = 1 / math.sqrt(self.inputs * self.kernel**2)
-        return [torch.rand(s, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-                for s in self.parameter_shapes(shape)]  # fmt: skip
+        return uniform(self.parameter_shapes(shape), self.inputs * self.kernel**2, generator)
 
     def cost(self, shape: Shape) -> StageCost:
         """Count 2 x inputs x kernel^2 for each output element and each of F, I, W (padding too); the bias 1 in F, W."""

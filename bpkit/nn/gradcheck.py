@@ -79,23 +79,20 @@ def gradcheck(network: Network, x: Tensor, targets: Tensor, *, context: Context 
     wanted = [point, *leaves] if point.requires_grad else leaves
     theirs = torch.autograd.grad(reference_loss(network, point, leaves, targets, context), wanted)
     largest = max(float(g.abs().max()) for g in theirs)
-    names = [f"parameter {i}" for i in range(len(parameters))]
+    moved = x.clone()  # is changed element by element, as parameters are
 
-    def value(point: Tensor | None = None) -> float:
-        y = network.forward(x if point is None else point, "gradcheck", context)
-        return float(network.loss.value(y, targets))
+    def value() -> float:
+        return float(network.loss.value(network.forward(moved, "gradcheck", context), targets))
 
-    moved = x.clone()
-    autograd, differences = {}, {}
-    tensors = parameters
+    tensors = {f"parameter {i}": parameter for i, parameter in enumerate(parameters)}
     if point.requires_grad:  # tokens have no gradient
-        names, tensors = ["input", *names], [moved, *parameters]
-    for name, tensor, a, b in zip(names, tensors, ours, theirs, strict=True):
+        tensors = {"input": moved, **tensors}
+    autograd, differences = {}, {}
+    for (name, tensor), a, b in zip(tensors.items(), ours, theirs, strict=True):
         size = float(b.abs().max())
         scale = size if size > 1e-10 * largest else 0.1 * largest or 1.0
         autograd[name] = float((a - b).abs().max()) / scale
-        probe: Callable[[], float] = (lambda: value(moved)) if tensor is moved else value
-        differences[name] = _difference_error(tensor, a, probe, samples, step) / scale
+        differences[name] = _difference_error(tensor, a, value, samples, step) / scale
     network.release()
     return GradCheck(autograd, differences)
 

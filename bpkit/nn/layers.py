@@ -1,12 +1,15 @@
-"""Linear, LayerNorm and the activations, each with forward and both halves of backward written out.
+"""Linear and the activations, each with forward and both halves of backward written out.
 
 Notation: x input, y output, dx and dy gradients of the loss with respect to them; W is (outputs, inputs) as
 in ``torch.nn.Linear``; a sum over rows runs over all leading dimensions.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +36,7 @@ class Linear(Layer):
 
     def output_shape(self, shape: Shape) -> Shape:
         if not shape or shape[-1] != self.inputs:
-            raise ValueError(f"{self!r} takes samples of shape ({_leading(shape)}{self.inputs},)")
+            raise ValueError(f"{self!r} takes samples of shape {(*shape[:-1], self.inputs)}")
         return (*shape[:-1], self.outputs)
 
     def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
@@ -42,9 +45,7 @@ class Linear(Layer):
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw from U(-1/sqrt(inputs), 1/sqrt(inputs)), as ``torch.nn.Linear`` does."""
-        bound = 1 / math.sqrt(self.inputs)
-        return [torch.rand(s, generator=generator, dtype=torch.float64) * (2 * bound) - bound
-                for s in self.parameter_shapes(shape)]  # fmt: skip
+        return uniform(self.parameter_shapes(shape), self.inputs, generator)
 
     def cost(self, shape: Shape) -> StageCost:
         """Count 2 x inputs x outputs for each product; the bias adds `outputs` to F and W."""
@@ -100,88 +101,33 @@ class _LinearPass(Pass):
             put_sum(self._dbias, self._dy, 0, accumulate)
 
 
-@dataclass(frozen=True)
-class LayerNorm(Layer):
-    """y = w n + b, n = (x - mean) / sqrt(variance + eps), over the last dimension (Ba et al., 1607.06450).
+class _Activation(Elementwise):
+    """An elementwise layer of one function."""
 
-    Backward: with g = w dy, dx = (g - mean(g) - n mean(g n)) / sqrt(variance + eps); dw = sum of dy n, db =
-    sum of dy, both over rows.
-    """
-
-    features: int
-    eps: float = 1e-5
-    shared: bool = False  # on a tensor rank that has some of the tokens: its gradient is a share
-
-    def partial(self, shape: Shape) -> tuple[bool, ...]:
-        return (self.shared, self.shared)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        if not shape or shape[-1] != self.features:
-            raise ValueError(f"{self!r} takes samples of shape ({_leading(shape)}{self.features},)")
-        return shape
-
-    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        return ((self.features,), (self.features,))
-
-    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [torch.ones(self.features, dtype=torch.float64), torch.zeros(self.features, dtype=torch.float64)]
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count 8 FLOPs an element for F and for I (two means and three elementwise steps each), 3 for W."""
-        size = math.prod(shape)
-        return StageCost(8 * size, 8 * size, 3 * size, size, size, 2 * self.features)
+    function: ClassVar[Callable[..., Tensor]]
+    passage: ClassVar[type[_ActivationPass]]
 
     def at(self, site: Site) -> Pass:
-        return _LayerNormPass(self, site)
+        return self.passage(self, site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        weight, bias = parameters
-        return F.layer_norm(x, (self.features,), weight, bias, self.eps)
-
-
-class _LayerNormPass(Pass):
-    def __init__(self, layer: LayerNorm, site: Site) -> None:
-        self._eps, self._features, self._rows = layer.eps, layer.features, math.prod(site.shape[:-1])
-        self._weight, self._bias = site.parameters
-        self._dweight, self._dbias = site.gradients
-        self._n, self._y, self._dx = site.empty(), site.empty(), site.empty()
-        self._scale = self._dy = self._y  # 1 / sqrt(variance + eps), and the gradient from above
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        torch.sub(x, x.mean(-1, keepdim=True), out=self._n)
-        self._scale = self._n.square().mean(-1, keepdim=True).add_(self._eps).rsqrt_()
-        self._n.mul_(self._scale)
-        return torch.addcmul(self._bias, self._n, self._weight, out=self._y)
-
-    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        self._dy = dy
-        if not need:
-            return None
-        g = torch.mul(dy, self._weight, out=self._dx)
-        along_n = (g * self._n).mean(-1, keepdim=True)
-        return g.sub_(g.mean(-1, keepdim=True)).addcmul_(self._n, along_n, value=-1).mul_(self._scale)
-
-    def backward_weight(self, accumulate: bool = False) -> None:
-        n = self._n.view(self._rows, self._features)
-        dy = self._dy.reshape(n.shape)
-        put_sum(self._dweight, dy * n, 0, accumulate)
-        put_sum(self._dbias, dy, 0, accumulate)
+        return self.function(x)
 
 
 class _ActivationPass(Pass):
     """Buffers of an elementwise layer: the neighbour's memory where nobody else reads it, else its own."""
 
-    def __init__(self, layer: Layer, site: Site) -> None:
+    def __init__(self, layer: _Activation, site: Site) -> None:
+        self._function = layer.function
         self._y = None if site.reuse_input else site.empty()
         self._dx = None if site.reuse_gradient else site.empty()
-        self._kept = self._y
+        self._kept = site.empty(0)
 
 
 class _ReLUPass(_ActivationPass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        y = torch.relu_(x) if self._y is None else torch.clamp_min(x, 0, out=self._y)
-        self._kept = y
-        return y
+        self._kept = torch.relu_(x) if self._y is None else torch.clamp_min(x, 0, out=self._y)
+        return self._kept
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         dx = dy if self._dx is None else self._dx
@@ -191,100 +137,76 @@ class _ReLUPass(_ActivationPass):
 
 class _TanhPass(_ActivationPass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        self._kept = torch.tanh(x, out=x if self._y is None else self._y)
+        self._kept = self._function(x, out=x if self._y is None else self._y)
         return self._kept
 
-    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        assert self._kept is not None
-        slope = torch.mul(self._kept, self._kept).neg_().add_(1)
-        return torch.mul(dy, slope, out=dy if self._dx is None else self._dx)
-
-
-class _SigmoidPass(_ActivationPass):
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        self._kept = torch.sigmoid(x, out=x if self._y is None else self._y)
-        return self._kept
+    def _slope(self, y: Tensor) -> Tensor:
+        return torch.mul(y, y).neg_().add_(1)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        assert self._kept is not None
-        slope = torch.mul(self._kept, self._kept).neg_().add_(self._kept)
-        return torch.mul(dy, slope, out=dy if self._dx is None else self._dx)
+        return torch.mul(dy, self._slope(self._kept), out=dy if self._dx is None else self._dx)
 
 
-class _GELUPass(Pass):
-    def __init__(self, layer: Layer, site: Site) -> None:
-        self._y, self._cdf = site.empty(), site.empty()
-        self._dx = None if site.reuse_gradient else site.empty()
-        self._x = self._y
+class _SigmoidPass(_TanhPass):
+    def _slope(self, y: Tensor) -> Tensor:
+        return torch.mul(y, y).neg_().add_(y)
+
+
+class _GELUPass(_ActivationPass):
+    def __init__(self, layer: _Activation, site: Site) -> None:
+        super().__init__(layer, site)
+        self._out, self._cdf = site.empty(), site.empty()  # backward reads the input
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        self._x = x
+        self._kept = x
         torch.mul(x, math.sqrt(0.5), out=self._cdf).erf_().add_(1).mul_(0.5)
-        return torch.mul(x, self._cdf, out=self._y)
+        return torch.mul(x, self._cdf, out=self._out)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        density = torch.mul(self._x, self._x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        slope = torch.addcmul(self._cdf, self._x, density, out=density)
+        x = self._kept
+        density = torch.mul(x, x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
+        slope = torch.addcmul(self._cdf, x, density, out=density)
         return torch.mul(dy, slope, out=dy if self._dx is None else self._dx)
 
 
 @dataclass(frozen=True)
-class ReLU(Elementwise):
+class ReLU(_Activation):
     """y = max(x, 0); dx = dy where y > 0, else 0."""
 
     keeps_output = True
-
-    def at(self, site: Site) -> Pass:
-        return _ReLUPass(self, site)
-
-    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        return torch.relu(x)
+    function, passage = staticmethod(torch.relu), _ReLUPass
 
 
 @dataclass(frozen=True)
-class Tanh(Elementwise):
+class Tanh(_Activation):
     """y = tanh(x); dx = dy (1 - y^2). Counted as 4 FLOPs an element."""
 
     keeps_output = True
     flops = 4
-
-    def at(self, site: Site) -> Pass:
-        return _TanhPass(self, site)
-
-    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        return torch.tanh(x)
+    function, passage = staticmethod(torch.tanh), _TanhPass
 
 
 @dataclass(frozen=True)
-class Sigmoid(Elementwise):
+class Sigmoid(_Activation):
     """y = 1 / (1 + exp(-x)); dx = dy (y - y^2). Counted as 4 FLOPs an element."""
 
     keeps_output = True
     flops = 4
-
-    def at(self, site: Site) -> Pass:
-        return _SigmoidPass(self, site)
-
-    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        return torch.sigmoid(x)
+    function, passage = staticmethod(torch.sigmoid), _SigmoidPass
 
 
 @dataclass(frozen=True)
-class GELU(Elementwise):
+class GELU(_Activation):
     """y = x P(x), P the normal distribution function, by erf (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 
     dx = dy (P(x) + x p(x)) with p the normal density. Counted as 8 FLOPs an element.
     """
 
     flops = 8
-
-    def at(self, site: Site) -> Pass:
-        return _GELUPass(self, site)
-
-    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
-        return F.gelu(x)
+    function, passage = staticmethod(F.gelu), _GELUPass
 
 
-def _leading(shape: Shape) -> str:
-    """Write the leading dimensions of a sample for a message."""
-    return "".join(f"{n}, " for n in shape[:-1])
+def uniform(shapes: Sequence[Shape], inputs: int, generator: torch.Generator) -> list[Tensor]:
+    """Draw from U(-1/sqrt(inputs), 1/sqrt(inputs)), as ``torch.nn.Linear`` and ``torch.nn.Conv2d`` do."""
+    bound = 1 / math.sqrt(inputs)
+    return [torch.rand(s, generator=generator, dtype=torch.float64) * (2 * bound) - bound for s in shapes]

@@ -64,13 +64,11 @@ class CrossEntropy(Loss):
         flat = targets.reshape(-1)
         log_p = torch.log_softmax(y.reshape(flat.numel(), y.shape[-1]), 1)
         value = F.nll_loss(log_p, flat, ignore_index=self.ignore_index, reduction="sum")
-        gradient, index = log_p.exp_(), flat
+        gradient = log_p.exp_()
+        index = flat.clamp(min=0).unsqueeze(1)  # a masked target points at class 0; its row is cleared below
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
         if self._may_be_masked(flat):
-            valid = flat != self.ignore_index
-            index = flat * valid  # a masked target points at class 0; its row is cleared below
-        gradient.scatter_add_(1, index.unsqueeze(1), gradient.new_full((flat.numel(), 1), -1.0))
-        if index is not flat:
-            gradient.mul_(valid.unsqueeze(1))
+            gradient.mul_((flat != self.ignore_index).unsqueeze(1))
         return value, gradient.view(y.shape)
 
     def _may_be_masked(self, targets: Tensor) -> bool:

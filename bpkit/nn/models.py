@@ -10,10 +10,10 @@ from bpkit.nn.convolution import Conv2d, Flatten, MaxPool2d, Reshape
 from bpkit.nn.dropout import Dropout
 from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.layer import Layer
-from bpkit.nn.layers import GELU, LayerNorm, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import Loss
 from bpkit.nn.network import Network
-from bpkit.nn.normalisation import BatchNorm, GroupNorm
+from bpkit.nn.normalisation import BatchNorm, GroupNorm, LayerNorm
 
 
 def mlp(sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32, activation: str = "relu",

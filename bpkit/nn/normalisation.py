@@ -1,4 +1,4 @@
-"""Norms by channel, for samples (channels,) or (channels, height, width): `BatchNorm` and `GroupNorm`."""
+"""`LayerNorm` over the last dimension; `GroupNorm` and `BatchNorm`, for (channels,) or (channels, height, width)."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +12,54 @@ from bpkit.nn.costs import StageCost
 from bpkit.nn.layer import Context, Layer, Pass, Shape, Site, put_sum
 
 
+class _Norm(Layer):
+    """What has a weight, at first 1, and a bias, at first 0, of one size."""
+
+    eps: float
+
+    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
+        (size, *_), _ = self.parameter_shapes(shape)
+        return [torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)]
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Count 8 FLOPs an element for F and for I (two means and three elementwise steps each), 3 for W."""
+        size, parameters = math.prod(shape), sum(n for (n, *_) in self.parameter_shapes(shape))
+        return StageCost(8 * size, 8 * size, 3 * size, size, size, parameters)
+
+
 @dataclass(frozen=True)
-class _ChannelNorm(Layer):
+class LayerNorm(_Norm):
+    """y = w n + b, n = (x - mean) / sqrt(variance + eps), over the last dimension (Ba et al., 1607.06450).
+
+    Backward: with g = w dy, dx = (g - mean(g) - n mean(g n)) / sqrt(variance + eps); dw = sum of dy n, db =
+    sum of dy, both over rows.
+    """
+
+    features: int
+    eps: float = 1e-5
+    shared: bool = False  # on a tensor rank that has some of the tokens: its gradient is a share
+
+    def partial(self, shape: Shape) -> tuple[bool, ...]:
+        return (self.shared, self.shared)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if not shape or shape[-1] != self.features:
+            raise ValueError(f"{self!r} takes samples of shape {(*shape[:-1], self.features)}")
+        return shape
+
+    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        return ((self.features,), (self.features,))
+
+    def at(self, site: Site) -> Pass:
+        return _NormPass(self, site, (math.prod(site.shape[:-1]), self.features, 1))
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        weight, bias = parameters
+        return F.layer_norm(x, (self.features,), weight, bias, self.eps)
+
+
+@dataclass(frozen=True)
+class _ChannelNorm(_Norm):
     """What has a weight and a bias for each channel."""
 
     channels: int
@@ -26,14 +72,6 @@ class _ChannelNorm(Layer):
 
     def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
         return ((self.channels,), (self.channels,))
-
-    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [torch.ones(self.channels, dtype=torch.float64), torch.zeros(self.channels, dtype=torch.float64)]
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count 8 FLOPs an element for F and for I, 3 for W, as `LayerNorm` does."""
-        size = math.prod(shape)
-        return StageCost(8 * size, 8 * size, 3 * size, size, size, 2 * self.channels)
 
 
 @dataclass(frozen=True)
@@ -48,7 +86,7 @@ class GroupNorm(_ChannelNorm):
     groups: int = 1
 
     def at(self, site: Site) -> Pass:
-        return _GroupNormPass(self, site)
+        return _NormPass(self, site, _by_channel(site), self.groups)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
         return F.group_norm(x, self.groups, parameters[0], parameters[1], self.eps)
@@ -72,7 +110,7 @@ class BatchNorm(_ChannelNorm):
         return self.initial(shape, torch.Generator())[::-1]
 
     def at(self, site: Site) -> Pass:
-        return _BatchNormPass(self, site)
+        return _BatchNormPass(self, site, _by_channel(site), self.channels)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
         """Over this rank's rows, without `sum_over_data`."""
@@ -80,48 +118,57 @@ class BatchNorm(_ChannelNorm):
         return F.batch_norm(x, mean, variance, parameters[0], parameters[1], context.training, 0.0, self.eps)
 
 
-class _GroupNormPass(Pass):
-    """Works on (rows, channels, places)."""
+def _by_channel(site: Site) -> Shape:
+    """A site's input as (rows, channels, places)."""
+    return (*site.shape[:2], math.prod(site.shape[2:]))
 
-    def __init__(self, layer: GroupNorm | BatchNorm, site: Site) -> None:
-        self._layer, self._site = layer, site
-        self._view = (site.shape[0], layer.channels, math.prod(site.shape[2:]))
+
+class _NormPass(Pass):
+    """Works on (rows, channels, places), and on the same as (rows, groups, what is normalised together)."""
+
+    def __init__(self, layer: _Norm, site: Site, view: Shape, groups: int = 1) -> None:
+        rows, channels, places = view
+        self._layer, self._site, self._view = layer, site, view
+        self._grouped = (rows, groups, channels // groups * places)
         self._weight, self._bias = (p.view(-1, 1) for p in site.parameters)
-        self._n, self._dy, self._scale = site.empty(*self._view), site.empty(0), site.empty(0)
+        self._n, self._y, self._dx = site.empty(), site.empty(), site.empty()
+        self._n_view, self._y_view, self._dx_view = (t.view(view) for t in (self._n, self._y, self._dx))
+        self._n_grouped, self._dx_grouped = self._n.view(self._grouped), self._dx.view(self._grouped)
+        self._dy = self._scale = self._y  # the gradient from above, and 1 / sqrt(variance + eps)
 
     def _means(self, *values: Tensor) -> Sequence[Tensor]:
         """Means over what is normalised together."""
-        assert isinstance(self._layer, GroupNorm)
-        groups = self._layer.groups
-        shape = (self._view[0], groups, self._view[1] * self._view[2] // groups)
-        return [v.reshape(shape).mean(-1, keepdim=True).repeat_interleave(self._view[1] // groups, 1) for v in values]
+        return [v.mean(-1, keepdim=True) for v in values]
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x.reshape(self._view)
+        x = x.reshape(self._grouped)
         (mean,) = self._means(x)
-        torch.sub(x, mean, out=self._n)
-        (variance,) = self._means(self._n.square())
+        torch.sub(x, mean, out=self._n_grouped)
+        (variance,) = self._means(self._n_grouped.square())
         return self._scaled(variance)
 
     def _scaled(self, variance: Tensor) -> Tensor:
         self._scale = (variance + self._layer.eps).rsqrt_()
-        self._n.mul_(self._scale)
-        return torch.addcmul(self._bias, self._n, self._weight).view(self._site.shape)
+        self._n_grouped.mul_(self._scale)
+        torch.addcmul(self._bias, self._n_view, self._weight, out=self._y_view)
+        return self._y
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         self._dy = dy.reshape(self._view)
         if not need:
             return None
-        g = self._dy * self._weight
-        mean, along_n = self._means(g, g * self._n)
-        return g.sub_(mean).sub_(self._n * along_n).mul_(self._scale).view(self._site.shape)
+        torch.mul(self._dy, self._weight, out=self._dx_view)
+        g, n = self._dx_grouped, self._n_grouped
+        mean, along_n = self._means(g, g * n)
+        g.sub_(mean).addcmul_(n, along_n, value=-1).mul_(self._scale)
+        return self._dx
 
     def backward_weight(self, accumulate: bool = False) -> None:
-        for own, made in zip(self._site.gradients, (self._dy * self._n, self._dy), strict=True):
+        for own, made in zip(self._site.gradients, (self._dy * self._n_view, self._dy), strict=True):
             put_sum(own, made, (0, 2), accumulate)
 
 
-class _BatchNormPass(_GroupNormPass):
+class _BatchNormPass(_NormPass):
     def _means(self, *values: Tensor) -> Sequence[Tensor]:
         """One sum over the data ranks, the number of rows with it."""
         count = values[0].new_full((1,), self._view[0] * self._view[2])
@@ -136,12 +183,12 @@ class _BatchNormPass(_GroupNormPass):
         self._context = context
         if not context.training:
             mean, variance = (b.view(1, -1, 1) for b in self._site.buffers)
-            torch.sub(x.reshape(self._view), mean, out=self._n)
+            torch.sub(x.reshape(self._view), mean, out=self._n_view)
             return self._scaled(variance)
         x = x.reshape(self._view)
         (self._mean,) = self._means(x)
-        torch.sub(x, self._mean, out=self._n)
-        (self._variance,) = self._means(self._n.square())
+        torch.sub(x, self._mean, out=self._n_view)
+        (self._variance,) = self._means(self._n_view.square())
         return self._scaled(self._variance)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:

@@ -19,9 +19,10 @@ from bpkit.nn.containers import AddSkip, StashSkip
 from bpkit.nn.dropout import Dropout
 from bpkit.nn.embedding import Embedding, Positions
 from bpkit.nn.layer import Elementwise, Layer, Shape, output_shapes
-from bpkit.nn.layers import LayerNorm, Linear
+from bpkit.nn.layers import Linear
 from bpkit.nn.losses import CrossEntropy, VocabularyCrossEntropy
 from bpkit.nn.network import Network
+from bpkit.nn.normalisation import LayerNorm
 
 Range = tuple[int, int]
 
