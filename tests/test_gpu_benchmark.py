@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +216,9 @@ def test_the_pages_show_gpus_only(record: dict[str, Any], tmp_path: Path) -> Non
 
 
 def test_records_beside_the_pages_are_of_gpus() -> None:
-    for path in (ROOT / "book/measurements").glob("gpu-*.json"):
+    records = list((ROOT / "book/measurements").glob("gpu-*.json"))
+    assert bool(records) != ("no figure from a GPU in this book yet" in (ROOT / "book/gpu.md").read_text())
+    for path in records:
         found = json.loads(path.read_text())
         assert found["device"]["type"] == "cuda" and not found["quick"] and found["rows"], path.name
 
@@ -226,3 +230,20 @@ def test_on_a_gpu_the_graphs_run_too(tmp_path: Path) -> None:
     assert found["device"]["type"] == "cuda"
     graphed = {row["case"] for row in found["rows"] if row["peer"] == f"{gpu.GRAPHED} (ours too)"}
     assert {f"{case.name}, fp32" for case in gpu.CASES if case.small} <= graphed
+
+
+# The page "Running this on GPU machines"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_script_for_several_hosts_trains(processes: int, tmp_path: Path) -> None:
+    page = (ROOT / "book/gpu.md").read_text()
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "init_process_group" in block]
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    # Without GPUs, also where there are some: with one, NCCL would refuse the second process.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "train.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(re.fullmatch(r"test accuracy (\d+)%\n", done.stdout)[1]) > 93

@@ -91,6 +91,19 @@ def test_environment_uses_the_same_declaration() -> None:
     assert {name_of(entry) for entry in plain} == {"python", "pip"}
     python = next(entry for entry in plain if entry.startswith("python"))
     assert f"Programming Language :: Python :: {python.split('=')[-1]}" in project()["classifiers"]
+    # pip's own index gives Linux the PyTorch with CUDA; another channel, index or build could be one without.
+    assert environment["channels"] == ["conda-forge"] and set(environment) == {"name", "channels", "dependencies"}
+
+
+def test_exact_versions_are_those_that_pyproject_allows() -> None:
+    def number(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in re.findall(r"\d+", version))
+
+    wanted = [*project()["dependencies"], *chain.from_iterable(project()["optional-dependencies"].values())]
+    for text in wanted:
+        operator, least = re.fullmatch(r"[\w.-]+(>=|==)([\w.]+)", text).groups()
+        found = constraints()[name_of(text)]
+        assert number(found) >= number(least) if operator == ">=" else found == least, (text, found)
 
 
 def test_makefile_and_ci_use_the_constraints() -> None:
