@@ -8,8 +8,11 @@ So the second bias belongs to rank 0 alone. What stands between such pairs (norm
 whole; or, with sequence parallelism, for its own tokens only (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2).
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -127,6 +130,22 @@ class TensorLayout:
     skips: tuple[tuple[int, int], ...]
     costs: tuple[int, ...]
     vocabulary: bool
+
+    def joined(self, cuts: Collection[int]) -> TensorLayout:
+        """Return the layout with fewer cuts: between two stages that are not split only those in `cuts` stay."""
+        split = {*self.partial_outputs, *self.partial_inputs}
+        stays = [i in split or i - 1 in split or cut in cuts for i, cut in enumerate(self.cuts, 1)]
+        number = [0, *accumulate(map(int, stays))]  # of the joined stage, for each stage
+
+        def joined(stages: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(sorted({number[stage] for stage in stages}))
+
+        ends = sorted({(number[start], number[end]) for start, end in self.skips})
+        costs = [sum(c for n, c in zip(number, self.costs, strict=True) if n == i) for i in range(number[-1] + 1)]
+        return TensorLayout(tuple(cut for cut, stay in zip(self.cuts, stays, strict=True) if stay),
+                            joined(self.partial_outputs), joined(self.partial_inputs), joined(self.own_tokens),
+                            tuple((start, end) for start, end in ends if start < end), tuple(costs),
+                            self.vocabulary)  # fmt: skip
 
 
 Group = tuple[str, int, int]

@@ -144,7 +144,7 @@ def _sizes(plan: Plan, network: Network, cuts: Sequence[int]) -> tuple[int, ...]
 def _same_layout(plan: Plan, network: Network) -> None:
     """Refuse a plan with a tensor axis that was made for another network."""
     if plan.mesh.tensor > 1:
-        layout = tensor_layout(network, bool(plan.own_tokens))
+        layout = tensor_layout(network, bool(plan.own_tokens)).joined(plan.cuts or ())
         if _tensor_stages(plan) != _tensor_stages(layout):
             raise ValueError(f"{plan.name} splits another network than this one over the tensor axis: make it with "
                              "bp.plan.tensor_parallel(plan, ranks, bp.nn.tensor_layout(network))")  # fmt: skip

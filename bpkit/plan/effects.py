@@ -35,11 +35,11 @@ def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> N
 def _skip(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     for start, end in world.plan.skips:
         if action.stage == end:
-            if (start, action.mb) not in rank.skips:
+            if (start, end, action.mb) not in rank.skips:
                 world.fail(rank, index, f"the skip connection from stage {start}, which it adds, is not there")
-            rank.skips.remove((start, action.mb))
+            rank.skips.remove((start, end, action.mb))
         if action.stage == start:
-            rank.skips.add((start, action.mb))
+            rank.skips.add((start, end, action.mb))
 
 
 def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None:

@@ -35,7 +35,7 @@ def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
         Ranks of the tensor axis.
     layout : TensorLayout
         Of the network (`bpkit.nn.tensor_layout`); each stage of `plan` takes consecutive stages of it, balanced by
-        their costs.
+        their costs, and joins those that are not split.
 
     Raises
     ------
@@ -52,7 +52,10 @@ def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
         raise ValueError(f"{plan.name} has {plan.stages} stages, but the network can only be cut into {len(starts)} "
                          "here, where no skip connection goes past")  # fmt: skip
     costs = [sum(layout.costs[low:high]) for low, high in pairwise([*starts, count])]
-    bounds = list(pairwise([0, *(starts[cut] for cut in balanced_cuts(costs, plan.stages)), count]))
+    cuts = [layout.cuts[starts[cut] - 1] for cut in balanced_cuts(costs, plan.stages)]
+    layout = layout.joined(cuts)
+    count = len(layout.cuts) + 1
+    bounds = list(pairwise([0, *(layout.cuts.index(cut) + 1 for cut in cuts), count]))
     split = {*layout.partial_outputs, *layout.partial_inputs} if tensor > 1 else set()
     rows = tuple(tuple(a for action in row for a in _cut(action, bounds, split)) for row in plan.rows)
     place = tuple(plan.place[stage] for stage, (low, high) in enumerate(bounds) for _ in range(low, high))

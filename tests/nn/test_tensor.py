@@ -70,7 +70,7 @@ def test_shards_sum_to_the_whole(name: str, of: int, sequence: bool) -> None:
     x, t = batch(net)
     value, dy = net.loss.value_and_gradient(net.forward(x, context=HERE), t)
     net.backward(dy)
-    layout = nn.tensor_layout(net, sequence)
+    layout = nn.tensor_layout(net, sequence).joined([])
     plan = tensor_parallel(serial(), of, layout)
     expected = []  # the output of each stage
     for stage in net.opened().split(layout.cuts):
@@ -138,6 +138,11 @@ def test_layout_of_a_gpt() -> None:
     assert layout.partial_outputs == (0, 2, 5) and layout.partial_inputs == (2, 5, 7)
     assert layout.skips == ((1, 3), (4, 6)) and layout.own_tokens == ()
     assert by_tokens == replace(layout, own_tokens=(1, 3, 4, 6))
+    assert by_tokens.joined([8]) == by_tokens
+    joined = by_tokens.joined([])  # between the skips no pipeline is cut
+    assert joined.cuts == (1, 4, 7, 10, 13, 15) and joined.partial_outputs == (0, 2, 4)
+    assert joined.own_tokens == (1, 3, 5) and joined.skips == ((1, 3), (3, 5))
+    assert sum(joined.costs) == sum(by_tokens.costs) and joined.costs[3] == sum(by_tokens.costs[3:5])
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -168,3 +168,11 @@ def test_a_later_step_sees_new_weights_only():
     row = tuple(map(Action.parse, ["0ZERO", "0F0", "0LOSS0", "0B0", "0UPDATE", "0F0"]))
     with pytest.raises(PlanError, match="already updated"):
         check(Plan("p", (row,), 1))
+
+
+def test_nested_skips_are_followed_each():
+    plan = Plan.parse(TOKENS.replace("skips 1-3", "skips 1-2 1-3 2-4"))
+    check(plan)
+    again = TOKENS.replace("4LOSS0 ", "4LOSS0 3RECOMPUTE0 ").replace("skips 1-3", "skips 1-3")
+    with pytest.raises(PlanError, match="the skip connection from stage 1, which it adds, is not there"):
+        check(Plan.parse(again))
