@@ -43,12 +43,7 @@ def reduce_scatter(n: int, stage: int = 0) -> Rows:
 
     Steps n - 1.  Sent by rank r: ``S - s_r``.  Time ``(n - 1) (alpha + beta S/n)``.
     """
-    rows: Rows = [[] for _ in range(n)]
-    for k in range(n - 1):
-        for r, row in enumerate(rows):
-            row.append(_send(stage, _part(r - k - 1, n), (r + 1) % n))
-            row.append(_add(stage, _part(r - k - 2, n), (r - 1) % n))
-    return rows
+    return _round(n, stage, 1, _add)
 
 
 def all_gather(n: int, stage: int = 0) -> Rows:
@@ -56,11 +51,16 @@ def all_gather(n: int, stage: int = 0) -> Rows:
 
     Steps n - 1.  Sent by rank r: ``S - s_(r+1)``.  Time ``(n - 1) (alpha + beta S/n)``.
     """
+    return _round(n, stage, 0, _take)
+
+
+def _round(n: int, stage: int, behind: int, receive: Callable[[int, Part, int], Action]) -> Rows:
+    """A ring in which rank r first sends part r - behind, and then what it received last."""
     rows: Rows = [[] for _ in range(n)]
-    for k in range(n - 1):
+    for k in range(behind, behind + n - 1):
         for r, row in enumerate(rows):
             row.append(_send(stage, _part(r - k, n), (r + 1) % n))
-            row.append(_take(stage, _part(r - k - 1, n), (r - 1) % n))
+            row.append(receive(stage, _part(r - k - 1, n), (r - 1) % n))
     return rows
 
 

@@ -69,16 +69,10 @@ def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType(
         for buf in reads:
             readers.setdefault(buf, []).append(index)
         for buf in changes:
-            _record_change(row, index, changers.setdefault(buf, []), readers.setdefault(buf, []))
+            if action.part is None:  # a change of the whole makes all that came before irrelevant
+                changers[buf], readers[buf] = [], []
+            changers.setdefault(buf, []).append(index)
         last_in_stream[action.verb.stream] = index
         if action.verb.stream == "compute":
             last_compute = index
     return tuple(result)
-
-
-def _record_change(row: Sequence[Action], index: int, changers: list[int], readers: list[int]) -> None:
-    """Note a change of a buffer; one of the whole buffer makes all that came before irrelevant."""
-    if row[index].part is None:
-        changers.clear()
-        readers.clear()
-    changers.append(index)

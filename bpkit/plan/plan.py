@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 from bpkit.plan.actions import PARTNERS, Action
 from bpkit.plan.mesh import Coordinate, Mesh
@@ -23,7 +23,19 @@ MERGES: Final[dict[str, str]] = {
 }
 
 
-_COUNTS: Final = ("staleness", "gradient_buffers", "parameter_buffers")
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split()))
+
+
+#: The lines of a plan's text between its name and its rows, in their order, and what reads each.
+_LINES: Final[dict[str, Callable[[str], Any]]] = {
+    "mesh": lambda text: Mesh(**{axis: int(size) for axis, size in (word.split("=") for word in text.split())}),
+    "stages": int, "microbatches": int, "merge": str,
+    **dict.fromkeys(("place", "cuts", "partial_outputs", "partial_inputs", "own_tokens", "servers", "tied"), _numbers),
+    "skips": lambda text: tuple(tuple(map(int, word.split("-"))) for word in text.split()),
+    **dict.fromkeys(("opened", "expanded", "stashed"), "yes".__eq__),
+    "purpose": str, "holds": str, **dict.fromkeys(("staleness", "gradient_buffers", "parameter_buffers"), int),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -211,18 +223,11 @@ class Plan:
         return hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        lines = [f"plan {self.name}", f"mesh {self.mesh}"]
-        for key in ("stages", "microbatches", "merge"):
-            lines.append(f"{key} {getattr(self, key)}")
-        for key in ("place", "cuts", "partial_outputs", "partial_inputs", "own_tokens", "servers", "tied"):
+        lines, defaults = [f"plan {self.name}"], {f.name: f.default for f in fields(self)}
+        for key in _LINES:
             value = getattr(self, key)
-            if value:
-                lines.append(f"{key} {' '.join(map(str, value))}")
-        lines += [f"skips {' '.join(f'{start}-{end}' for start, end in self.skips)}"] if self.skips else []
-        lines += [f"{key} yes" for key in ("opened", "expanded", "stashed") if getattr(self, key)]
-        for key, default in (("purpose", "train"), ("holds", "all"), *((key, 0) for key in _COUNTS)):
-            if getattr(self, key) != default:
-                lines.append(f"{key} {getattr(self, key)}")
+            if key in ("microbatches", "merge") or value not in (defaults[key], ()):
+                lines.append(f"{key} {_written(value)}")
         lines += ["row " + " ".join(map(str, row)) for row in self.rows]
         return "\n".join(lines)
 
@@ -235,8 +240,7 @@ class Plan:
         ValueError
             If a line is not of the form that ``str(plan)`` prints; the line is named.
         """
-        known = {f.name for f in fields(cls)}
-        values: dict[str, object] = {}
+        values: dict[str, Any] = {}
         rows: list[tuple[Action, ...]] = []
         for number, line in enumerate(text.strip().splitlines(), 1):
             key, _, rest = line.strip().partition(" ")
@@ -245,23 +249,20 @@ class Plan:
                     rows.append(tuple(map(Action.parse, rest.split())))
                 elif key == "plan":
                     values["name"] = rest
-                elif key == "mesh":
-                    values["mesh"] = Mesh(**{k: int(v) for k, v in (word.split("=") for word in rest.split())})
-                elif key in ("stages", "microbatches", *_COUNTS):
-                    values[key] = int(rest)
-                elif key in ("merge", "purpose", "holds"):
-                    values[key] = rest
-                elif key == "skips":
-                    values[key] = tuple(tuple(map(int, word.split("-"))) for word in rest.split())
-                elif key in ("opened", "expanded", "stashed"):
-                    values[key] = rest == "yes"
-                elif key in known:
-                    values[key] = tuple(map(int, rest.split()))
+                elif key in _LINES:
+                    values[key] = _LINES[key](rest)
                 else:
                     raise ValueError(f"unknown key {key!r}")
             except (ValueError, TypeError) as error:
                 raise ValueError(f"line {number} of the plan, {line.strip()!r}: {error}") from None
-        return cls(rows=tuple(rows), **values)  # type: ignore[arg-type]
+        return cls(rows=tuple(rows), **values)
+
+
+def _written(value: object) -> str:
+    """A value as `_LINES` reads it."""
+    if isinstance(value, tuple):
+        return " ".join("-".join(map(str, one)) if isinstance(one, tuple) else str(one) for one in value)
+    return "yes" if value is True else str(value)
 
 
 def scatters(row: Sequence[Action], stage: int) -> bool:
