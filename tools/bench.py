@@ -25,10 +25,12 @@ def main(names: list[str]) -> int:
     for name in names or found:
         print(f"\n==== {name}", flush=True)
         start = time.monotonic()
-        command = [sys.executable, str(found[name]), "--json", str(RESULTS / f"{name}.json")]
-        if subprocess.run(command, cwd=ROOT).returncode:
+        file = RESULTS / f"{name}.json"
+        file.unlink(missing_ok=True)
+        if subprocess.run([sys.executable, str(found[name]), "--json", str(file)], cwd=ROOT).returncode:
             failed.append(name)
-        print(f"{name}: {time.monotonic() - start:.0f} s, build/bench/{name}.json", flush=True)
+        made = f"build/bench/{name}.json" if file.exists() else "nothing recorded"  # such as without a GPU
+        print(f"{name}: {time.monotonic() - start:.0f} s, {made}", flush=True)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return int(bool(failed))
