@@ -2,9 +2,7 @@
 
 import gzip
 import hashlib
-import math
 import os
-import struct
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -84,8 +82,8 @@ def mnist(cache: str | os.PathLike[str] | None = None, dtype: torch.dtype = torc
     """
     folder = Path(cache) if cache is not None else _cache_folder()
     opener = opener or (lambda url: urllib.request.urlopen(url, timeout=30))
-    arrays = [_read_idx(_fetch(name, digest, folder / "mnist", opener)) for name, digest in _MNIST_FILES.items()]
-    x, t, test_x, test_t = arrays
+    files = (_fetch(name, digest, folder / "mnist", opener) for name, digest in _MNIST_FILES.items())
+    x, t, test_x, test_t = map(_read_idx, files)
     return Dataset("mnist", _pixels(x, dtype), t.long(), _pixels(test_x, dtype), test_t.long())
 
 
@@ -132,9 +130,8 @@ def _download(name: str, folder: Path, opener: Opener) -> bytes:
 def _read_idx(data: bytes) -> Tensor:
     """Return the uint8 array of a compressed IDX file (the format is given on MNIST's page)."""
     raw = gzip.decompress(data)
-    zero, kind, dimensions = struct.unpack(">HBB", raw[:4])
-    shape = struct.unpack(f">{dimensions}I", raw[4 : 4 + 4 * dimensions])
-    body = raw[4 + 4 * dimensions :]
-    if zero != 0 or kind != 8 or len(body) != math.prod(shape):
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    body = np.frombuffer(raw, np.uint8, offset=4 + shape.nbytes)
+    if raw[:3] != b"\0\0\x08" or len(body) != shape.prod():
         raise ValueError("not an IDX file of unsigned bytes")
-    return torch.from_numpy(np.frombuffer(body, dtype=np.uint8).reshape(shape).copy())
+    return torch.from_numpy(body.reshape(shape).copy())

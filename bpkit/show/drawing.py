@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from html import escape
 from typing import Any, Final
 
 from matplotlib import rc_context, rcParams
@@ -96,7 +97,7 @@ class Drawing(Figure):
             self.savefig(out, **_SVG, bbox_inches="tight")
         drawn = out.getvalue()
         at = drawn.index(">", drawn.index("<svg")) + 1
-        return f'{drawn[: at - 1]} role="img"><title>{_escaped(self.alt)}</title>{drawn[at:]}'
+        return f'{drawn[: at - 1]} role="img"><title>{escape(self.alt, quote=False)}</title>{drawn[at:]}'
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
         # A fixed text: what a measured figure says in words differs from run to run.
@@ -125,7 +126,3 @@ def setup() -> None:
         return
     if get_ipython() is not None:
         set_matplotlib_formats("svg", metadata={"Date": None})
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

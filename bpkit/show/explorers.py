@@ -162,16 +162,15 @@ class Explorer(anywidget.AnyWidget):
     def _measure(self, scaling: str) -> None:
         self.failure = None
         try:
-            measurement = self._call_run(scaling)
+            values = {"phase": "measured", "own": [*self.own, self._call_run(scaling)], "progress": 1.0}
         except BaseException as failure:  # whatever a run raises belongs in the figure, not in a lost thread
-            stopped = self._stop.is_set()
-            self.failure = None if stopped else failure
-            self._finish("stopped") if stopped else self._finish("failed", error=sentence(failure))
-            return
+            self.failure, values = failure, {"phase": "failed", "error": sentence(failure)}
         if self._stop.is_set():
-            self._finish("stopped")
-        else:
-            self._finish("measured", own=[*self.own, measurement], progress=1.0)
+            self.failure, values = None, {"phase": "stopped"}
+        with self._lock:
+            self._show(**values)
+            # From here on a click may start the next run, though this thread takes a moment to end.
+            self._thread = None
 
     def _call_run(self, scaling: str) -> dict[str, Any]:
         assert self._run is not None
@@ -181,23 +180,14 @@ class Explorer(anywidget.AnyWidget):
             nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_MESSAGES:
                 last = time.monotonic()
-                self._report(progress=min(1.0, max(0.0, float(fraction))), status=str(text))
+                with self._lock:
+                    phase = "stopping" if self._stop.is_set() else "running"
+                    self._show(phase=phase, progress=min(1.0, max(0.0, float(fraction))), status=str(text))
 
         return self._checked(self._run(progress=report, stop=self._stop, scaling=scaling))
 
     def _checked(self, found: Any) -> dict[str, Any]:
         return check(found, "the new measurement")
-
-    def _report(self, **values: Any) -> None:
-        with self._lock:
-            phase = "stopping" if self._stop.is_set() else "running"
-            self._show(phase=phase, **values)
-
-    def _finish(self, phase: str, **values: Any) -> None:
-        with self._lock:
-            self._show(phase=phase, **values)
-            # From here on a click may start the next run, though this thread takes a moment to end.
-            self._thread = None
 
     def _show(self, **values: Any) -> None:
         with self.hold_sync():
@@ -301,16 +291,12 @@ def _bind(network: Any, data: Any, workers: Sequence[int], measure: Any, options
         raise ValueError("a measurement needs both network= and data=")
 
     def run(**live: Any) -> Any:
-        return (measure or _measure_scaling())(network, data, workers=list(workers), **{**live, **options})
+        # Late, since a page of recorded measurements needs neither processes nor what measures them.
+        from bpkit.measure import scaling
+
+        return (measure or scaling)(network, data, workers=list(workers), **{**live, **options})
 
     return run
-
-
-def _measure_scaling() -> Callable[..., Any]:
-    # Late, since a page of recorded measurements needs neither processes nor what measures them.
-    from bpkit.measure import scaling
-
-    return scaling
 
 
 def explorer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ _WIDTH = 7.2  # inches, of the book's column
 _CHARACTER = 0.075  # inches of one character of a label
 _KINDS = {"F": "forward", "RECOMPUTE": "forward", "B": "backward", "I": "backward", "W": "backward", "UPDATE": "update"}
 _HATCH = "////"
+_MARKERS = {"backward": "o", "communication": "s", "update": "D", "waiting_for_core": "^", "forward": "v", "other": "P"}
 
 
 def timeline(what: Trace | TrainResult, step: int | None = None, ranks: Sequence[int] | None = None) -> Drawing:
@@ -89,9 +91,7 @@ def _events(axes: Axes, trace: Trace, shown: list[int], span: float, factor: flo
         axes.broken_barh([(left, width)], (top, height), facecolor=FILLS[kind][0], linewidth=0.6, **outline)
         if wait:
             blocked = ((start - origin) / factor, wait / factor)
-            axes.broken_barh(
-                [blocked], (lane - 0.35, 0.44), facecolor="none", edgecolor=INK, hatch=_HATCH, linewidth=0.0
-            )
+            axes.broken_barh([blocked], (lane - 0.35, 0.44), facecolor="none", edgecolor=INK, hatch=_HATCH, linewidth=0)
         if compute and width / span * (_WIDTH - 1.2) > _CHARACTER * len(cell):
             axes.text(left + width / 2, lane - 0.13, cell, color=FILLS[kind][1], ha="center", va="center", fontsize=8)
     return seen
@@ -140,14 +140,10 @@ def breakdown(what: Report | Scaling) -> Drawing:
             axes.set_ylabel(TEXT["workers"])
         hidden = any(bar.hidden_communication > 0 for _, bar in bars)
         _legend(axes, [*names, *["hidden_communication"] * hidden])
-    words = [
-        TEXT["breakdown_bar"].format(
-            label,
-            table.seconds(bar.parts.total),
-            ", ".join(f"{TEXT[name]} {table.seconds(getattr(bar.parts, name))}" for name in names),
-        )
-        for label, bar in bars
-    ]
+    words = []
+    for label, bar in bars:
+        parts = ", ".join(f"{TEXT[name]} {table.seconds(getattr(bar.parts, name))}" for name in names)
+        words.append(TEXT["breakdown_bar"].format(label, table.seconds(bar.parts.total), parts))
     figure.alt = TEXT["breakdown_alt"].format("; ".join(words) + ".")
     return figure
 
@@ -169,9 +165,8 @@ def speedup(*measured: Scaling, names: Sequence[str] | None = None) -> Drawing:
     """
     if not measured:
         raise ValueError("speedup draws at least one measurement of bp.scaling")
-    shown = (
-        [f"{m.experiment['scaling']}, {m.experiment['network']}" for m in measured] if names is None else list(names)
-    )
+    usual = [f"{m.experiment['scaling']}, {m.experiment['network']}" for m in measured]
+    shown = usual if names is None else list(names)
     if len(shown) != len(measured):
         raise ValueError(f"{len(measured)} measurements but {len(shown)} names")
     most = max(p.workers for m in measured for p in m.points)
@@ -179,9 +174,7 @@ def speedup(*measured: Scaling, names: Sequence[str] | None = None) -> Drawing:
         figure = Drawing((4.8, 3.4))
         axes = figure.add_subplot()
         axes.plot([1, most], [1, most], color=INK, linestyle="--", linewidth=1, label=TEXT["ideal"])
-        for one, name, kind, marker in zip(
-            measured, shown, _cycle(len(measured)), "osD^vP" * len(measured), strict=False
-        ):
+        for one, name, (kind, marker) in zip(measured, shown, cycle(_MARKERS.items()), strict=False):
             counts = [p.workers for p in one.points]
             values = np.array([p.speedup for p in one.points])
             # A step as short as the first quartile would be faster by median / q1.
@@ -191,17 +184,10 @@ def speedup(*measured: Scaling, names: Sequence[str] | None = None) -> Drawing:
         axes.set(xlabel=TEXT["workers"], ylabel=TEXT["speedup"], ylim=(0, None), xlim=(0.8, most + 0.2))
         axes.set_xticks(sorted({p.workers for m in measured for p in m.points}))
         axes.legend()
-    words = [
-        f"{name}: " + ", ".join(TEXT["speedup_point"].format(p.speedup, p.workers) for p in one.points)
-        for one, name in zip(measured, shown, strict=True)
-    ]
+    curves = [", ".join(TEXT["speedup_point"].format(p.speedup, p.workers) for p in one.points) for one in measured]
+    words = [f"{name}: {curve}" for name, curve in zip(shown, curves, strict=True)]
     figure.alt = TEXT["speedup_alt"].format("; ".join(words) + ".")
     return figure
-
-
-def _cycle(count: int) -> list[str]:
-    kinds = ["backward", "communication", "update", "waiting_for_core", "forward", "other"]
-    return [kinds[i % len(kinds)] for i in range(count)]
 
 
 def plan(plan: Plan) -> Drawing:
