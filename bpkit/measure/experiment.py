@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -86,29 +87,19 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
     optimizer = optimizer or (SGD(0.1, momentum=0.9) if lr is None else SGD(lr))
     for made in plans.values():
         compile(made, network)  # refuses a plan that does not fit, before anything starts
-    runs: dict[int, list[TrainResult]] = {n: [] for n in counts}
-    reached: dict[int, TrainResult] = {}
-    with ExitStack() as stack:
-        bar = stack.enter_context(Bar(progress))
-        clusters = {n: stack.enter_context(Cluster(n, backend, threads_per_worker, timeout)) for n in counts}
-        turns = _turns(counts, repetitions, target is not None)
-        for index, (n, repetition) in enumerate(turns):
-            what = "target accuracy" if repetition is None else f"repetition {repetition + 1} of {repetitions}"
-            inner = bar.part(index, len(turns), f"{what}, {n} worker{'s' * (n > 1)}")
-            if stop is not None and stop.is_set():
-                raise Stopped("the measurement was stopped")
-            inner(0.0, "")
-            result = clusters[n].train(network, data, plans[n], batch=batch * (n if scaling == "weak" else 1),
-                                       steps=target_steps if repetition is None else warmup + steps,
-                                       optimizer=optimizer, seed=seed, record=1 if repetition is None else steps,
-                                       evaluate_every=evaluate_every if repetition is None else 0,
-                                       target=target if repetition is None else None, progress=inner,
-                                       stop=stop)  # fmt: skip
-            if repetition is None:
-                reached[n] = result
-            else:
-                runs[n].append(result)
-        bar(1.0, "done")
+
+    def job(n: int, what: str, **settings: Any) -> tuple[str, Plan, dict[str, Any]]:
+        size = batch * (n if scaling == "weak" else 1)
+        same = {"batch": size, "optimizer": optimizer, "seed": seed}
+        return f"{what}, {n} worker{'s' * (n > 1)}", plans[n], {**same, **settings}
+
+    timed = [job(n, f"repetition {r + 1} of {repetitions}", steps=warmup + steps, record=steps, target=None)
+             for r in range(repetitions) for n in np.roll(counts, -r).tolist()]  # fmt: skip
+    more = [job(n, "target accuracy", steps=target_steps, record=1, evaluate_every=evaluate_every, target=target)
+            for n in counts if target is not None]  # fmt: skip
+    results = train_in_turn(network, data, [*timed, *more], progress, stop, (backend, threads_per_worker, timeout))
+    runs = {n: [result for result in results[: len(timed)] if result.workers == n] for n in counts}
+    reached = {result.workers: result for result in results[len(timed) :]}
     experiment = {"network": network.describe().split(", ")[0],
                   "parameters": sum(p.numel() for p in network.parameters()), "data": data.name, "batch": batch,
                   "scaling": scaling, "plan": _plan_name(plans[counts[-1]], counts[-1]),
@@ -116,6 +107,25 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
                   "warmup": warmup, "repetitions": repetitions, "optimizer": str(optimizer), "seed": seed,
                   "target_accuracy": target}  # fmt: skip
     return Scaling(machine(name), experiment, _points(runs, reached, target))
+
+
+def train_in_turn(network: Network, data: Dataset, jobs: Sequence[tuple[str, Plan, dict[str, Any]]],
+                  progress: Tell | None, stop: threading.Event | None,
+                  cluster: tuple[str, int, float] = ("auto", 1, 60.0)) -> list[TrainResult]:  # fmt: skip
+    """Train by each job's plan and settings, from the same weights; `cluster`: backend, threads, timeout."""
+    results = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(Bar(progress))
+        counts = dict.fromkeys(plan.workers for _, plan, _ in jobs)
+        clusters = {n: stack.enter_context(Cluster(n, *cluster)) for n in counts}
+        for index, (what, plan, settings) in enumerate(jobs):
+            if stop is not None and stop.is_set():
+                raise Stopped("the measurement was stopped")
+            tell = bar.part(index, len(jobs), what)
+            tell(0.0, "")
+            results.append(clusters[plan.workers].train(network, data, plan, progress=tell, stop=stop, **settings))
+        bar(1.0, "done")
+    return results
 
 
 def _points(runs: dict[int, list[TrainResult]], reached: dict[int, TrainResult],
@@ -199,12 +209,3 @@ def _plan(plan: Callable[[int], Plan], n: int) -> Plan:
 def _plan_name(plan: Plan, workers: int) -> str:
     """The plan's name with n for the number of workers."""
     return re.sub(rf"\b{workers}\b", "n", plan.name, count=1) if workers > 1 else plan.name
-
-
-def _turns(counts: Sequence[int], repetitions: int, target: bool) -> list[tuple[int, int | None]]:
-    """The order of runs: (workers, repetition), rotated, and at the end the runs to the target (None)."""
-    turns: list[tuple[int, int | None]] = []
-    for r in range(repetitions):
-        shift = r % len(counts)
-        turns += [(n, r) for n in [*counts[shift:], *counts[:shift]]]
-    return turns + [(n, None) for n in counts if target]

@@ -2,20 +2,20 @@
 
 import threading
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from bpkit.data import Dataset
+from bpkit.measure.experiment import train_in_turn
 from bpkit.measure.host import machine
 from bpkit.measure.pipeline import period
 from bpkit.measure.reports import summarize
 from bpkit.nn import Network, mlp
 from bpkit.plan import Action, Plan
-from bpkit.run.cluster import Cluster, TrainResult
-from bpkit.run.progress import Bar, Tell
+from bpkit.run.cluster import TrainResult
+from bpkit.run.progress import Tell
 from bpkit.simulate import Times, simulate
 from bpkit.trace import Trace
 
@@ -52,18 +52,12 @@ def schedules(network: Network, data: Dataset, plans: Sequence[Plan], *, batch: 
         CPU times of its actions), and ``timeline`` of the step nearest to the median: ``[rank, cell, begin, end,
         cpu]`` in microseconds.
     """
-    results: list[list[TrainResult]] = [[] for _ in plans]
-    with ExitStack() as stack:
-        bar = stack.enter_context(Bar(progress))
-        clusters = {n: stack.enter_context(Cluster(n)) for n in dict.fromkeys(plan.workers for plan in plans)}
-        for turn in range(repetitions * len(plans)):
-            plan, found = plans[turn % len(plans)], results[turn % len(plans)]
-            tell = bar.part(turn, repetitions * len(plans), plan.name)
-            found.append(clusters[plan.workers].train(network, data, plan, batch=batch, steps=warmup + steps, lr=0.1,
-                                                      record=steps, progress=tell, stop=stop))  # fmt: skip
+    settings = {"batch": batch, "steps": warmup + steps, "lr": 0.1, "record": steps}
+    jobs = [(plan.name, plan, settings) for _ in range(repetitions) for plan in plans]
+    results = train_in_turn(network, data, jobs, progress, stop)
     experiment = {"network": network.describe().split(", ")[0], "data": data.name, "batch": batch, "steps": steps,
-                  "warmup": warmup, "repetitions": repetitions, "backend": results[0][0].backend}  # fmt: skip
-    points = [_point(found) for found in results]
+                  "warmup": warmup, "repetitions": repetitions, "backend": results[0].backend}  # fmt: skip
+    points = [_point(results[i :: len(plans)]) for i in range(len(plans))]
     return {"format": FORMAT, "machine": machine(name), "experiment": experiment, "points": points}
 
 
