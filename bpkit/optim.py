@@ -61,12 +61,12 @@ class cosine:
         return self.floor + (self.lr - self.floor) * (1 + math.cos(math.pi * t)) / 2
 
 
-def clip_factor(norm: float, max_norm: float | None) -> float:
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """Return what gradients of global `norm` are multiplied by so that it is at most `max_norm`.
 
-    min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``; 1 for no limit.
+    min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``, on the norm's device.
     """
-    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+    return (max_norm / (norm + 1e-6)).clamp_(max=1.0)
 
 
 class Optimizer:
@@ -79,7 +79,7 @@ class Optimizer:
     weight_decay : float
     clip : float or None
         Largest global norm of the scaled gradient. Who calls `update` sees to it, since the norm may span
-        ranks: ``scale *= clip_factor(scale * norm, optimizer.clip)``.
+        ranks: ``grads * clip_factor(scale * norm, optimizer.clip)``.
     """
 
     lr: float | Schedule

@@ -86,7 +86,7 @@ class _EmbeddingPass(Pass):
         y = self._y.view(-1, self._width)
         torch.index_select(self._weight, 0, self._tokens, out=y)
         if self._outside is not None:
-            y[self._outside] = 0.0
+            y.masked_fill_(self._outside.unsqueeze(1), 0.0)
         return self._y
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:

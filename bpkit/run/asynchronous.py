@@ -35,10 +35,12 @@ def rounds(comm: Comm, job: Job, staleness: int | None = None) -> Outcome:
         arrivals = _serve(comm, runner, staleness, log)
     else:
         runner.executor.run(0, log, 0)
-    runner.check(0)
+        runner.executor.finish()
+    losses = runner.step.loss()()
+    runner.checked(0, losses)
     share = 1 / (runner.plan.mesh.data - len(runner.plan.servers))
     starts = [int(log.start[0][i]) for i, action in enumerate(row) if action.kind == "ZERO"] or [began] * job.steps
-    result = outcome(runner.buffers, [loss * share for loss in runner.step.losses], [*starts, perf_counter_ns()], log)
+    result = outcome(runner.buffers, [loss * share for loss in losses], [*starts, perf_counter_ns()], log)
     return replace(result, arrivals=tuple(arrivals))
 
 
@@ -50,12 +52,11 @@ def _load(runner: Runner, job: Job) -> None:
         sizes = shard_sizes_of(plan, job.batch, job.shards, m)
         low = sum(sizes[:rank])
         rows = job.data.indices(m, job.batch, job.seed)[low : low + sizes[rank]]
-        inputs.append(job.data.inputs[rows])
-        targets.append(job.data.targets[rows])
+        inputs.append(runner.feed(job.data.inputs, rows))
+        targets.append(runner.feed(job.data.targets, rows))
         contexts.append(Context(step=m, first=low, training=True))
-        weights.append(1.0 / max(1, job.network.loss.terms(targets[-1])))
+        weights.append(1.0 / max(1, job.network.loss.terms(job.data.targets[rows])))
     step.inputs, step.targets, step.contexts, step.weights = inputs, targets, contexts, weights
-    step.losses = [0.0] * plan.microbatches
 
 
 def _serve(comm: Comm, runner: Runner, staleness: int, log: Log) -> list[int]:

@@ -128,7 +128,7 @@ class Buffers:
             if block is None:
                 self.gathered_parts = "RESHARD" in kinds
                 place = self._rooms(plan, plan.parameter_buffers)
-                block = torch.zeros(self._most, dtype=self.network.dtype, device=self.network.device)
+                block = self.groups.data.empty(self._most, self.network.dtype)
         elif kinds & {"SEND_P", "AVERAGE"}:
             place = self._rooms(plan, 0)
             block = self.groups.data.empty(self._most, self.network.dtype)
@@ -234,7 +234,7 @@ class Buffers:
     def clean(self, stage: int) -> None:
         """Make the padding of a reduced gradient zero again, where stages share gradient buffers."""
         if stage in self._padding and len(self._padding[stage]):
-            self.reduced[stage][self._padding[stage]] = 0.0
+            self.reduced[stage].index_fill_(0, self._padding[stage], 0.0)
 
     def gather(self, stage: int) -> Handle:
         """Start to make a stage's parameters whole."""

@@ -36,13 +36,17 @@ class Cluster(Pool):
         Number of ranks.
     backend : {"auto", "shm", "gloo", "nccl"}
         Transport: shared memory of one host, gloo (TCP, on one host over loopback), or NCCL (one GPU a rank).
-        ``auto`` takes shared memory where there is room for it.
+        ``auto`` takes NCCL where each worker has a GPU of its own, else shared memory where there is room for it.
     threads_per_worker : int
         Threads that each worker computes with.
     timeout : float
         Seconds that a worker may wait for another before the run is given up.
     start_method : str, optional
         ``forkserver`` or ``spawn``; chosen for the platform where None.
+    device : {"auto", "cpu", "cuda"}
+        What workers compute on.  ``auto`` takes CUDA only where there is a GPU for each worker and no transport of the
+        host is asked for.  With ``cuda`` and fewer GPUs than workers several share one: their tensors go through the
+        host's memory, which shows that a plan is right, but no speedup.
 
     Raises
     ------

@@ -250,7 +250,7 @@ class Comm(abc.ABC):
         """Refuse what this transport cannot carry."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{what} takes a torch.Tensor, not {type(tensor).__name__}")
-        if tensor.device.type != self.device.type:
+        if tensor.device.type not in (self.device.type, "cpu"):  # those of the CPU go by way of the device
             raise ValueError(f"{what}: the {self.name} transport carries {self.device.type} tensors, "
                              f"this one is on {tensor.device}")
         if tensor.dtype not in DTYPE_CODES:

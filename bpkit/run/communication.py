@@ -88,25 +88,19 @@ class Communication:
         return average
 
     def _norm(self, action: Action, index: int) -> Runner:
-        buffers, step, mesh = self.buffers, self.step, self.buffers.program.plan.mesh
+        buffers, mesh = self.buffers, self.buffers.program.plan.mesh
         summed = mesh.pipeline * mesh.tensor > 1 or (bool(buffers.reduced) and mesh.data > 1)
         # In the sum over all ranks a gradient that was not scattered stands once for each data rank.
         gradients = [(buffers.reduced.get(s, buffers.gradients[s]), buffers.counted(s),
                       mesh.data if summed and s not in buffers.reduced else 1) for s in buffers.stages]  # fmt: skip
         squares = buffers.squares
 
-        def take() -> None:
-            step.squares = float(squares)
-
         def norm() -> Handle | None:
             for stage in buffers.stages:
                 buffers.clean(stage)
             parts = [torch.dot(g, g if mask is None else g * mask) / times for g, mask, times in gradients]
             squares.copy_(torch.stack(parts).sum())
-            if summed:
-                return Then(buffers.groups.world.post_all_reduce(squares), then=take)
-            take()
-            return None
+            return buffers.groups.world.post_all_reduce(squares) if summed else None
 
         return norm
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter_ns, thread_time_ns
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bpkit.nn import Context
@@ -40,8 +41,7 @@ class StepData:
     contexts: Sequence[Context] = ()
     weights: Sequence[float] = ()  # of each microbatch's terms, in LOSS
     scale: float = 1.0  # of the merged gradient, in UPDATE
-    losses: list[float] = field(default_factory=list)  # of each microbatch: the sum over its terms, weighted
-    squares: float = 0.0  # this step's squared gradient norm, where a NORM runs
+    losses: dict[int, Tensor] = field(default_factory=dict)  # of each microbatch: the sum over its terms
     sum_over_data: Callable[[Tensor], Tensor] | None = None  # for batch norm over all data ranks
 
     def load(self, number: int, inputs: Tensor, targets: Tensor, first: int, microbatches: int) -> None:
@@ -51,7 +51,21 @@ class StepData:
         for part in self.inputs:
             starts.append(starts[-1] + len(part))
         self.contexts = [Context(number, start, True, self.sum_over_data) for start in starts[:-1]]
-        self.number, self.losses, self.squares = number, [0.0] * microbatches, 0.0
+        self.number, self.losses = number, {}
+
+    def loss(self) -> Callable[[], list[float]]:
+        """What gives the microbatches' weighted losses once the step has ended; nobody waits for them before."""
+        places, weights, values = list(self.losses), self.weights, list(self.losses.values())
+        if values and values[0].is_cuda:
+            values = list(torch.stack(values).to("cpu", non_blocking=True))  # into pinned memory
+
+        def read() -> list[float]:
+            result = [0.0] * len(weights)
+            for mb, value in zip(places, values, strict=True):
+                result[mb] = float(value) * weights[mb]
+            return result
+
+        return read
 
 
 @dataclass
@@ -78,6 +92,7 @@ class Executor:
     row: Sequence[Instruction]
     bound: Sequence[Runner]
     groups: Groups
+    ahead = 0  # steps under way when `run` returns
     _pending: dict[int, _Pending] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -88,9 +103,12 @@ class Executor:
 
     def _blank(self) -> tuple[list[int], ...]:
         """One step's columns: start, end, wait, CPU time (-1: not taken) and bytes (-1: not counted)."""
-        native = [-1 if s.action.verb.axis and s.payload and not s.counted else 0 for s in self.row]
         width = len(self.row)
-        return [0] * width, [0] * width, [0] * width, [-1] * width, native
+        return [0] * width, [0] * width, [0] * width, [-1] * width, native_bytes(self.row)
+
+    def finish(self) -> int:
+        """Nothing to wait for: `run` has filled the log, and the host's clock says when the step began (0)."""
+        return 0
 
     def run(self, step: int, log: Log, line: int) -> None:
         """Run the row once; line `line` of the log is filled."""
@@ -193,6 +211,11 @@ class Executor:
         if deadline and now > deadline:
             raise PeerTimeout(f"waited {self.groups.world.timeout:g} s for {self.row[index].action}")
         return deadline or now + self.groups.world.timeout
+
+
+def native_bytes(row: Sequence[Instruction]) -> list[int]:
+    """Bytes of each action before anything is counted; -1 where a native collective does not count."""
+    return [-1 if step.action.verb.axis and step.payload and not step.counted else 0 for step in row]
 
 
 def assign_slots(row: Sequence[Action]) -> dict[tuple[int, int], int]:

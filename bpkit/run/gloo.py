@@ -93,8 +93,6 @@ class DistributedComm(Comm):
         self._members: Any = None  # the process group; None is all ranks
         self._threads: ThreadPoolExecutor | None = None
         self._held: list[deque[tuple[int, Any, torch.Tensor]]] = [deque() for _ in range(size)]
-        if device != "cpu":
-            torch.cuda.set_device(self.device)
         if not dist.is_initialized():
             store = dist.FileStore(path, size) if path else None
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout),
@@ -116,10 +114,7 @@ class DistributedComm(Comm):
         waits[1], waits[0] = peer, OPERATIONS.index(operation)
         start = perf_counter_ns()
         try:
-            result = function(*args, **named)
-            if self.device.type == "cuda":
-                torch.cuda.current_stream().synchronize()
-            return result
+            return function(*args, **named)  # NCCL's only make the current stream wait
         except RuntimeError as error:
             text = str(error)
             if "imed out" in text or "imeout" in text:
@@ -148,7 +143,7 @@ class DistributedComm(Comm):
         self.check_tensor(tensor, "send")
         if tensor.dim() > MAX_DIMS:
             raise ValueError(f"send: a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} travel")
-        data = _bytes(tensor)
+        data = _bytes(tensor).to(self.device)
         shape = (*tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
         header = torch.frombuffer(bytearray(_HEAD.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *shape)),
                                   dtype=torch.uint8)
@@ -173,7 +168,8 @@ class DistributedComm(Comm):
         else:
             self.check_tensor(tensor, "recv")
             check_message(tensor, shape, dtype, source)
-        target = tensor if tensor.is_contiguous() else torch.empty(shape, dtype=dtype, device=self.device)
+        there = tensor.device.type == self.device.type and tensor.is_contiguous()
+        target = tensor if there else torch.empty(shape, dtype=dtype, device=self.device)
         data = _bytes(target)
         first = min(data.numel(), PACKET - _HEAD.size)
         data[:first] = packet[_HEAD.size : _HEAD.size + first]
@@ -195,7 +191,10 @@ class DistributedComm(Comm):
     # Collectives
 
     def barrier(self) -> None:
-        self.run("barrier", -1, dist.barrier, self._members)
+        if self.device.type == "cpu":
+            self.run("barrier", -1, dist.barrier, self._members)
+        else:  # a stream's own barrier is a sum; reading it waits for the stream
+            self.run("barrier", -1, lambda: self.all_reduce(torch.zeros(1, device=self.device)).item())
 
     def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         if n < 0:
@@ -207,7 +206,7 @@ class DistributedComm(Comm):
         self.check_tensor(tensor, operation)
         if tensor.numel() == 0:
             return tensor
-        memory = tensor.detach().contiguous()
+        memory = tensor.detach().to(self.device).contiguous()
         self.run(operation, -1, function, memory)
         if memory.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(memory)
@@ -234,6 +233,8 @@ class DistributedComm(Comm):
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
         self._post(tensor.clone(), to)  # a copy, since gloo tells only who waits when the memory is free
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())  # a stream's copy reads it later
         self.sent += tensor.numel() * tensor.element_size()
         self.sent_to[to] += 1
         return Then()
@@ -313,4 +314,6 @@ class _Copies(Edges):
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
         memory = torch.empty(tuple(shape), dtype=dtype, device=self._comm.device)
+        if memory.is_cuda:
+            memory.record_stream(torch.cuda.default_stream())  # whose compute reads it
         return Then(self._comm.post_recv(memory, source), then=partial(take, memory))

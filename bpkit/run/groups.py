@@ -21,9 +21,15 @@ class Groups:
 
     def _along(self, mesh: Mesh, axis: str) -> Comm:
         ranks = mesh.group(self.world.rank, axis)
-        if len(ranks) in (1, mesh.size):
-            return self.world
-        key = ("group", mesh, axis)
+        return self.world if len(ranks) in (1, mesh.size) else self.apart(mesh, axis)
+
+    def apart(self, mesh: Mesh, axis: str, use: str = "") -> Comm:
+        """A transport along an axis, one for each use.
+
+        What runs inside an action needs its own: posted communication starts when its stream is free, which may be
+        before that action on one rank and after it on another.
+        """
+        key = ("group", mesh, axis, use)
         if key not in self.world.cache:
             groups = sorted({mesh.group(rank, axis) for rank in range(mesh.size)})
             self.world.cache[key] = self.world.group(groups)

@@ -60,7 +60,7 @@ class Workers:
     block : Block
     """
 
-    def __init__(self, ranks: int, backend: str, threads: int, timeout: float, method: str) -> None:
+    def __init__(self, ranks: int, backend: str, device: str, threads: int, timeout: float, method: str) -> None:
         self._pid = os.getpid()
         self.processes: list[Any] = []
         self.channels: list[Any] = []
@@ -73,9 +73,9 @@ class Workers:
         try:
             self.block = Block(memoryview(mmap.mmap(control, Block.size(ranks))), ranks)
             self._hub = Hub(ranks) if backend == "shm" else None
-            setup = {"backend": backend, "ranks": ranks, "threads": threads, "timeout": timeout, "path": self._path,
-                     "layout": self._hub.layout if self._hub else None, "environment": dict(os.environ),
-                     "folder": os.getcwd()}  # fmt: skip
+            setup = {"backend": backend, "device": device, "ranks": ranks, "threads": threads, "timeout": timeout,
+                     "path": self._path, "layout": self._hub.layout if self._hub else None,
+                     "environment": dict(os.environ), "folder": os.getcwd()}  # fmt: skip
             self._start(ranks, method)
             self._set_up(setup, control, self._hub.fd if self._hub else control)
             self._until_ready()

@@ -9,11 +9,10 @@ from multiprocessing import connection
 from typing import Any, Self
 
 import numpy as np
-import torch
 
 from bpkit.plan.strategies import whole_number
 
-from . import layout, memory, payload
+from . import devices, layout, memory, payload
 from .errors import CommunicationError, Stopped, WorkerDied, WorkerError, WorkerStuck
 from .launch import Workers, start_methods
 
@@ -37,17 +36,14 @@ def _check(workers: int, backend: str, threads: int, timeout: float, method: str
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     if method not in start_methods():
         raise ValueError(f"unknown start_method {method!r}: choose one of {', '.join(start_methods())}")
-    if backend == "nccl":
-        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if workers > gpus:
-            raise ValueError(f"backend 'nccl' needs one GPU a worker: {workers} workers, {gpus} GPUs here; "
-                             "use backend='shm' or 'gloo' for CPU workers")
 
 
-def _choose(workers: int, backend: str) -> tuple[str, str]:
-    """The transport to use and the reason for it."""
+def _choose(workers: int, backend: str, on: str) -> tuple[str, str]:
+    """The transport to use for workers on a device, and the reason for it."""
     if backend in ("gloo", "nccl"):
         return backend, "asked for"
+    if backend == "auto" and on == "cuda" and workers <= devices.gpus():
+        return "nccl", "there is a GPU for each worker"
     needed, free = layout.needed(workers), memory.free_room()
     if needed > free:
         problem = memory.no_room(f"backend 'shm' with {workers} workers", needed, free)
@@ -68,16 +64,21 @@ class Pool:
     ----------
     workers : int
     backend : {"auto", "shm", "gloo", "nccl"}
-        Transport; ``"auto"`` is shared memory, or gloo where that has no room (see `backend_reason`).
+        Transport; ``"auto"`` is NCCL on GPUs of their own, else shared memory, or gloo where that has no room (see
+        `backend_reason`).
     threads_per_worker : int
         Threads of one worker's computations.
     timeout : float
         Seconds that a worker may wait for a peer.
     start_method : {"forkserver", "spawn"}, optional
         How processes start.
+    device : {"auto", "cpu", "cuda"}
+        What workers compute on; ``"auto"`` is CUDA only where there is a GPU for each worker.
 
     Attributes
     ----------
+    device : str
+        The device chosen, ``"cpu"`` or ``"cuda"``.
     backend, backend_reason : str
         The transport chosen, and why.
     generation : int
@@ -92,11 +93,12 @@ class Pool:
     """
 
     def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
-                 start_method: str | None = None) -> None:  # fmt: skip
+                 start_method: str | None = None, device: str = "auto") -> None:  # fmt: skip
         method = start_method or start_methods()[0]
         _check(workers, backend, threads_per_worker, timeout, method)
+        self.device = devices.choose(workers, backend, device)
         self.workers, self.threads_per_worker, self.timeout = workers, threads_per_worker, timeout
-        self.backend, self.backend_reason = _choose(workers, backend)
+        self.backend, self.backend_reason = _choose(workers, backend, self.device)
         self.start_method = method
         self.generation = 0
         self.logs = [""] * workers
@@ -112,7 +114,8 @@ class Pool:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self.workers} workers over {self.backend}>"
+        where = " on GPUs" if self.device == "cuda" else ""
+        return f"<{type(self).__name__}: {self.workers} workers{where} over {self.backend}>"
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -187,7 +190,8 @@ class Pool:
         if self._running and (self._running.dead() or connection.wait(self._running.channels, 0)):
             self._end()  # somebody killed a resting worker: its channel is at its end
         if self._running is None:
-            running = Workers(self.workers, self.backend, self.threads_per_worker, self.timeout, self.start_method)
+            running = Workers(self.workers, self.backend, self.device, self.threads_per_worker, self.timeout,
+                              self.start_method)  # fmt: skip
             self._running = running
             self._finalizer = weakref.finalize(self, running.end)
             self.generation += 1

@@ -2,9 +2,11 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,9 @@ from bpkit.plan.compile import Program
 from bpkit.plan.plan import Plan
 from bpkit.run.buffers import Buffers, OneBuffer
 from bpkit.run.comm import Comm
-from bpkit.run.executor import Executor, StepData
+from bpkit.run.executor import StepData
 from bpkit.run.groups import Groups
+from bpkit.run.streams import Feed, executor
 from bpkit.run.verbs import Verbs
 from bpkit.run.whole import gathered
 from bpkit.trace import Log
@@ -153,32 +156,51 @@ def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: in
 class Runner:
     """One rank's buffers, bound row and executor; `captured` takes what each UPDATE would apply, in its place."""
 
-    def __init__(self, comm: Comm, job: Job, captured: dict[int, Tensor] | None = None) -> None:
+    def __init__(self, comm: Comm, job: Job, captured: dict[int, Tensor] | None = None, streams: Any = None) -> None:
         self.job, self.program, self.plan, self.network = job, job.program, job.program.plan, job.network
+        there = comm.device == job.network.device
+        network = job.network if there else job.network.copy(comm.device)
         groups = Groups(comm, self.plan.mesh)
         rows = largest(self.plan, job.batch, job.shards)
-        self.buffers = Buffers(self.program, self.network, groups, job.optimizer, rows, job.compress)
-        over = groups.data.all_reduce if job.sync_batch_norm and self.plan.mesh.data > 1 else None
+        self.buffers = Buffers(self.program, network, groups, job.optimizer, rows, job.compress)
+        apart = job.sync_batch_norm and self.plan.mesh.data > 1
+        over = groups.apart(self.plan.mesh, "data", "batch norm").all_reduce if apart else None
         self.step = StepData(sum_over_data=over)
         bound = Verbs(self.buffers, self.step, captured=captured).bind()
-        self.executor = Executor(self.program.row(self.buffers.at), bound, groups)
+        self.executor = executor(self.program.row(self.buffers.at), bound, groups, streams)
+        self.feed = Feed(comm.device)
+        self.losses: list[float] = []  # this rank's share of the mean loss, for each step that has ended
+        self.starts: list[int] = []  # when it began, without the time of `paused`; nanoseconds
+        self.paused = 0
+        self._flights: deque[tuple[int, int, float, Callable[[], list[float]]]] = deque()
 
-    def run(self, number: int, rows: Tensor, log: Log, line: int) -> float:
-        """Run one step on this rank's shard of the global batch `rows`; its share of the reported loss."""
+    def run(self, number: int, rows: Tensor, log: Log, line: int) -> None:
+        """Run one step on this rank's shard of the global batch `rows`; on a GPU it ends later (see `settle`)."""
+        began = perf_counter_ns()
         job, everyone = self.job, self.job.data.targets[rows]
         sizes = shard_sizes_of(self.plan, job.batch, job.shards, number)
         shard = cut(self.plan, everyone, self.network.loss, sizes, self.buffers.at.data)
         own = slice(shard.low, shard.high)
-        self.step.load(number, job.data.inputs[rows[own]], everyone[own], shard.low, self.plan.microbatches)
+        inputs, targets = self.feed(job.data.inputs, rows[own]), self.feed(job.data.targets, rows[own])
+        self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
         self.step.weights, self.step.scale = shard.weights, shard.scale
         self.executor.run(number, log, line)
-        self.check(number)
-        return sum(self.step.losses) * shard.share
+        self._flights.append((number, began, shard.share, self.step.loss()))
+        self.settle(self.executor.ahead)
 
-    def check(self, number: int) -> None:
-        """Raise FloatingPointError if the loss of the step that ran is not finite."""
-        if not math.isfinite(sum(self.step.losses)):
+    def settle(self, ahead: int = 0) -> None:
+        """Wait until no more than `ahead` steps are under way; FloatingPointError if a loss is not finite."""
+        while len(self._flights) > ahead:
+            number, began, share, loss = self._flights.popleft()
+            self.starts.append((self.executor.finish() or began) - self.paused)
+            self.losses.append(self.checked(number, loss()) * share)
+
+    def checked(self, number: int, losses: Sequence[float]) -> float:
+        """The sum of a step's losses; FloatingPointError if it is not finite."""
+        total = sum(losses)
+        if not math.isfinite(total):
             raise FloatingPointError(self._not_a_number(number))
+        return total
 
     def _not_a_number(self, number: int) -> str:
         """Where a loss that is not finite shows: the last layer of this rank whose gradient is not a number either."""
@@ -194,27 +216,28 @@ class Runner:
         return f"step {number}: the loss is not a number, though the gradients of this rank are finite"
 
 
-def train(comm: Comm, job: Job) -> Outcome:
+def train(comm: Comm, job: Job, streams: Any = None) -> Outcome:
     """Run all steps of a job on one rank."""
-    runner = Runner(comm, job)
+    runner = Runner(comm, job, streams=streams)
     recorded = min(job.steps, job.record)
     log = Log.empty(range(job.steps - recorded, job.steps), len(runner.buffers.row))
-    losses, starts, accuracies, paused = [], [], [], 0
+    accuracies = []
     comm.barrier()
     for step in range(job.steps):
-        starts.append(perf_counter_ns() - paused)
         line = max(0, step - (job.steps - recorded))
         log.steps[line] = step
-        losses.append(runner.run(step, job.data.indices(step, job.batch, job.seed), log, line))
+        runner.run(step, job.data.indices(step, job.batch, job.seed), log, line)
         if job.evaluate_every and (step + 1) % job.evaluate_every == 0:
+            runner.settle()
             began = perf_counter_ns()
             accuracies.append((step + 1, evaluate(comm, runner.buffers, job)))
-            paused += perf_counter_ns() - began
+            runner.paused += perf_counter_ns() - began
             if job.target is not None and accuracies[-1][1] >= job.target:
                 log = log.until(line)
                 break
-    starts.append(perf_counter_ns() - paused)
-    return outcome(runner.buffers, losses, starts, log, accuracies)
+    runner.settle()
+    starts = [*runner.starts, perf_counter_ns() - runner.paused]
+    return outcome(runner.buffers, runner.losses, starts, log, accuracies)
 
 
 def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
@@ -228,13 +251,14 @@ def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
 
 def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
     """Each stage's parameters, whole, and what is kept beside them."""
-    return {stage: (buffers.whole(stage), net.flat_buffers.clone()) for stage, net in buffers.stages.items()}
+    return {stage: (buffers.whole(stage).cpu(), net.flat_buffers.cpu().clone())
+            for stage, net in buffers.stages.items()}  # fmt: skip
 
 
 def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
     """Test accuracy, computed by rank 0 from what all ranks hold; the same number on every rank."""
     mesh, held = job.program.plan.mesh, holdings(buffers)
-    result = torch.zeros(1, dtype=torch.float64)
+    result = torch.zeros(1, dtype=torch.float64)  # on the CPU, as what the ranks hold: every transport carries it
     others: list[dict[int, tuple[Tensor, Tensor]]] = []
     if comm.rank:
         for tensors in held.values() if buffers.at.data == 0 else ():
@@ -244,9 +268,10 @@ def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
         for rank, at in enumerate(mesh.coordinates()):
             if rank and at.data == 0:
                 owned = job.program.plan.owned(at.pipeline)
-                others.append({stage: (comm.recv(None, rank), comm.recv(None, rank)) for stage in owned})
-        network = gathered(job.network, job.program, [held, *others])
-        result[0] = network.accuracy(job.data.test_inputs, job.data.test_targets)
+                others.append({stage: (comm.recv(None, rank).cpu(), comm.recv(None, rank).cpu()) for stage in owned})
+        network = gathered(job.network, job.program, [held, *others]).copy(comm.device)
+        test = job.data.test_inputs.to(comm.device), job.data.test_targets.to(comm.device)
+        result[0] = network.accuracy(*test)
     return float(comm.broadcast(result, 0)) if comm.size > 1 else float(result)
 
 
@@ -255,21 +280,23 @@ def gradients(comm: Comm, job: Job, step: int) -> dict[int, Tensor]:
     captured: dict[int, Tensor] = {}
     runner = Runner(comm, job, captured)
     runner.run(step, torch.arange(job.batch), Log.empty([step], len(runner.buffers.row)), 0)
-    return captured
+    runner.settle()
+    return {stage: gradient.cpu() for stage, gradient in captured.items()}
 
 
 def collective(comm: Comm, program: Program, inputs: Sequence[Tensor], repeat: int) -> tuple[Tensor, Log, int]:
     """Run a collective by itself `repeat` times; the result, the log, and the bytes that one run sent."""
     groups = Groups(comm, program.plan.mesh)
     buffers = OneBuffer(program, groups, inputs[comm.rank].dtype)
-    executor = Executor(program.row(buffers.at), Verbs(buffers, StepData()).bind(), groups)
+    runner = executor(program.row(buffers.at), Verbs(buffers, StepData()).bind(), groups)
     log = Log.empty(range(repeat), len(buffers.row))
     buffer, before = buffers.gradients[0], comm.sent
     for line in range(repeat):
         buffer.copy_(inputs[comm.rank])
         comm.barrier()
-        executor.run(line, log, line)
-    return buffer.clone(), log, (comm.sent - before) // repeat
+        runner.run(line, log, line)
+        runner.finish()
+    return buffer.cpu().clone(), log, (comm.sent - before) // repeat
 
 
 def _digest(tensor: Tensor) -> str:

@@ -104,7 +104,7 @@ class Verbs(Communication):
         def value_and_gradient() -> None:
             value, gradient = loss.value_and_gradient(edges["A", s + 1, mb], step.targets[mb])
             weight = step.weights[mb]
-            step.losses[mb] = float(value) * weight
+            step.losses[mb] = value
             edges["D", s + 1, mb] = gradient if weight == 1.0 else gradient.mul_(weight)
 
         return value_and_gradient
@@ -148,7 +148,7 @@ class Verbs(Communication):
 
             def update() -> None:
                 self.buffers.clean(action.stage)
-                optimizer.update(weights, gradient, state, step.number, step.scale * self._clipping())
+                optimizer.update(weights, self._clipped(gradient), state, step.number, step.scale)
 
             return update
         before, each = (sum(a.kind == "UPDATE" and a.stage == action.stage for a in row)
@@ -174,8 +174,11 @@ class Verbs(Communication):
         elif action.stage in self.buffers.reduced:
             low = self.buffers.own_bounds(net.flat_size)[0]
         into = whole[low : low + len(gradient)]
-        return lambda: torch.mul(gradient, self.step.scale * self._clipping(), out=into)
+        return lambda: torch.mul(self._clipped(gradient), self.step.scale, out=into)
 
-    def _clipping(self) -> float:
+    def _clipped(self, gradient: Tensor) -> Tensor:
+        """The gradient times the factor that clips it: a tensor, since the host does not wait for the norm."""
         clip = self.buffers.optimizer.clip
-        return 1.0 if clip is None else clip_factor(math.sqrt(self.step.squares) * self.step.scale, clip)
+        if clip is None:
+            return gradient
+        return gradient * clip_factor(self.buffers.squares.sqrt() * self.step.scale, clip)

@@ -25,6 +25,7 @@ from .errors import CommunicationError, PeerTimeout
 from .layout import Layout
 from .payload import Parcel, Received
 from .shared_memory import SharedMemoryComm
+from .staged import Staged
 
 
 def main(rank: int, channel: Connection) -> None:
@@ -70,16 +71,26 @@ def _join(rank: int, channel: Connection, files: list[str]) -> Comm:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed worker's lines are kept
     torch.set_num_threads(setup["threads"])
+    there = _take(rank, setup["device"])
     size = setup["ranks"]
     block = Block(memoryview(mmap.mmap(control, Block.size(size))), size)
     os.close(control)
     if setup["backend"] == "shm":
         layout: Layout = setup["layout"]
-        return SharedMemoryComm(rank, layout, mail, block, setup["timeout"])
-    from .gloo import DistributedComm, loopback
+        comm: Comm = SharedMemoryComm(rank, layout, mail, block, setup["timeout"])
+    else:
+        from .gloo import DistributedComm, loopback
 
-    loopback()
-    return DistributedComm(rank, size, block, setup["backend"], setup["timeout"], setup["path"])
+        loopback()
+        comm = DistributedComm(rank, size, block, setup["backend"], setup["timeout"], setup["path"])
+    return comm if comm.device.type == there.type else Staged(comm, there)
+
+
+def _take(rank: int, device: str) -> torch.device:
+    """The device of this process, from now on its current one; nothing has touched CUDA before."""
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    return torch.device(device)
 
 
 def _answer(comm: Comm, call: Received, channel: Connection) -> None:

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import bpkit as bp
 from bpkit.plan import Mesh
 from bpkit.run import WorkerError
 from bpkit.run.groups import Groups
@@ -108,3 +109,14 @@ def test_lent_memory_rests_until_it_is_given_back(backend, slots):
     expected = 8 * sum(1 + (n * 37) % 1000 for n in range(200))
     for seed in range(3):  # what one call leaves unheard must not reach the next
         assert pool.call(lent, seed, 200, slots) == [(0, expected)] * 2
+
+
+def test_sums_inside_actions_do_not_meet_those_that_are_posted(clusters):
+    """A posted sum may start before a backward on one rank and after it on another: batch norm sums by itself."""
+    data = bp.data.digits(dtype=torch.float64)
+    network = bp.nn.convnet(channels=(1, 4, 8), seed=1, dtype=torch.float64)
+    runs = [
+        clusters[2].train(network, data, bp.plan.data_parallel(2, 3), batch=50, steps=5, lr=0.1, sync_batch_norm=True)
+        for _ in range(15)
+    ]
+    assert all(torch.equal(run.network.flat_parameters, runs[0].network.flat_parameters) for run in runs)
