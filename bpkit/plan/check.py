@@ -17,7 +17,6 @@ from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
 from bpkit.plan.provenance import Holdings, Provenance
 
-Pair = tuple[Coordinate, Coordinate]
 #: Actions that happen together, each as its rank and its index in the row: one of compute, or all ends of a
 #: communication, of a message the sender first.
 Together = tuple[tuple[int, int], ...]
@@ -31,8 +30,6 @@ class _Rank:
     waits: tuple[tuple[int, ...], ...]
     started: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
-    arrived: dict[tuple[object, ...], int] = field(default_factory=dict)  # collectives of each group so far
-    messages: dict[tuple[Pair, bool], int] = field(default_factory=dict)  # last message number by pair and direction
 
     @property
     def at(self) -> Coordinate:
@@ -81,9 +78,9 @@ class _Walk:
         self.world = Provenance(plan)
         self.ranks = {at: _Rank(self.world.holdings(at), hazards(plan.row(at), plan.shared))
                       for at in plan.mesh.coordinates()}  # fmt: skip
-        self.arrivals: dict[tuple[object, ...], list[tuple[_Rank, int]]] = {}
-        self.posted: dict[tuple[Pair, int, bool], tuple[_Rank, int]] = {}
-        self.messages: dict[tuple[Pair, int], object] = {}
+        self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
+        # By from, to, and whether it sends: what has no partner yet, and what it carries.
+        self.posted: dict[tuple[Coordinate, Coordinate, bool], tuple[_Rank, int, object]] = {}
         self.order: list[Together] = []
 
     def run(self) -> None:
@@ -126,55 +123,50 @@ class _Walk:
             self._match(rank, index)
 
     def _collective(self, rank: _Rank, index: int) -> None:
-        """The k-th collective of a kind and buffer on each member of a group is one collective."""
+        """Wait until all members of the group have come; each has one collective of a stream under way at a time."""
         action = rank.row[index]
         self.world.lives_here(rank.holds, index, action.stage)
-        axis = action.verb.axis or ""
+        key: tuple[object, ...]
         if action.kind == "NORM":
-            group: list[_Rank] = list(self.ranks.values())
-            key: tuple[object, ...] = ("NORM",)
+            size, key = self.plan.mesh.size, ("NORM",)
         elif action.kind == "SUM_TIED":
-            holders = sorted({self.plan.place[stage] for stage in self.plan.tied})
-            group = [self.ranks[rank.at._replace(pipeline=p)] for p in holders]
-            key = ("SUM_TIED", rank.at.data, rank.at.tensor)
+            size, key = len({self.plan.place[stage] for stage in self.plan.tied}), (rank.at.data, rank.at.tensor)
             if action.stage not in self.plan.tied:
                 self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
-            peer = rank.at._replace(data=action.peer or 0)
-            group = [rank, self.ranks[peer]]
-            key = ("SWAP_G", action.stage, *sorted((rank.at, peer)))
+            size, key = 2, (action.stage, *sorted((rank.at, rank.at._replace(data=action.peer or 0))))
         else:
-            position = rank.at._replace(**{axis: 0})
-            group = [self.ranks[position._replace(**{axis: i})] for i in range(getattr(self.plan.mesh, axis))]
-            key = (action.kind, action.stage, action.mb, position)
-        count = rank.arrived[key] = rank.arrived.get(key, 0) + 1
-        arrivals = self.arrivals.setdefault((*key, count), [])
+            axis = action.verb.axis or ""
+            size, key = getattr(self.plan.mesh, axis), (action.stage, action.mb, rank.at._replace(**{axis: 0}))
+        arrivals = self.arrivals.setdefault((action.kind, key), [])
         arrivals.append((rank, index))
-        if len(arrivals) == len(group):
+        if len(arrivals) == size:
+            del self.arrivals[action.kind, key]
             arrivals.sort(key=lambda pair: pair[0].at)
             GROUP[action.kind](self.world, [(member.holds, at) for member, at in arrivals], action)
             self._done(*arrivals)
 
     def _match(self, rank: _Rank, index: int) -> None:
-        """Pair the n-th send from one rank to another with the n-th receive: messages keep their order.
+        """Pair a send with the peer's receive: messages keep their order, since a stream has one under way at a time.
 
         Both end when both have started, as on a transport whose sends wait for their receives.
         """
         action = rank.row[index]
         sends = action.kind in PARTNERS
-        pair = self._pair(rank, index, action, sends)
-        nth = rank.messages[pair, sends] = rank.messages.get((pair, sends), -1) + 1
-        if sends:
-            self.messages[pair, nth] = self.world.take(rank.holds, index, action)
-        if (pair, nth, not sends) not in self.posted:
-            self.posted[pair, nth, sends] = (rank, index)
+        other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
+        if action.peer is None and not 0 <= other < self.plan.stages:
+            self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
+        peer = self.plan.partner(rank.at, action)
+        content = self.world.take(rank.holds, index, action) if sends else None
+        if (peer, rank.at, not sends) not in self.posted:
+            self.posted[rank.at, peer, sends] = (rank, index, content)
             return
-        partner, at = self.posted.pop((pair, nth, not sends))
+        partner, at, given = self.posted.pop((peer, rank.at, not sends))
         (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
         if not _fit(sender.row[i], receiver.row[j]):
             self.world.fail(receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is "
                             f"{sender.row[i]}")  # fmt: skip
-        self.world.deliver(receiver.holds, j, self.messages.pop((pair, nth)))
+        self.world.deliver(receiver.holds, j, content if sends else given)
         self._done((sender, i), (receiver, j))
 
     def _done(self, *ends: tuple[_Rank, int]) -> None:
@@ -182,14 +174,6 @@ class _Walk:
         for rank, index in ends:
             rank.done.add(index)
         self.order.append(tuple((self.plan.mesh.rank(rank.at), index) for rank, index in ends))
-
-    def _pair(self, rank: _Rank, index: int, action: Action, sends: bool) -> Pair:
-        """Sender and receiver of a message."""
-        other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
-        if action.peer is None and not 0 <= other < self.plan.stages:
-            self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
-        peer = self.plan.partner(rank.at, action)
-        return (rank.at, peer) if sends else (peer, rank.at)
 
 
 def _fit(send: Action, receive: Action) -> bool:
