@@ -121,21 +121,16 @@ def _stuck(message: str, operations: np.ndarray, case: str) -> str:
     """Which rank waits for which, at which of its operations."""
     waits = [(int(rank), kind, int(peer)) for rank, kind, peer in _WAITING.findall(message)]
     busy = [f"rank {rank} computes without end" for rank in _COMPUTING.findall(message)]
-    texts = [f"rank {rank} waits in {kind} for rank {peer}{_nth(operations[rank])}" for rank, kind, peer in waits]
+    nth = [f" (its operation {operation})" if operation > 0 else "" for operation in operations]
+    texts = [f"rank {rank} waits in {kind} for rank {peer}{nth[rank]}" for rank, kind, peer in waits]
     why = "" if busy else "; what a rank waits for must have been sent by its peer before that peer waits itself"
     return f"{case}: {'it does not end' if busy else 'deadlock'}: {', '.join(texts + busy)}{why}"
-
-
-def _nth(operation: int) -> str:
-    return f" (its operation {operation})" if operation > 0 else ""
 
 
 def _raised(error: WorkerError, case: str) -> str:
     """The exception of the answer and the line of it that raised, on one line."""
     cause = error.__cause__
-    if cause is None:
-        what = str(error).strip().splitlines()[-1]
-    else:
-        lines = str(cause).splitlines()
-        what = type(cause).__name__ + (f": {lines[0]}" if lines else "")
+    what = str(error).strip().splitlines()[-1]
+    if cause is not None:
+        what = ": ".join([type(cause).__name__, *str(cause).splitlines()[:1]])
     return f"{case}: rank {error.rank} raises {what}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ class Steps:
         paused : iterable of int
             Steps after which something else was done (an evaluation): their period is not the step's time.
         """
-        steps, ranks = trace.steps, trace.ranks
+        steps = trace.steps
         if not len(steps):
             raise ValueError("the trace is empty: there is nothing to report")
         place, (start, end) = trace.places(), trace.bounds()
@@ -51,21 +52,17 @@ class Steps:
         period = np.where(followed, following - start, end - start)
         kept = followed if followed.any() else np.ones_like(followed)
 
-        def total(values: NDArray[np.int64], where: NDArray[np.bool_]) -> Table:
-            sums = np.bincount(place[where], values[where], minlength=ranks * len(steps))
-            return sums.reshape(ranks, -1).astype(float)
+        def total(values: NDArray[Any]) -> Table:
+            return np.bincount(place, values, minlength=start.size).reshape(start.shape).astype(float)
 
-        everywhere = np.ones(len(trace), dtype=bool)
         compute = trace.compute()
         wall = np.maximum(0, trace.end - trace.start - trace.wait)
         # A clock read costs a little CPU time, so an action that never lost its core can show more CPU than wall.
         lost = np.where(trace.cpu >= 0, np.maximum(0, wall - trace.cpu), 0)
-        uncounted = total((trace.bytes < 0).astype(np.int64), everywhere) > 0
-        table = {"period": period, "compute": total(wall - lost, compute), "waiting_for_core": total(lost, compute),
-                 "exposed_communication": total(trace.wait, everywhere),
-                 "hidden_communication": _hidden(trace, place, ranks * len(steps), ~compute).reshape(ranks, -1),
-                 "span": end - start}  # fmt: skip
-        sent = np.where(uncounted, -1.0, total(np.maximum(0, trace.bytes), everywhere))
+        table = {"period": period, "span": end - start, "compute": total((wall - lost) * compute),
+                 "waiting_for_core": total(lost * compute), "exposed_communication": total(trace.wait),
+                 "hidden_communication": _hidden(trace, place, start.size, ~compute).reshape(start.shape)}  # fmt: skip
+        sent = np.where(total(trace.bytes < 0) > 0, -1.0, total(np.maximum(0, trace.bytes)))
         return cls(**{name: values[:, kept] / 1e9 for name, values in table.items()}, sent=sent[:, kept])
 
     @classmethod
