@@ -40,6 +40,7 @@ import bpkit as bp
 from bpkit import nn, optim
 from bpkit.data import Dataset
 from bpkit.measure.recorded import GPU_FORMAT
+from bpkit.run import devices
 
 ROOT = Path(__file__).resolve().parents[1]
 FUSED, FOREACH, COMPILED = "eager autograd, fused SGD", "eager autograd, foreach SGD", "torch.compile"
@@ -285,7 +286,7 @@ def parallel(clock: Clock, rounds: int, steps: int, record: Record) -> None:
             for peer in ("DDP", "torch.distributed.pipelining"):
                 record.skip(label, peer, f"needs two GPUs, and there is {count}")
             continue
-        with bp.Cluster(ranks, backend="nccl" if clock.cuda else "gloo") as cluster:
+        with bp.Cluster(ranks, "nccl" if clock.cuda else "gloo", device=clock.device.type) as cluster:
             runs = {name: partial(run, steps) for name, run in parallel_runs(cluster, size)}
             times = _harness.interleave(runs, rounds)
         for group, theirs in (("data parallel", "DDP"), ("pipeline", "torch.distributed.pipelining")):
@@ -335,24 +336,14 @@ def destination(found: dict[str, Any], quick: bool) -> Path:
     return ROOT / ("build/bench" if quick else "book/measurements") / f"gpu-{slug}.json"
 
 
-def why_no_gpu() -> str:
-    """Why PyTorch has no GPU here, in its own words; "" where it has one."""
-    if torch.cuda.is_available():
-        return ""
-    try:
-        torch.cuda.init()
-    except (AssertionError, RuntimeError) as error:
-        return str(error).strip().split("\n")[0]
-    return "PyTorch finds no GPU"
-
-
 def main() -> None:
     """Measure all, print the table, write the file."""
     parser = _harness.parser(__doc__ or "")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: only try the paths out")
     options = parser.parse_args()
-    if options.device == "cuda" and (why := why_no_gpu()):
-        print(f"There is nothing to measure without a GPU: {why}. --device cpu tries the paths out on the processor.")
+    if options.device == "cuda" and not devices.gpus():
+        print(f"There is nothing to measure without a GPU: {devices.no_gpu()}.\n"
+              "--device cpu tries the paths out on the processor.")
         return
     cuda, quick = options.device == "cuda", options.quick
     torch.set_num_threads(1)
