@@ -142,10 +142,10 @@ class _NormPass(Pass):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x.reshape(self._grouped)
-        (mean,) = self._means(x)
-        torch.sub(x, mean, out=self._n_grouped)
-        (variance,) = self._means(self._n_grouped.square())
-        return self._scaled(variance)
+        (self._mean,) = self._means(x)
+        torch.sub(x, self._mean, out=self._n_grouped)
+        (self._variance,) = self._means(self._n_grouped.square())
+        return self._scaled(self._variance)
 
     def _scaled(self, variance: Tensor) -> Tensor:
         self._scale = (variance + self._layer.eps).rsqrt_()
@@ -181,15 +181,11 @@ class _BatchNormPass(_NormPass):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._context = context
-        if not context.training:
-            mean, variance = (b.view(1, -1, 1) for b in self._site.buffers)
-            torch.sub(x.reshape(self._view), mean, out=self._n_view)
-            return self._scaled(variance)
-        x = x.reshape(self._view)
-        (self._mean,) = self._means(x)
-        torch.sub(x, self._mean, out=self._n_view)
-        (self._variance,) = self._means(self._n_view.square())
-        return self._scaled(self._variance)
+        if context.training:
+            return super().forward(x, context)
+        mean, variance = (b.view(1, -1, 1) for b in self._site.buffers)
+        torch.sub(x.reshape(self._view), mean, out=self._n_view)
+        return self._scaled(variance)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         if self._context.training:

@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bpkit.plan.actions import Action, Part
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
-from bpkit.plan.strategies import call_text, whole_number
+from bpkit.plan.strategies import call_text, serial, whole_number
 
 
 def parameter_server(workers: int, servers: int = 1, buckets: int = 1) -> Plan:
@@ -23,17 +24,13 @@ def parameter_server(workers: int, servers: int = 1, buckets: int = 1) -> Plan:
     whole_number("parameter_server", workers=workers, servers=servers, buckets=buckets)
     if servers > workers:
         raise ValueError(f"parameter_server: {servers} servers do not fit on {workers} workers")
-    rows = []
-    for rank in range(workers):
-        row = [Action(stage, "ZERO") for stage in range(buckets)] + [Action(stage, "F", 0) for stage in range(buckets)]
-        row.append(Action(buckets - 1, "LOSS", 0))
-        for stage in reversed(range(buckets)):
-            row += [Action(stage, "B", 0), *_give(stage, rank, workers, servers)]
-        for stage in reversed(range(buckets)):
-            row += _serve(stage, rank, workers, servers)
-        rows.append(tuple(row))
+    rows: list[list[Action]] = [[] for _ in range(workers)]
+    for rank, row in enumerate(rows):
+        for action in serial(buckets).rows[0]:
+            row += _serve(action.stage, rank, workers, servers) if action.kind == "UPDATE" else [action]
+            row += _give(action.stage, rank, workers, servers) if action.kind == "B" else []
     name = call_text("parameter_server", workers, servers=servers, buckets=buckets)
-    return Plan(name, tuple(rows), buckets, Mesh(data=workers), expanded=True)
+    return Plan(name, tuple(map(tuple, rows)), buckets, Mesh(data=workers), expanded=True)
 
 
 def _share(j: int, servers: int) -> Part | None:
@@ -71,12 +68,8 @@ def local_sgd(workers: int, period: int, buckets: int = 1) -> Plan:
         If a number is below 1.
     """
     whole_number("local_sgd", workers=workers, period=period, buckets=buckets)
-    row: list[Action] = []
-    for m in range(period):
-        row += [Action(stage, "ZERO") for stage in range(buckets)] + [Action(stage, "F", m) for stage in range(buckets)]
-        row.append(Action(buckets - 1, "LOSS", m))
-        row += [Action(stage, "B", m) for stage in reversed(range(buckets))]
-        row += [Action(stage, "UPDATE") for stage in reversed(range(buckets))]
+    step = serial(buckets).rows[0]
+    row = [action if action.mb is None else replace(action, mb=m) for m in range(period) for action in step]
     row += [Action(stage, "AVERAGE") for stage in reversed(range(buckets))]
     name = call_text("local_sgd", workers, period, buckets=buckets)
     return Plan(name, (tuple(row),), buckets, Mesh(data=workers), period, holds="own")

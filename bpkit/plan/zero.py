@@ -5,7 +5,7 @@ from itertools import groupby
 from bpkit.plan.actions import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
-from bpkit.plan.strategies import call_text, whole_number
+from bpkit.plan.strategies import call_text, serial, whole_number
 
 
 def zero(workers: int, level: int, units: int = 1, microbatches: int = 1, prefetch: bool = True,
@@ -46,10 +46,10 @@ def zero(workers: int, level: int, units: int = 1, microbatches: int = 1, prefet
     if level not in (1, 2, 3):
         raise ValueError("zero: the level is 1 (optimizer state), 2 (and gradients) or 3 (and "
                          f"parameters), not {level!r}")  # fmt: skip
-    row = [Action(stage, "ZERO") for stage in range(units)]
-    for mb in range(microbatches):
-        scatter = level > 1 or mb == microbatches - 1
-        row += _microbatch(units, mb, scatter)
+    row: list[Action] = []
+    for action in serial(units, microbatches).rows[0]:
+        scatter = action.kind == "B" and (level > 1 or action.mb == microbatches - 1)
+        row += [action] * (action.kind != "UPDATE") + [Action(action.stage, "SCATTER_GRAD")] * scatter
     if level == 3:
         row = _gathered(row, prefetch) if reshard else _kept(row, units)
     for stage in reversed(range(units)):
@@ -59,13 +59,6 @@ def zero(workers: int, level: int, units: int = 1, microbatches: int = 1, prefet
     if level == 3 and reshard and units > 2 and workers > 1:
         buffers["parameter_buffers"] = 2
     return Plan(name, (tuple(row),), units, Mesh(data=workers), microbatches, **buffers)  # type: ignore[arg-type]
-
-
-def _microbatch(units: int, mb: int, scatter: bool) -> list[Action]:
-    row = [Action(stage, "F", mb) for stage in range(units)] + [Action(units - 1, "LOSS", mb)]
-    for stage in reversed(range(units)):
-        row += [Action(stage, "B", mb)] + [Action(stage, "SCATTER_GRAD")] * scatter
-    return row
 
 
 def _gathered(row: list[Action], prefetch: bool) -> list[Action]:
