@@ -20,9 +20,11 @@ from typing import Any
 import anywidget
 import traitlets
 
-FORMAT = "bpkit-scaling/1"
+from bpkit.measure import FORMAT, Parts
+from bpkit.measure import scaling as measure_scaling
+
 #: The parts of a step time, in the order in which the figure stacks them.
-PARTS = ("compute", "waiting_for_core", "exposed_communication", "idle")
+PARTS = tuple(Parts.__dataclass_fields__)
 #: Modules of the scaling explorer, each after those that it imports.
 MODULES = ("text", "dom", "data", "speedup", "bars", "timeline", "describe", "controls", "explorer")
 # A progress message costs the kernel and the browser more than it tells a reader.
@@ -282,7 +284,7 @@ def _load(measurements: Any) -> list[dict[str, Any]]:
     return [one for source in sources for one in _read(source)]
 
 
-def _bind(network: Any, data: Any, workers: Sequence[int], measure: Any, options: dict[str, Any]) -> Any:
+def _bind(network: Any, data: Any, workers: Sequence[int], measure: Callable[..., Any], options: dict[str, Any]) -> Any:
     if network is None and data is None:
         if options:
             raise TypeError(f"{sorted(options)}: settings of a measurement, which needs network= and data=")
@@ -290,13 +292,7 @@ def _bind(network: Any, data: Any, workers: Sequence[int], measure: Any, options
     if network is None or data is None:
         raise ValueError("a measurement needs both network= and data=")
 
-    def run(**live: Any) -> Any:
-        # Late, since a page of recorded measurements needs neither processes nor what measures them.
-        from bpkit.measure import scaling
-
-        return (measure or scaling)(network, data, workers=list(workers), **{**live, **options})
-
-    return run
+    return lambda **live: measure(network, data, workers=list(workers), **{**live, **options})
 
 
 def explorer(
@@ -306,7 +302,7 @@ def explorer(
     workers: Sequence[int] = (1, 2, 4),
     *,
     revealed: bool = False,
-    measure: Callable[..., Any] | None = None,
+    measure: Callable[..., Any] = measure_scaling,
     **options: Any,
 ) -> Explorer:
     """An interactive figure of how training scales with the number of workers.
