@@ -49,17 +49,11 @@ class Parts:
         """Their sum: the step time."""
         return self.compute + self.waiting_for_core + self.exposed_communication + self.idle
 
-    @classmethod
-    def mean(cls, parts: Sequence[Parts]) -> Parts:
-        """The average over ranks."""
-        return cls(*(float(np.mean([getattr(p, f.name) for p in parts])) for f in fields(cls)))
 
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What is said of each rank, and of their mean; `Report` defines each quantity."""
 
-@dataclass(frozen=True)
-class RankReport:
-    """One rank's share; `Report` defines each quantity."""
-
-    rank: int
     parts: Parts
     hidden_communication: float
     bubble: float | None
@@ -68,8 +62,15 @@ class RankReport:
     memory_bytes: int
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, kw_only=True)
+class RankReport(Share):
+    """One rank's share."""
+
+    rank: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Share):
     """Where the time and the bytes of a training run went.
 
     Every quantity is defined here and nowhere else.  The source of times is the trace: the recorded steps that
@@ -133,14 +134,8 @@ class Report:
     steps: int
     step_s: Spread
     throughput: float
-    parts: Parts
-    hidden_communication: float
-    bubble: float | None
-    bytes_sent: int | None
-    payload_bytes: int
     compress: str
     algorithm: str
-    memory_bytes: int
     ranks: tuple[RankReport, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -152,7 +147,7 @@ class Report:
         caption = (f"{self.plan} over {self.backend}, batch {self.batch:,}: a step takes "
                    f"{table.seconds(self.step_s.median)} (quartiles {spread}, {self.steps} steps), "
                    f"{self.throughput:,.0f} samples/s")  # fmt: skip
-        columns: list[Report | RankReport] = [self, *(self.ranks if self.workers > 1 else ())]
+        columns: list[Share] = [self, *(self.ranks if self.workers > 1 else ())]
         rows = [[name.replace("_", " "), *(table.seconds(getattr(c.parts, name)) for c in columns)]
                 for name in Parts.__dataclass_fields__]  # fmt: skip
         rows.append(["sum: step time", *(table.seconds(c.parts.total) for c in columns)])
@@ -200,18 +195,18 @@ def summarize(results: Sequence[TrainResult]) -> Report:
     spread = Spread.of(periods)
     near = np.argsort(np.abs(periods - spread.median), kind="stable")[: (len(periods) + 1) // 2]
     ranks = tuple(_rank(last, steps, rank, near, spread.median) for rank in range(result.workers))
-    names = ("hidden_communication", "bubble", "bytes_sent", "payload_bytes", "memory_bytes")
-    means = {name: _mean([getattr(rank, name) for rank in ranks]) for name in names}
+    means = {field.name: _mean([getattr(rank, field.name) for rank in ranks]) for field in fields(Share)}
     return Report(plan=plan.name, backend=result.backend, workers=result.workers, batch=result.batch,
                   steps=len(periods), step_s=spread, throughput=result.samples / spread.median,
-                  parts=Parts.mean([r.parts for r in ranks]), **means, compress=_compression(result),
-                  algorithm=_algorithm(result), ranks=ranks)  # fmt: skip
+                  compress=_compression(result), algorithm=_algorithm(result), ranks=ranks, **means)  # fmt: skip
 
 
 def _mean(values: Sequence[Any]) -> Any:
     """The average over ranks, whole for bytes; None where it is not known of all."""
     if None in values:
         return None
+    if isinstance(values[0], Parts):
+        return Parts(*(_mean([getattr(part, field.name) for part in values]) for field in fields(Parts)))
     mean = float(np.mean(values))
     return round(mean) if isinstance(values[0], int) else mean
 
