@@ -187,24 +187,20 @@ def hierarchical(n: int, stage: int = 0, hosts: int = 2) -> Rows:
     if hosts < 1 or n % hosts:
         raise ValueError(f"hierarchical: {n} ranks do not divide into {hosts} hosts of equal size")
     per_host = n // hosts
-    inner_scatter, inner_gather, outer = (reduce_scatter(per_host, stage), all_gather(per_host, stage),
-                                          ring(hosts, stage))  # fmt: skip
+    scatter, reduce, gather = reduce_scatter(per_host, stage), ring(hosts, stage), all_gather(per_host, stage)
     rows: Rows = []
     for r in range(n):
         host, local = divmod(r, per_host)
-        first = host * per_host
-        row = [replace(a, peer=first + _peer(a)) for a in inner_scatter[local]]
-        for action in outer[host]:  # part i of the part that this rank holds
-            assert action.part is not None
-            part = _part(local * hosts + action.part.lo, n)
-            row.append(replace(action, part=part, peer=_peer(action) * per_host + local))
-        rows.append(row + [replace(a, peer=first + _peer(a)) for a in inner_gather[local]])
+        inside, across = range(host * per_host, (host + 1) * per_host), range(local, n, per_host)
+        # Across hosts, part i of the part that this rank holds.
+        own = [replace(a, part=_part(local * hosts + a.part.lo, n)) for a in reduce[host] if a.part is not None]
+        rows.append(_among(inside, scatter[local]) + _among(across, own) + _among(inside, gather[local]))
     return rows
 
 
-def _peer(action: Action) -> int:
-    assert action.peer is not None
-    return action.peer
+def _among(members: Sequence[int], row: list[Action]) -> list[Action]:
+    """A row of a collective of some members, written with their ranks."""
+    return [replace(action, peer=members[action.peer or 0]) for action in row]
 
 
 def all_to_all(n: int, stage: int = 0) -> Rows:
