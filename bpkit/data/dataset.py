@@ -140,9 +140,7 @@ def shard_sizes(samples: int, n: int, uneven: Sequence[float] | None = None) -> 
     total = sum(weights)
     if min(weights) < 0 or not total > 0:
         raise ValueError(f"sizes and weights are not negative and not all zero: {weights}")
-    if all(isinstance(w, int) for w in weights) and total == samples:
-        return [int(w) for w in weights]
-    exact = [samples * w / total for w in weights]
+    exact = [samples * w / total for w in weights]  # sizes, where these are the weights, as they are
     sizes = [int(e) for e in exact]
     by_remainder = sorted(range(n), key=lambda i: (sizes[i] - exact[i], i))
     for i in by_remainder[: samples - sum(sizes)]:

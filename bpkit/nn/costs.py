@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,7 @@ def balanced_cuts(weights: Sequence[int], parts: int) -> list[int]:
     n = len(weights)
     if not 1 <= parts <= n:
         raise ValueError(f"{n} layers can be cut into 1 to {n} stages, not {parts}")
-    prefix = [0]
-    for weight in weights:
-        prefix.append(prefix[-1] + weight)
+    prefix = list(accumulate(weights, initial=0))
     best: list[tuple[int, list[int]]] = [(prefix[i], []) for i in range(n + 1)]  # the first i in one run
     for k in range(2, parts + 1):
         best = [min(((max(best[j][0], prefix[i] - prefix[j]), [*best[j][1], j]) for j in range(k - 1, i)),

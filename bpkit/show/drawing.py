@@ -86,9 +86,7 @@ class Drawing(Figure):
         The figure in words.
     """
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self.alt = ""
+    alt = ""
 
     def svg(self) -> str:
         """The figure as SVG, its words as the title that screen readers and tooltips give."""
