@@ -144,12 +144,15 @@ class _MaxPass(_AveragePass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if not len(x):
             return x.reshape(self._squares).sum((3, 5))
-        y, self._where = torch.ops.aten.max_pool2d_with_indices(x, [self._size] * 2, [self._size] * 2)
+        self._x, square = x, [self._size] * 2
+        y, self._where = torch.ops.aten.max_pool2d_with_indices(x, square, square)
         return y
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        square = [self._size] * 2
+        put = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
         if len(dy):
-            self._dx.zero_().flatten(2).scatter_(2, self._where.flatten(2), dy.flatten(2))
+            put(dy, self._x, square, square, [0, 0], [1, 1], False, self._where, grad_input=self._dx)
         return self._dx
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from bpkit.nn.costs import StageCost
 from bpkit.nn.layer import Context, Elementwise, Layer, Pass, Shape, Site, put_sum
 
+#: One kernel does in one pass over memory what a formula, written with torch's operators, does in several.
+_ATEN = torch.ops.aten
+
 
 @dataclass(frozen=True)
 class Linear(Layer):
@@ -123,6 +126,9 @@ class _ActivationPass(Pass):
         self._dx = None if site.reuse_gradient else site.empty()
         self._kept = site.empty(0)
 
+    def _into(self, dy: Tensor) -> Tensor:
+        return dy if self._dx is None else self._dx
+
 
 class _ReLUPass(_ActivationPass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -130,43 +136,35 @@ class _ReLUPass(_ActivationPass):
         return self._kept
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        dx = dy if self._dx is None else self._dx
-        # dy where y > 0, else 0: one pass over memory, where `dy * (y > 0)` takes two.
-        return torch.ops.aten.threshold_backward.grad_input(dy, self._kept, 0, grad_input=dx)
+        return _ATEN.threshold_backward.grad_input(dy, self._kept, 0, grad_input=self._into(dy))
 
 
 class _TanhPass(_ActivationPass):
+    slope = _ATEN.tanh_backward.grad_input
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._kept = self._function(x, out=x if self._y is None else self._y)
         return self._kept
 
-    def _slope(self, y: Tensor) -> Tensor:
-        return torch.mul(y, y).neg_().add_(1)
-
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        return torch.mul(dy, self._slope(self._kept), out=dy if self._dx is None else self._dx)
+        return self.slope(dy, self._kept, grad_input=self._into(dy))
 
 
 class _SigmoidPass(_TanhPass):
-    def _slope(self, y: Tensor) -> Tensor:
-        return torch.mul(y, y).neg_().add_(y)
+    slope = _ATEN.sigmoid_backward.grad_input
 
 
 class _GELUPass(_ActivationPass):
     def __init__(self, layer: _Activation, site: Site) -> None:
         super().__init__(layer, site)
-        self._out, self._cdf = site.empty(), site.empty()  # backward reads the input
+        self._out = site.empty()  # backward reads the input
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._kept = x
-        torch.mul(x, math.sqrt(0.5), out=self._cdf).erf_().add_(1).mul_(0.5)
-        return torch.mul(x, self._cdf, out=self._out)
+        return _ATEN.gelu.out(x, out=self._out)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        x = self._kept
-        density = torch.mul(x, x).mul_(-0.5).exp_().mul_(1 / math.sqrt(2 * math.pi))
-        slope = torch.addcmul(self._cdf, x, density, out=density)
-        return torch.mul(dy, slope, out=dy if self._dx is None else self._dx)
+        return _ATEN.gelu_backward.grad_input(dy, self._kept, grad_input=self._into(dy))
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,36 @@ class LayerNorm(_Norm):
         return ((self.features,), (self.features,))
 
     def at(self, site: Site) -> Pass:
-        return _NormPass(self, site, (math.prod(site.shape[:-1]), self.features, 1))
+        return _LayerNormPass(self, site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
         weight, bias = parameters
         return F.layer_norm(x, (self.features,), weight, bias, self.eps)
+
+
+class _LayerNormPass(Pass):
+    """By PyTorch's kernels, which take fewer passes over memory than the formulas; each half asks for its own part."""
+
+    def __init__(self, layer: LayerNorm, site: Site) -> None:
+        self._shape, self._eps, self._site = [layer.features], layer.eps, site
+        self._x = self._dy = self._mean = self._scale = site.empty(0)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        self._x, (weight, bias) = x, self._site.parameters
+        y, self._mean, self._scale = torch.native_layer_norm(x, self._shape, weight, bias, self._eps)
+        return y
+
+    def _backward(self, *parts: bool) -> Sequence[Tensor]:
+        kept = self._mean, self._scale, *self._site.parameters
+        return torch.ops.aten.native_layer_norm_backward(self._dy, self._x, self._shape, *kept, parts)
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        self._dy = dy
+        return self._backward(True, False, False)[0] if need else None
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        for own, made in zip(self._site.gradients, self._backward(False, True, True)[1:], strict=True):
+            own.add_(made) if accumulate else own.copy_(made)
 
 
 @dataclass(frozen=True)
