@@ -125,17 +125,17 @@ class Communication:
     def _gather_edge(self, action: Action, index: int) -> Runner:
         """Own tokens of all ranks, side by side in memory, to whole samples."""
         (key, memory, comm), edges = self._edge(action), self._edges
+        whole = torch.empty_like(memory)
 
         def gather_edge() -> Handle:
             own = edges[key]
             flat = memory[: comm.size * own.numel()]
             parts = flat.view(comm.size, *own.shape)
             parts[comm.rank] = own
-
-            def take() -> None:
-                edges[key] = parts.transpose(0, 1).flatten(1, 2)
-
-            return Then(comm.post_all_gather(flat), then=take)
+            rows, tokens, width = own.shape
+            joined = whole[: flat.numel()].view(rows, comm.size, tokens, width)
+            edges[key] = joined.flatten(1, 2)
+            return Then(comm.post_all_gather(flat), then=lambda: joined.copy_(parts.transpose(0, 1)))
 
         return gather_edge
 
