@@ -61,18 +61,19 @@ class LayerNorm(_Norm):
 class _LayerNormPass(Pass):
     """By PyTorch's kernels, which take fewer passes over memory than the formulas; each half asks for its own part."""
 
-    def __init__(self, layer: LayerNorm, site: Site) -> None:
-        self._shape, self._eps, self._site = [layer.features], layer.eps, site
+    def __init__(self, layer: _Norm, site: Site) -> None:
+        self._layer, self._site = layer, site
         self._x = self._dy = self._mean = self._scale = site.empty(0)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._x, (weight, bias) = x, self._site.parameters
-        y, self._mean, self._scale = torch.native_layer_norm(x, self._shape, weight, bias, self._eps)
+        y, self._mean, self._scale = torch.native_layer_norm(x, weight.shape, weight, bias, self._layer.eps)
         return y
 
     def _backward(self, *parts: bool) -> Sequence[Tensor]:
-        kept = self._mean, self._scale, *self._site.parameters
-        return torch.ops.aten.native_layer_norm_backward(self._dy, self._x, self._shape, *kept, parts)
+        weight, bias = self._site.parameters
+        kept = self._mean, self._scale, weight, bias
+        return torch.ops.aten.native_layer_norm_backward(self._dy, self._x, weight.shape, *kept, parts)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         self._dy = dy
@@ -111,7 +112,7 @@ class GroupNorm(_ChannelNorm):
     groups: int = 1
 
     def at(self, site: Site) -> Pass:
-        return _NormPass(self, site, _by_channel(site), self.groups)
+        return _GroupNormPass(self, site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
         return F.group_norm(x, self.groups, parameters[0], parameters[1], self.eps)
@@ -135,7 +136,7 @@ class BatchNorm(_ChannelNorm):
         return self.initial(shape, torch.Generator())[::-1]
 
     def at(self, site: Site) -> Pass:
-        return _BatchNormPass(self, site, _by_channel(site), self.channels)
+        return _BatchNormPass(self, site)
 
     def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
         """Over this rank's rows, without `sum_over_data`."""
@@ -143,57 +144,32 @@ class BatchNorm(_ChannelNorm):
         return F.batch_norm(x, mean, variance, parameters[0], parameters[1], context.training, 0.0, self.eps)
 
 
-def _by_channel(site: Site) -> Shape:
-    """A site's input as (rows, channels, places)."""
-    return (*site.shape[:2], math.prod(site.shape[2:]))
-
-
-class _NormPass(Pass):
-    """Works on (rows, channels, places), and on the same as (rows, groups, what is normalised together)."""
-
-    def __init__(self, layer: _Norm, site: Site, view: Shape, groups: int = 1) -> None:
-        rows, channels, places = view
-        self._layer, self._site, self._view = layer, site, view
-        self._grouped = (rows, groups, channels // groups * places)
-        self._weight, self._bias = (p.view(-1, 1) for p in site.parameters)
-        self._n, self._y, self._dx = site.empty(), site.empty(), site.empty()
-        self._n_view, self._y_view, self._dx_view = (t.view(view) for t in (self._n, self._y, self._dx))
-        self._n_grouped, self._dx_grouped = self._n.view(self._grouped), self._dx.view(self._grouped)
-        self._dy = self._scale = self._y  # the gradient from above, and 1 / sqrt(variance + eps)
-
-    def _means(self, *values: Tensor) -> Sequence[Tensor]:
-        """Means over what is normalised together."""
-        return [v.mean(-1, keepdim=True) for v in values]
+class _GroupNormPass(_LayerNormPass):
+    def __init__(self, layer: GroupNorm, site: Site) -> None:
+        super().__init__(layer, site)
+        rows, channels, *places = site.shape
+        self._sizes = rows, channels, math.prod(places), layer.groups
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        x = x.reshape(self._grouped)
-        (self._mean,) = self._means(x)
-        torch.sub(x, self._mean, out=self._n_grouped)
-        (self._variance,) = self._means(self._n_grouped.square())
-        return self._scaled(self._variance)
+        self._x, (weight, bias) = x.contiguous(), self._site.parameters
+        y, self._mean, self._scale = torch.native_group_norm(self._x, weight, bias, *self._sizes, self._layer.eps)
+        return y
 
-    def _scaled(self, variance: Tensor) -> Tensor:
-        self._scale = (variance + self._layer.eps).rsqrt_()
-        self._n_grouped.mul_(self._scale)
-        torch.addcmul(self._bias, self._n_view, self._weight, out=self._y_view)
-        return self._y
-
-    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        self._dy = dy.reshape(self._view)
-        if not need:
-            return None
-        torch.mul(self._dy, self._weight, out=self._dx_view)
-        g, n = self._dx_grouped, self._n_grouped
-        mean, along_n = self._means(g, g * n)
-        g.sub_(mean).addcmul_(n, along_n, value=-1).mul_(self._scale)
-        return self._dx
-
-    def backward_weight(self, accumulate: bool = False) -> None:
-        for own, made in zip(self._site.gradients, (self._dy * self._n_view, self._dy), strict=True):
-            put_sum(own, made, (0, 2), accumulate)
+    def _backward(self, *parts: bool) -> Sequence[Tensor]:
+        given = self._dy.contiguous(), self._x, self._mean, self._scale, self._site.parameters[0]
+        return torch.ops.aten.native_group_norm_backward(*given, *self._sizes, parts)
 
 
-class _BatchNormPass(_NormPass):
+class _BatchNormPass(Pass):
+    """Works on (rows, channels, places)."""
+
+    def __init__(self, layer: BatchNorm, site: Site) -> None:
+        self._layer, self._site = layer, site
+        self._view = (*site.shape[:2], math.prod(site.shape[2:]))
+        self._weight, self._bias = (p.view(-1, 1) for p in site.parameters)
+        self._n, self._y = site.empty(*self._view), site.empty(*self._view)
+        self._dy = self._scale = self._y  # the gradient from above, and 1 / sqrt(variance + eps)
+
     def _means(self, *values: Tensor) -> Sequence[Tensor]:
         """One sum over the data ranks, the number of rows with it."""
         count = values[0].new_full((1,), self._view[0] * self._view[2])
@@ -205,23 +181,31 @@ class _BatchNormPass(_NormPass):
         return means.view(len(values), 1, -1, 1).unbind(0)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        self._context = context
-        if context.training:
-            return super().forward(x, context)
+        self._context, x = context, x.reshape(self._view)
         mean, variance = (b.view(1, -1, 1) for b in self._site.buffers)
-        torch.sub(x.reshape(self._view), mean, out=self._n_view)
-        return self._scaled(variance)
+        if context.training:
+            (mean,) = self._means(x)
+        torch.sub(x, mean, out=self._n)
+        if context.training:
+            (variance,) = self._means(self._n.square())
+        self._mean, self._variance, self._scale = mean, variance, (variance + self._layer.eps).rsqrt_()
+        self._n.mul_(self._scale)
+        return torch.addcmul(self._bias, self._n, self._weight, out=self._y).view(self._site.shape)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        if self._context.training:
-            return super().backward_input(dy, need)
         self._dy = dy.reshape(self._view)
-        return (self._dy * self._weight * self._scale).view(self._site.shape)
+        if not need:
+            return None
+        g = self._dy * self._weight
+        if self._context.training:
+            mean, along_n = self._means(g, g * self._n)
+            g.sub_(mean).addcmul_(self._n, along_n, value=-1)
+        return g.mul_(self._scale).view(self._site.shape)
 
     def backward_weight(self, accumulate: bool = False) -> None:
-        super().backward_weight(accumulate)
+        for own, made in zip(self._site.gradients, (self._dy * self._n, self._dy), strict=True):
+            put_sum(own, made, (0, 2), accumulate)
         if self._context.training:  # here, as a forward may be computed again (RECOMPUTE)
-            assert isinstance(self._layer, BatchNorm)
             unbiased = self._variance * (self._count / (self._count - 1).clamp(min=1))
             weight = self._layer.momentum * self._count.clamp(max=1)  # 0 without rows; a GPU is not waited for
             for own, seen in zip(self._site.buffers, (self._mean, unbiased), strict=True):

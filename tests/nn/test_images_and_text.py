@@ -251,7 +251,7 @@ def test_convnet_learns_digits(norm: str | None) -> None:
     for step in range(100):
         x, t = data.batch(step, 64)
         by_hand(net, x, t, nn.Context(step))
-        net.flat_parameters.sub_(net.flat_gradients, alpha=1 / 64)
+        net.flat_parameters.sub_(net.flat_gradients, alpha=0.4 / 64)
     assert net.accuracy(data.test_inputs, data.test_targets) > 0.7  # chance: 0.1
     with pytest.raises(ValueError, match="unknown norm 'instance'"):
         nn.convnet(norm="instance")
