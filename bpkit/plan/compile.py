@@ -1,5 +1,6 @@
 """``compile``: derive once, for run and simulate alike, what a plan leaves implicit."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -125,7 +126,7 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
     for part in parts:
         starts.append(starts[-1] + len(part.layers))
     sizes = _sizes(plan, network, starts[1:-1])
-    edges = (*(_elements(part.input_shape) for part in parts), _elements(network.output_shape))
+    edges = (*(math.prod(part.input_shape) for part in parts), math.prod(network.output_shape))
     itemsize = network.dtype.itemsize
     rows = tuple(_instructions(row, plan, sizes, edges, itemsize) for row in plan.rows)
     return Program(plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)),
@@ -192,13 +193,6 @@ def _with_norm(plan: Plan) -> Plan:
         first = next((i for i, action in enumerate(row) if action.kind == "UPDATE"), len(row))
         rows.append([*row[:first], Action(min(a.stage for a in row), "NORM"), *row[first:]])
     return replace(plan.with_rows(rows), name=f"{plan.name} with clipping")
-
-
-def _elements(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _instructions(row: tuple[Action, ...], plan: Plan, sizes: Sequence[int], edges: Sequence[int],
