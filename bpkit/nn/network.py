@@ -43,7 +43,7 @@ class Network:
     seed : int
         Of the initial parameters and of the dropout masks. One generator serves the whole network, in layer
         order, so equal layers start different; it draws in float64, so both dtypes start alike.
-    dtype : torch.float32 or torch.float64
+    dtype : torch.float32, torch.float64 or torch.bfloat16
     device : str or torch.device
 
     Attributes
@@ -82,8 +82,8 @@ class Network:
     def _define(self, layers: tuple[Layer, ...], input_shape: Shape, loss: Loss, seed: int, dtype: torch.dtype,
                 device: torch.device, first_leaf: int, shapes: list[Shape] | None = None) -> None:  # fmt: skip
         """Check, lay out and allocate; parameters are zero afterwards."""
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"a network computes in torch.float32 or torch.float64, not {dtype}")
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise TypeError(f"a network computes in torch.float32, torch.float64 or torch.bfloat16, not {dtype}")
         if not layers:
             raise ValueError("a network needs at least one layer")
         for i, layer in enumerate(layers):
@@ -98,7 +98,7 @@ class Network:
         self._names = [name for layer, s in self._placed() for name in layer.ties(s)]
         self.owners = owners(self._names, self._parameter_shapes)
         order = produced(layers, self.shapes)
-        self._offsets, self.flat_size = lay_out(order, self.owners, self._parameter_shapes, dtype.itemsize)
+        self._offsets, self.flat_size = lay_out(order, self.owners, self._parameter_shapes, max(4, dtype.itemsize))
         self._runs: dict[Hashable, _Run] = {}
         self._skips: dict[tuple[str, int, int], Tensor] = {}
         self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, dtype, device) for _ in range(2))
@@ -326,13 +326,13 @@ class Network:
         return stage
 
     def like(self, layers: tuple[Layer, ...], loss: Loss, device: str | torch.device | None = None,
-             shapes: list[Shape] | None = None) -> Network:  # fmt: skip
+             shapes: list[Shape] | None = None, dtype: torch.dtype | None = None) -> Network:  # fmt: skip
         """Return a network of these layers at the same place in its whole, its parameters zero.
 
         `shapes`, in front of each layer and behind the last, are given where they do not follow from each other.
         """
         other, at = Network.__new__(Network), torch.device(device or self.device)
-        other._define(layers, self.input_shape, loss, self.seed, self.dtype, at, self._first_leaf, shapes)
+        other._define(layers, self.input_shape, loss, self.seed, dtype or self.dtype, at, self._first_leaf, shapes)
         return other
 
     def opened(self) -> Network:
@@ -348,9 +348,10 @@ class Network:
         other.flat_buffers.copy_(self.flat_buffers)
         return other
 
-    def copy(self, device: str | torch.device | None = None) -> Network:
-        """Return a network with the same values in buffers of its own (on `device`), without kept activations."""
-        other = self.like(self.layers, self.loss, device)
+    def copy(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Network:
+        """Return a network with the same values in buffers of its own (on `device`, in `dtype`; float32 and bfloat16
+        are laid out alike), without kept activations."""
+        other = self.like(self.layers, self.loss, device, dtype=dtype)
         other.flat_parameters.copy_(self.flat_parameters)
         other.flat_gradients.copy_(self.flat_gradients)
         other.flat_buffers.copy_(self.flat_buffers)

@@ -44,6 +44,7 @@ class Buffers:
     rows: int = 0  # samples of a microbatch, at most
     compress: Compressor | None = None
     encoded: int = 0  # payload bytes of a step, where gradients are compressed
+    halves: int = 0  # bytes of parameters and gradients in bfloat16, beside those in float32
     stages: dict[int, Network] = field(default_factory=dict)
     gradients: dict[int, Tensor] = field(default_factory=dict)
     reduced: dict[int, Tensor] = field(default_factory=dict)
@@ -270,8 +271,9 @@ class Buffers:
             parameters //= self.program.plan.mesh.data
         whole = [net.flat_gradients for net in self.stages.values()]
         state = [tensor for tensors in self.state.values() for tensor in tensors]
+        halves = {"bfloat16": self.halves} if self.halves else {}
         return {"parameters": parameters, "gradients": distinct(whole) + distinct(list(self.reduced.values())),
-                "optimizer": distinct(state)}  # fmt: skip
+                "optimizer": distinct(state), **halves}  # fmt: skip
 
 
 def _padding(net: Network) -> Tensor:

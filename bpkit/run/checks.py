@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bpkit.compress import Compressor, PowerSGD
@@ -26,7 +27,23 @@ def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers:
     if inputs.dtype != network.input_dtype:
         raise TypeError(f"inputs are {inputs.dtype} but the network takes {network.input_dtype}: load the data with "
                         "the same dtype")  # fmt: skip
+    for what, place in (("the network", network.device), ("the data", inputs.device)):
+        if place.type != "cpu":
+            raise ValueError(f"{what} lies on {place}: give it on the CPU, workers copy it to their own device")
+    if network.dtype is torch.bfloat16:
+        raise TypeError("a network in bfloat16 has no float32 weights: give one in float32, with precision='bf16'")
     network.loss.check(targets, network.output_shape)
+
+
+def precision(name: str, plan: Plan, network: Network) -> None:
+    """Refuse a precision that does not exist, or not for this plan or network."""
+    if name not in ("full", "bf16"):
+        raise ValueError(f"unknown precision {name!r}: choose 'full' or 'bf16'")
+    if name == "bf16" and network.dtype is not torch.float32:
+        raise TypeError(f"bf16 keeps its weights in torch.float32, but the network's are {network.dtype}")
+    if name == "bf16" and (plan.holds != "all" or len(network.flat_buffers)):
+        raise ValueError(f"{plan.name}: bf16 takes a plan with one gradient, and a network without running statistics, "
+                         "such as batch norm's")  # fmt: skip
 
 
 def room(program: Program, network: Network, backend: str) -> None:

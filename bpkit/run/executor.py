@@ -110,6 +110,10 @@ class Executor:
         """Nothing to wait for: `run` has filled the log, and the host's clock says when the step began (0)."""
         return 0
 
+    def clock_error(self) -> float:
+        """None: times are the host's own."""
+        return 0.0
+
     def run(self, step: int, log: Log, line: int) -> None:
         """Run the row once; line `line` of the log is filled."""
         start, end, wait, cpu, _ = self._columns

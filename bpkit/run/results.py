@@ -9,7 +9,7 @@ from torch import Tensor
 from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.plan import Plan, Program
-from bpkit.run.training import Job, Outcome
+from bpkit.run.training import Job, Outcome, needed
 from bpkit.run.whole import gathered
 from bpkit.trace import Trace
 
@@ -40,6 +40,14 @@ class TrainResult:
         For each rank, bytes of parameters, gradients and optimizer state.
     compress : Compressor, optional
         How gradients travelled; the run was lossy where there is one.
+    precision : str
+        ``full``, or ``bf16``: the run was lossy then.
+    peak : tuple of int
+        For each rank, the most bytes that the GPU's allocator held for tensors at once; 0 on the CPU.
+    predicted : tuple of dict
+        For each rank, the bytes that the plan takes by calculation (see `bpkit.run.room.predicted`).
+    clock_error : float
+        Seconds by which times of a GPU's events, brought to the host's clock, were wrong at the end; of the worst rank.
     encoded : tuple of int
         For each rank, the bytes of a step's gradients as encoded, where they were compressed.
     """
@@ -55,6 +63,10 @@ class TrainResult:
     memory: tuple[dict[str, int], ...] = ()
     compress: Compressor | None = None
     encoded: tuple[int, ...] = ()
+    precision: str = "full"
+    peak: tuple[int, ...] = ()
+    predicted: tuple[dict[str, int], ...] = ()
+    clock_error: float = 0.0
 
     @property
     def plan(self) -> Plan:
@@ -76,7 +88,7 @@ class TrainResult:
         return self.encoded[rank] if self.compress else self.program.payload(self.plan.mesh.coordinate(rank))
 
     def __repr__(self) -> str:
-        lossy = f" with {self.compress} (lossy)" if self.compress else ""
+        lossy = f" with {self.compress} (lossy)" if self.compress else " in bf16 (lossy)" * (self.precision == "bf16")
         return (f"<TrainResult: {self.plan.name}{lossy} over {self.backend}, {len(self.losses)} steps, "
                 f"loss {self.losses[0]:.4f} to {self.losses[-1]:.4f}>")  # fmt: skip
 
@@ -121,7 +133,9 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
     return TrainResult(gathered(job.network, job.program, [outcome.parameters for outcome in outcomes]), losses,
                        np.diff(starts, axis=1).mean(axis=0) / 1e9, trace, tuple(outcomes[0].accuracies), job.program,
                        job.batch, backend, tuple(outcome.memory for outcome in outcomes), job.compress,
-                       tuple(outcome.encoded for outcome in outcomes))  # fmt: skip
+                       tuple(outcome.encoded for outcome in outcomes), job.precision,
+                       tuple(outcome.peak for outcome in outcomes), tuple(needed(job, at) for at in mesh.coordinates()),
+                       max(outcome.clock_error for outcome in outcomes))  # fmt: skip
 
 
 def same_bits(plan: Plan, outcomes: list[Outcome]) -> None:

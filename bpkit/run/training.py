@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter_ns
 from typing import Any
 
@@ -17,11 +17,13 @@ from bpkit.nn import Network
 from bpkit.nn.losses import Loss
 from bpkit.optim import Optimizer
 from bpkit.plan.compile import Program
+from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan
 from bpkit.run.buffers import Buffers, OneBuffer
 from bpkit.run.comm import Comm
 from bpkit.run.executor import StepData
 from bpkit.run.groups import Groups
+from bpkit.run.room import explained, predicted
 from bpkit.run.streams import Feed, executor
 from bpkit.run.verbs import Verbs
 from bpkit.run.whole import gathered
@@ -47,6 +49,7 @@ class Job:
     target: float | None = None
     compress: Compressor | None = None
     sync_batch_norm: bool = False
+    precision: str = "full"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class Outcome:
         Bytes of parameters, gradients and optimizer state on this rank.
     encoded : int
         Payload bytes of a step, where gradients are compressed.
+    peak : int
+        The most bytes that the GPU's allocator held at once.
+    clock_error : float
+        Seconds by which the GPU's times are wrong on the host's clock.
     arrivals : tuple of int
         On an asynchronous server that ran live: whose gradients came, in order.
     """
@@ -82,6 +89,8 @@ class Outcome:
     accuracies: list[tuple[int, float]]
     memory: dict[str, int]
     encoded: int = 0
+    peak: int = 0
+    clock_error: float = 0.0
     arrivals: tuple[int, ...] = ()
 
 
@@ -166,7 +175,7 @@ class Runner:
         apart = job.sync_batch_norm and self.plan.mesh.data > 1
         over = groups.apart(self.plan.mesh, "data", "batch norm").all_reduce if apart else None
         self.step = StepData(sum_over_data=over)
-        bound = Verbs(self.buffers, self.step, captured=captured).bind()
+        bound = Verbs(self.buffers, self.step, captured=captured, precision=job.precision).bind()
         self.executor = executor(self.program.row(self.buffers.at), bound, groups, streams)
         self.feed = Feed(comm.device)
         self.losses: list[float] = []  # this rank's share of the mean loss, for each step that has ended
@@ -216,8 +225,20 @@ class Runner:
         return f"step {number}: the loss is not a number, though the gradients of this rank are finite"
 
 
+def needed(job: Job, at: Coordinate) -> dict[str, int]:
+    """The memory that a job takes on the rank at a coordinate, by calculation."""
+    rows = largest(job.program.plan, job.batch, job.shards)
+    return predicted(job.program, at, job.network, job.optimizer, rows, job.precision)
+
+
 def train(comm: Comm, job: Job, streams: Any = None) -> Outcome:
     """Run all steps of a job on one rank."""
+    plan = job.program.plan
+    with explained(plan, lambda: needed(job, plan.mesh.coordinate(comm.rank))):
+        return _steps(comm, job, streams)
+
+
+def _steps(comm: Comm, job: Job, streams: Any) -> Outcome:
     runner = Runner(comm, job, streams=streams)
     recorded = min(job.steps, job.record)
     log = Log.empty(range(job.steps - recorded, job.steps), len(runner.buffers.row))
@@ -237,7 +258,9 @@ def train(comm: Comm, job: Job, streams: Any = None) -> Outcome:
                 break
     runner.settle()
     starts = [*runner.starts, perf_counter_ns() - runner.paused]
-    return outcome(runner.buffers, runner.losses, starts, log, accuracies)
+    result = outcome(runner.buffers, runner.losses, starts, log, accuracies)
+    peak = torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else 0
+    return replace(result, peak=peak, clock_error=runner.executor.clock_error())
 
 
 def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,

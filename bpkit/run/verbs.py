@@ -12,6 +12,7 @@ from bpkit.optim import clip_factor
 from bpkit.plan.actions import Action
 from bpkit.run.communication import ON_GRADIENTS, Communication
 from bpkit.run.executor import Runner, assign_slots
+from bpkit.run.mixed import Mixed
 from bpkit.run.stash import stash
 
 
@@ -23,18 +24,23 @@ class Verbs(Communication):
     ----------
     captured : dict, optional
         Where UPDATE puts what it would apply, by stage, instead of applying it.
+    precision : {"full", "bf16"}
     """
 
     captured: dict[int, Tensor] | None = None
+    precision: str = "full"
 
     def __post_init__(self) -> None:
         self._slots = assign_slots(self.buffers.row)
         self._used, counts = stash(self.buffers.row) if self.buffers.program.plan.stashed else ({}, {})
         self._copies = self.buffers.copies(counts)
+        mixed = self.buffers.stages if self.precision == "bf16" else {}
+        self._mixed = {stage: Mixed(net) for stage, net in mixed.items()}
+        self.buffers.halves = sum(net.bytes for net in self._mixed.values())
 
-    def _net(self, action: Action, index: int) -> Network:
+    def _net(self, action: Action, index: int) -> Network | Mixed:
         """The stage, with the copy of its parameters that an action reads."""
-        return self._copies[action.stage][self._used.get(index, (0, 0))[0]]
+        return self._mixed.get(action.stage) or self._copies[action.stage][self._used.get(index, (0, 0))[0]]
 
     def bind(self) -> list[Runner]:
         """One callable an action of the row.
@@ -82,6 +88,9 @@ class Verbs(Communication):
         s, mb = action.stage, action.mb or 0
         forward, slot, edges, step = self._net(action, index).forward, self._slots[s, mb], self._edges, self.step
         again = action.kind == "F" and Action(s, "RECOMPUTE", mb) in self.buffers.row
+        mixed = self._mixed.get(s)
+        if mixed and not any(a.kind == "F" and a.stage == s for a in self.buffers.row[:index]):
+            forward = mixed.forward_anew
 
         def run() -> None:
             edges["A", s + 1, mb] = forward(step.inputs[mb] if s == 0 else edges["A", s, mb], slot, step.contexts[mb])
@@ -94,7 +103,7 @@ class Verbs(Communication):
 
     def _recompute(self, action: Action, index: int) -> Runner:
         s, mb = action.stage, action.mb or 0
-        forward, slot, edges, step = self.buffers.stages[s].forward, self._slots[s, mb], self._edges, self.step
+        forward, slot, edges, step = self._net(action, index).forward, self._slots[s, mb], self._edges, self.step
         return lambda: forward(step.inputs[mb] if s == 0 else edges["A", s, mb], slot, step.contexts[mb])
 
     def _loss(self, action: Action, index: int) -> Runner:

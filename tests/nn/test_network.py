@@ -169,7 +169,7 @@ def test_predict_and_accuracy_switch_dropout_off() -> None:
         (lambda: nn.Network([nn.LayerNorm(5)], 6), ValueError, "LayerNorm"),
         (lambda: nn.Network([], 6), ValueError, "at least one layer"),
         (lambda: nn.Network([torch.nn.ReLU()], 6), TypeError, "layer 0"),  # type: ignore[list-item]
-        (lambda: nn.mlp([6, 4], dtype=torch.float16), TypeError, "float32 or torch.float64, not torch.float16"),
+        (lambda: nn.mlp([6, 4], dtype=torch.float16), TypeError, "torch.float64 or torch.bfloat16, not torch.float16"),
         (lambda: nn.mlp([6, 4], activation="swish"), ValueError, "swish.*relu"),
         (lambda: nn.mlp([6, 4], loss="hinge"), ValueError, "hinge.*cross_entropy"),
         (lambda: nn.mlp([6]), ValueError, "input and its output"),

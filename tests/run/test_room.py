@@ -1,0 +1,67 @@
+"""The memory that a plan takes, by calculation, and what is said where a GPU has too little."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bpkit as bp
+from bpkit.plan import data_parallel, serial, zero
+from bpkit.plan.pipeline import gpipe, one_f_one_b
+from bpkit.run import cluster as of_cluster
+from bpkit.run import training
+
+DATA = bp.data.digits()
+NETWORK = bp.nn.mlp([64, 48, 40, 32, 10], seed=1)
+PLANS = [serial(), data_parallel(2, 3), zero(2, 1, units=3), zero(2, 2, units=3), zero(2, 3, units=3), gpipe(2, 4),
+         one_f_one_b(2, 4), one_f_one_b(2, 4, data=2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
+def test_what_is_kept_is_what_was_calculated(clusters, plan):
+    result = clusters[plan.workers].train(NETWORK, DATA, plan, batch=64, steps=1, optimizer=bp.optim.Adam(1e-3))
+    assert result.peak == (0,) * plan.workers and result.clock_error == 0.0  # this is the CPU
+    for kept, said in zip(result.memory, result.predicted, strict=True):
+        shared = result.backend == "shm" and "UNSHARD" in str(plan)
+        assert kept["optimizer"] == pytest.approx(said["optimizer"], abs=64)  # parts differ by an element
+        assert kept["gradients"] == pytest.approx(said["gradients"], abs=256)
+        assert shared or kept["parameters"] == pytest.approx(said["parameters"], abs=256)
+
+
+def test_activations_follow_the_schedule_and_the_microbatch():
+    def saved(plan, batch=64):
+        job = training.Job(bp.plan.compile(plan, NETWORK), NETWORK, DATA, bp.optim.SGD(0.1), batch)
+        return training.needed(job, plan.mesh.coordinate(0))["activations"]
+
+    assert saved(serial(), 128) == 2 * saved(serial()) == 4 * saved(serial(1, 2))  # two microbatches, one at a time
+    assert saved(gpipe(2, 4)) == 2 * saved(one_f_one_b(2, 4)) > 0  # four microbatches at a time, or two
+    widths = sum(cost.inputs + cost.outputs for cost in NETWORK.costs())
+    assert saved(serial()) == 4 * 64 * widths
+
+
+def out_of_memory(comm, job):
+    """A training run that finds the memory of its device full."""
+
+    class Full(training.Runner):
+        def run(self, *args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    training.Runner = Full  # in this worker only, which ends with its error
+    return training.train(comm, job)
+
+
+@pytest.mark.parametrize(("plan", "helps", "no_help"), [
+    (data_parallel(2, 3), ["a smaller batch", "bp.plan.zero"], ["recompute", "microbatches"]),
+    (one_f_one_b(2, 4), ["more microbatches", "recompute=True", "bp.plan.zero"], []),
+    (one_f_one_b(2, 4, recompute=True), ["more microbatches"], ["recompute=True"]),
+    (zero(2, 3, units=3), ["a smaller batch"], ["bp.plan.zero"]),
+])  # fmt: skip
+def test_a_full_gpu_says_what_the_plan_takes_and_what_takes_less(monkeypatch, plan, helps, no_help):
+    monkeypatch.setattr(of_cluster, "train", out_of_memory)
+    with bp.Cluster(2, backend="shm") as cluster, pytest.raises(bp.run.WorkerError) as caught:
+        cluster.train(NETWORK, DATA, plan, batch=64, steps=1, lr=0.1)
+    text, cause = str(caught.value), caught.value.__cause__
+    assert isinstance(cause, torch.OutOfMemoryError) and "Tried to allocate 2.00 GiB" in str(cause)
+    assert "MB here, by calculation: parameters" in text and "activations" in text
+    message = str(cause).split("Less is needed with")[1]
+    assert all(word in message for word in helps) and not any(word in message for word in no_help)
