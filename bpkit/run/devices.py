@@ -17,13 +17,14 @@ def no_gpu() -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} is a build without CUDA: install one with it (environment.yml does)"
-    if visible is not None and torch.cuda.device_count() == 0:
-        return f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs: unset it, or name some, as in CUDA_VISIBLE_DEVICES=0"
+    why = "torch.cuda.is_available() says so"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # a driver that is too old, or none: the text says which
-        return str(error)
-    return "torch.cuda.is_available() says so"
+        why = str(error)
+    if visible is not None and "driver" not in why:
+        return f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs: unset it, or name some, as in CUDA_VISIBLE_DEVICES=0"
+    return why
 
 
 def choose(workers: int, backend: str, device: str) -> str:
