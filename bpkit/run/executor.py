@@ -53,11 +53,11 @@ class StepData:
         self.contexts = [Context(number, start, True, self.sum_over_data) for start in starts[:-1]]
         self.number, self.losses = number, {}
 
-    def loss(self) -> Callable[[], list[float]]:
-        """What gives the microbatches' weighted losses once the step has ended; nobody waits for them before."""
+    def loss(self, ahead: bool = False) -> Callable[[], list[float]]:
+        """What gives the microbatches' weighted losses, once the step has ended where the host is `ahead` of it."""
         places, weights, values = list(self.losses), self.weights, list(self.losses.values())
         if values and values[0].is_cuda:
-            values = list(torch.stack(values).to("cpu", non_blocking=True))  # into pinned memory
+            values = list(torch.stack(values).to("cpu", non_blocking=ahead))  # into pinned memory then
 
         def read() -> list[float]:
             result = [0.0] * len(weights)

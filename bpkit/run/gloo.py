@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
+from itertools import combinations
 from time import perf_counter_ns
 from typing import Any
 
@@ -97,6 +98,28 @@ class DistributedComm(Comm):
             store = dist.FileStore(path, size) if path else None
             dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout),
                                     store=store)
+        self._down: Any = dist.new_group() if backend == "nccl" and size > 1 else None
+        if self._down is not None:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Make the connections of each pair, in one order on all ranks.
+
+        NCCL makes them when they are first used, and waits on the host until the peer does too: ranks in a ring that
+        all begin with a send would wait for ever.
+        """
+        token = torch.zeros(1, device=self.device)
+        for low, high in combinations(range(self.size), 2):
+            for source, to in ((low, high), (high, low)):
+                if self.rank == source:
+                    dist.send(token, to, self._way(source, to))
+                elif self.rank == to:
+                    dist.recv(token, source, self._way(source, to))
+
+    def _way(self, source: int, to: int) -> Any:
+        """The process group of messages in one direction, None for all ranks: NCCL runs those of a pair and a group one
+        after another, whatever their direction, so a message could wait for one that is given after it."""
+        return self._down if to < source else None
 
     @property
     def waited(self) -> int:
@@ -136,7 +159,7 @@ class DistributedComm(Comm):
         held, received = self._held[to], int(self.block.received[to, self.rank])
         while held and (held[0][0] < received or len(held) > _HELD):
             self.run("send", to, held.popleft()[1].wait)
-        held.append((self.sent_to[to], dist.isend(packet, to), packet))
+        held.append((self.sent_to[to], dist.isend(packet, to, self._way(self.rank, to)), packet))
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         self.check_peer(to, "send")
@@ -160,7 +183,8 @@ class DistributedComm(Comm):
     def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
         self.check_peer(source, "recv")
         packet = torch.empty(PACKET, dtype=torch.uint8, device=self.device)
-        self.run("recv", source, dist.recv, packet, source)
+        way = self._way(source, self.rank)
+        self.run("recv", source, dist.recv, packet, source, way)
         code, dims, *sizes = _HEAD.unpack(packet[: _HEAD.size].cpu().numpy().tobytes())
         shape, dtype = tuple(sizes[:dims]), DTYPES[code]
         if tensor is None:
@@ -174,7 +198,7 @@ class DistributedComm(Comm):
         first = min(data.numel(), PACKET - _HEAD.size)
         data[:first] = packet[_HEAD.size : _HEAD.size + first]
         if first < data.numel():
-            self.run("recv", source, dist.recv, data[first:], source)
+            self.run("recv", source, dist.recv, data[first:], source, way)
         if target is not tensor:
             tensor.copy_(target)
         self.count_received(source)
@@ -241,7 +265,7 @@ class DistributedComm(Comm):
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         into = torch.empty_like(tensor) if add else tensor
-        message = _Work(self, dist.irecv(into, source), source)
+        message = _Work(self, dist.irecv(into, source, self._way(source, self.rank)), source)
         return Then(message, then=partial(tensor.add_, into)) if add else message
 
     def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:

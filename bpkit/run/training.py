@@ -194,7 +194,7 @@ class Runner:
         self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
         self.step.weights, self.step.scale = shard.weights, shard.scale
         self.executor.run(number, log, line)
-        self._flights.append((number, began, shard.share, self.step.loss()))
+        self._flights.append((number, began, shard.share, self.step.loss(self.executor.ahead > 0)))
         self.settle(self.executor.ahead)
 
     def settle(self, ahead: int = 0) -> None:
@@ -243,6 +243,8 @@ def _steps(comm: Comm, job: Job, streams: Any) -> Outcome:
     recorded = min(job.steps, job.record)
     log = Log.empty(range(job.steps - recorded, job.steps), len(runner.buffers.row))
     accuracies = []
+    if comm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     comm.barrier()
     for step in range(job.steps):
         line = max(0, step - (job.steps - recorded))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bpkit.run.comm import Comm, part_bounds
 from bpkit.run.pool import Pool
@@ -261,3 +262,21 @@ def waits(comm: Comm) -> tuple[int, int]:
 def test_waiting_is_measured(backend: str) -> None:
     first, second = (ns / 1e9 for ns, _ in shared_pool(backend, 2).call(waits))
     assert first < 0.1 < 0.15 < second < 1.0
+
+
+def by_a_group_for_each_direction(comm: Comm) -> list[float]:
+    """Messages as NCCL's go: those to lower ranks by a group of their own, all connections made beforehand."""
+    comm._down = dist.new_group()
+    comm._meet()
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    values = torch.full((3000,), float(comm.rank))
+    sent = comm.post_send(values, right)
+    comm.post_recv(values, left).wait()
+    sent.wait()
+    comm.send(values, left)
+    return [float(values[-1]), float(comm.recv(None, right)[0])]
+
+
+def test_messages_go_by_a_group_for_each_direction() -> None:
+    with Pool(4, "gloo") as pool:
+        assert pool.call(by_a_group_for_each_direction) == [[(r - 1) % 4, r] for r in range(4)]

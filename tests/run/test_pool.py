@@ -55,7 +55,7 @@ def test_too_small_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_auto_is_shared_memory() -> None:
-    assert Pool(2).backend == "shm"
+    assert Pool(2, device="cpu").backend == "shm"
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
