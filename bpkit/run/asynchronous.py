@@ -52,10 +52,11 @@ def _load(runner: Runner, job: Job) -> None:
         sizes = shard_sizes_of(plan, job.batch, job.shards, m)
         low = sum(sizes[:rank])
         rows = job.data.indices(m, job.batch, job.seed)[low : low + sizes[rank]]
-        inputs.append(runner.feed(job.data.inputs, rows))
-        targets.append(runner.feed(job.data.targets, rows))
+        inputs.append(runner.feed(job.data.inputs[rows]))
+        own = job.data.targets[rows]
+        targets.append(runner.feed(own))
         contexts.append(Context(step=m, first=low, training=True))
-        weights.append(1.0 / max(1, job.network.loss.terms(job.data.targets[rows])))
+        weights.append(1.0 / max(1, job.network.loss.terms(own)))
     step.inputs, step.targets, step.contexts, step.weights = inputs, targets, contexts, weights
 
 

@@ -158,23 +158,19 @@ def _ended(run: Runner) -> Runner:
 
 
 class Feed:
-    """Gives rows of a data set on a worker's device.
-
-    For a GPU they are gathered into pinned memory and copied on a stream of their own, beside the steps under way.
+    """Brings a step's samples to a worker's device: to a GPU from pinned memory, on a stream of their own, beside the
+    steps under way.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 
-    def __call__(self, whole: Tensor, rows: Tensor) -> Tensor:
-        """Rows of a tensor that lies on the CPU."""
+    def __call__(self, samples: Tensor) -> Tensor:
         if self._stream is None:
-            return whole[rows]
-        pinned = torch.empty((len(rows), *whole.shape[1:]), dtype=whole.dtype, pin_memory=True)
-        torch.index_select(whole, 0, rows, out=pinned)
+            return samples
         with torch.cuda.stream(self._stream):
-            there = pinned.to(self._device, non_blocking=True)
+            there = samples.pin_memory().to(self._device, non_blocking=True)
         compute = torch.cuda.current_stream()
         compute.wait_stream(self._stream)
         there.record_stream(compute)

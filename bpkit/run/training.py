@@ -190,7 +190,7 @@ class Runner:
         sizes = shard_sizes_of(self.plan, job.batch, job.shards, number)
         shard = cut(self.plan, everyone, self.network.loss, sizes, self.buffers.at.data)
         own = slice(shard.low, shard.high)
-        inputs, targets = self.feed(job.data.inputs, rows[own]), self.feed(job.data.targets, rows[own])
+        inputs, targets = self.feed(job.data.inputs[rows[own]]), self.feed(everyone[own])
         self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
         self.step.weights, self.step.scale = shard.weights, shard.scale
         self.executor.run(number, log, line)
