@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bpkit as bp
+from bpkit.nn import CrossEntropy
 from bpkit.plan import compile
 from bpkit.plan.hazards import hazards
 from bpkit.run import cluster as of_cluster
@@ -144,6 +147,58 @@ def test_training_equals_the_polling_executor_and_its_log_says_the_same(clusters
     compute = trace.where((trace.rank == 0) & trace.compute())
     assert (compute.start[1:] >= compute.end[:-1]).all()  # a stream does one thing at a time, steps in order
     assert len(found.step_times) == 6 and (found.step_times > 0).all()
+
+
+class Looks(TorchDispatchMode):
+    """Notes operations for which the host would wait on a GPU: those that give it a value, or a size by values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name.startswith(self.WAITS) or (name == "_to_copy" and (kwargs or {}).get("device") is not None):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def what_the_host_waits_for(comm: bp.run.Comm, job: Job, looks: bool) -> list[str]:
+    CrossEntropy._may_be_masked = lambda self, targets: True  # as on a GPU; in this worker only
+    runner = Runner(comm, job, streams=host_streams)
+    if looks:
+        runner.executor._steps[-1] = (lambda: float(runner.buffers.gradients[0].sum()), [], "compute")
+    seen, run = Looks(), runner.executor.run
+
+    def watched(*args):
+        with seen:
+            run(*args)
+
+    runner.executor.run = watched
+    log = Log.empty([0], len(runner.buffers.row))
+    for step in range(2):
+        runner.run(step, job.data.indices(step, job.batch), log, 0)
+    runner.settle()
+    return seen.found
+
+
+def test_the_host_looks_at_no_value_in_a_step():
+    """On a GPU each look would wait for it; the CPU's own operations show them as well."""
+    digits, text = bp.data.digits(), bp.data.text(length=12)
+    gpt = bp.nn.gpt(int(text.inputs.max()) + 1, 12, width=16, heads=4, layers=2, tied=True, dropout=0.1)
+    networks = [(bp.nn.convnet(channels=(1, 4, 8)), digits), (bp.nn.convnet(channels=(1, 4, 8), norm="layer"), digits)]
+    with bp.Cluster(1, device="cpu") as cluster:
+        for network, data in [*networks, (gpt, text), (bp.nn.mlp([64, 16, 10], dropout=0.1), digits)]:
+            for optimizer in (bp.optim.SGD(0.1, momentum=0.9, nesterov=True, clip=1.0), bp.optim.AdamW(1e-3, clip=1.0)):
+                program = compile(bp.plan.serial(2, 2), network, clip=True)
+                precision = "full" if len(network.flat_buffers) else "bf16"
+                job = Job(program, network, data, optimizer, batch=12, precision=precision)
+                assert cluster.call(what_the_host_waits_for, job, False) == [[]], network
+                job = replace(job, precision="full")
+                assert cluster.call(what_the_host_waits_for, job, False) == [[]], network
+        assert cluster.call(what_the_host_waits_for, job, True) == [["_local_scalar_dense"] * 2]  # one that is there
 
 
 def test_a_loss_that_is_not_a_number_is_found_although_the_host_is_ahead(clusters, monkeypatch):
