@@ -81,7 +81,9 @@ class Buffers:
 
     def _own_loss(self, own: Network) -> Loss:
         """The loss; where each tensor rank has some of the classes, one that sums over them."""
-        comm = self.groups.tensor
+        if not isinstance(own.loss, VocabularyCrossEntropy):
+            return own.loss
+        comm = self.groups.apart(self.program.plan.mesh, "tensor", "loss")
 
         def reduce(values: Tensor, how: str) -> Tensor:
             if how == "sum":
@@ -90,7 +92,7 @@ class Buffers:
             every[comm.rank] = values.flatten()
             return comm.all_gather(every.view(-1)).view(every.shape).amax(0).view(values.shape)
 
-        return replace(own.loss, reduce=reduce) if isinstance(own.loss, VocabularyCrossEntropy) else own.loss
+        return replace(own.loss, reduce=reduce)
 
     # -- placing -----------------------------------------------------------------------------------------
 
