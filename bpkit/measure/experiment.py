@@ -19,6 +19,7 @@ from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, compile, data_parallel, serial
 from bpkit.plan.strategies import whole_number
 from bpkit.run.cluster import Cluster, TrainResult
+from bpkit.run.devices import choose
 from bpkit.run.errors import Stopped
 from bpkit.run.progress import Bar, Tell
 from bpkit.trace import Trace
@@ -117,7 +118,8 @@ def train_in_turn(network: Network, data: Dataset, jobs: Sequence[tuple[str, Pla
     with ExitStack() as stack:
         bar = stack.enter_context(Bar(progress))
         counts = dict.fromkeys(plan.workers for _, plan, _ in jobs)
-        clusters = {n: stack.enter_context(Cluster(n, *cluster)) for n in counts}
+        device = choose(max(counts), cluster[0], "auto")  # one for all, or a GPU's step would be held against a CPU's
+        clusters = {n: stack.enter_context(Cluster(n, *cluster, device=device)) for n in counts}
         for index, (what, plan, settings) in enumerate(jobs):
             if stop is not None and stop.is_set():
                 raise Stopped("the measurement was stopped")

@@ -13,6 +13,7 @@ import pytest
 import bpkit as bp
 from bpkit.measure import FORMAT, Scaling, experiment
 from bpkit.plan import Plan
+from bpkit.run import devices
 from bpkit.run.cluster import TrainResult
 from bpkit.run.errors import Stopped
 
@@ -30,9 +31,11 @@ class FakeCluster:
     calls: list[tuple[int, int, int | None]]
     closed: list[int]
     periods: dict[int, list[int]]
+    devices: set[str]
 
-    def __init__(self, workers: int, backend: str, threads: int, timeout: float) -> None:
+    def __init__(self, workers: int, backend: str, threads: int, timeout: float, device: str) -> None:
         self.workers, self.runs = workers, 0
+        self.devices.add(device)
 
     def __enter__(self) -> FakeCluster:
         return self
@@ -60,7 +63,7 @@ class FakeCluster:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeCluster]:
     """Put the fake in place of `Cluster`."""
-    FakeCluster.calls, FakeCluster.closed = [], []
+    FakeCluster.calls, FakeCluster.closed, FakeCluster.devices = [], [], set()
     FakeCluster.periods = {1: [3 * PERIOD, 2 * PERIOD, 4 * PERIOD], 2: [PERIOD]}
     monkeypatch.setattr(experiment, "Cluster", FakeCluster)
     return FakeCluster
@@ -87,6 +90,15 @@ def test_speedup_is_against_the_best_serial_run(fake: type[FakeCluster]) -> None
     assert two.speedup == pytest.approx(2.0) and two.efficiency == pytest.approx(1.0)
     assert one.speedup == pytest.approx(2 / 3)
     assert two.throughput == pytest.approx(64 / 1e-4)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cpu"), (2, "cuda")])
+def test_all_runs_are_on_one_kind_of_device(
+    fake: type[FakeCluster], monkeypatch: pytest.MonkeyPatch, gpus: int, device: str
+) -> None:
+    monkeypatch.setattr(devices, "gpus", lambda: gpus)
+    measure(target=None)
+    assert fake.devices == {device}
 
 
 def test_weak_scaling_keeps_the_batch_of_a_worker(fake: type[FakeCluster]) -> None:
