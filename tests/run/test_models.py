@@ -41,7 +41,8 @@ def plans(network: Network) -> list[Plan]:
     for layout in layouts if layouts[0].partial_outputs else []:
         bases = [serial(1, 2), data_parallel(2), one_f_one_b(2, 3), zero_bubble_h1(2, 2), zb_v(1, 2)]
         made += [tensor_parallel(base, 2, layout) for base in [*bases, one_f_one_b(2, 2, recompute=True)]]
-        made += [tensor_parallel(zb_v(2, 4), 2, layout), tensor_parallel(interleaved(2, 2), 2, layout)]
+        chunked = [zb_v(2, 4), interleaved(2, 2)] if layout.vocabulary else []  # four stages; their loss sums too
+        made += [tensor_parallel(base, 2, layout) for base in chunked]
         made += [tensor_parallel(serial(), 4, layout), shard_optimizer(tensor_parallel(data_parallel(2), 2, layout))]
     return made
 
