@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from bpkit.compress import Codec
 from bpkit.measure import table
 from bpkit.measure.steps import Steps
+from bpkit.plan.actions import ON_EDGES
 from bpkit.run.cluster import TrainResult
 
 #: How each transport sums gradients; it names what "not counted" hides.
@@ -240,6 +241,6 @@ def _algorithm(result: TrainResult) -> str:
     native = ALGORITHMS.get(result.backend, result.backend)
     if isinstance(result.compress, Codec):
         native = "all ranks' codes gathered by all, each rank adds them"
-    words = [native] * bool(kinds & {"REDUCE_GRAD", "SCATTER_GRAD", "SUM_F", "SUM_B", "SUM_G"})
+    words = [native] * bool(kinds & (ON_EDGES | {"REDUCE_GRAD", "SCATTER_GRAD", "SUM_G"}))
     words += ["sends of the plan"] * any(kind.startswith("SEND") for kind in kinds)
     return " and ".join(words) or "none"

@@ -182,32 +182,38 @@ class AddSkip(_Skip):
         return x + site.skips.pop(("x", self.number, context.first))
 
 
-class _StashPass(Pass):
+class _SkipPass(Pass):
     """What is kept is copied: the two ends may stand in different stages, whose buffers are used again in turn."""
 
     def __init__(self, number: int, site: Site) -> None:
         self._number, self._skips, self._first = number, site.skips, 0
-        self._dx = site.empty()
+        self._sum = site.empty()
 
+    def _keep(self, what: str, value: Tensor) -> None:
+        self._skips[what, self._number, self._first] = value.clone()
+
+    def _add(self, what: str, value: Tensor) -> Tensor:
+        """Add what was kept; empty microbatches have one place in the batch in common, and nothing to add."""
+        if not len(value):
+            return value
+        return torch.add(value, self._skips.pop((what, self._number, self._first)), out=self._sum)
+
+
+class _StashPass(_SkipPass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._first = context.first
-        self._skips["x", self._number, self._first] = x.clone()
+        self._keep("x", x)
         return x
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        # Empty microbatches have one place in the batch in common, and nothing to add.
-        return torch.add(dy, self._skips.pop(("dx", self._number, self._first)), out=self._dx) if len(dy) else dy
+        return self._add("dx", dy)
 
 
-class _AddPass(Pass):
-    def __init__(self, number: int, site: Site) -> None:
-        self._number, self._skips, self._first = number, site.skips, 0
-        self._y = site.empty()
-
+class _AddPass(_SkipPass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._first = context.first
-        return torch.add(x, self._skips.pop(("x", self._number, self._first)), out=self._y) if len(x) else x
+        return self._add("x", x)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        self._skips["dx", self._number, self._first] = dy.clone()
+        self._keep("dx", dy)
         return dy

@@ -9,7 +9,7 @@ import torch
 
 from bpkit.nn import Network, TensorLayout, shard, tensor_layout
 from bpkit.nn.costs import balanced_cuts
-from bpkit.plan.actions import ON_EDGES, PARTNERS, Action
+from bpkit.plan.actions import ON_EDGES, PARTNERS, Action, buffer
 from bpkit.plan.check import check
 from bpkit.plan.hazards import hazards
 from bpkit.plan.mesh import Coordinate
@@ -86,6 +86,12 @@ _PARAMETER_KINDS = frozenset({"UNSHARD", "AVERAGE", "SEND_P"})
 COUNTED = frozenset({*PARTNERS, "SWAP_G"})
 
 
+def rank_network(plan: Plan, network: Network, tensor: int) -> Network:
+    """The network that a tensor rank computes, as its stages are cut."""
+    network = network.opened() if plan.opened else network
+    return shard(network, tensor, plan.mesh.tensor, bool(plan.own_tokens)) if plan.mesh.tensor > 1 else network
+
+
 def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[int] | None = None) -> Program:
     """Check a plan and resolve it for a network.
 
@@ -135,10 +141,7 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
 
 def _sizes(plan: Plan, network: Network, cuts: Sequence[int]) -> tuple[int, ...]:
     """Elements of each stage's flat buffers; of the tensor rank that has most of them."""
-    if plan.mesh.tensor == 1:
-        return tuple(part.flat_size for part in network.split(cuts))
-    ranks = [shard(network, index, plan.mesh.tensor, bool(plan.own_tokens)).split(cuts)
-             for index in range(plan.mesh.tensor)]  # fmt: skip
+    ranks = [rank_network(plan, network, index).split(cuts) for index in range(plan.mesh.tensor)]
     return tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
 
 
@@ -208,11 +211,11 @@ def _instructions(row: tuple[Action, ...], plan: Plan, sizes: Sequence[int], edg
 def _payload(action: Action, plan: Plan, sizes: Sequence[int], edges: Sequence[int]) -> int:
     """Elements that an action gives to the wire: from the bounds of its part, or one sample of its edge."""
     kind = action.kind
-    if kind in ON_EDGES:
-        return edges[action.stage + (kind[-1] == "F")]
-    if kind in ("SEND_F", "SEND_B"):
-        edge, reader = action.stage + (kind[-1] == "F"), action.stage + (1 if kind[-1] == "F" else -1)
-        return edges[edge] // (plan.mesh.tensor if reader in plan.own_tokens else 1)
+    if kind in ON_EDGES | {"SEND_F", "SEND_B"}:
+        letter, edge, _ = buffer(action, action.verb.reads[0])
+        reader = edge if letter == "A" else edge - 1
+        own = kind not in ON_EDGES and reader in plan.own_tokens  # a collective works on the edge of all its ranks
+        return edges[edge] // (plan.mesh.tensor if own else 1)
     if kind in _GRADIENT_KINDS | _PARAMETER_KINDS:
         low, high = (0, sizes[action.stage]) if action.part is None else action.part.bounds(sizes[action.stage])
         return high - low

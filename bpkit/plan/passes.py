@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from bpkit.plan.actions import ON_EDGES, Action
+from bpkit.plan.actions import ON_EDGES, Action, Touch
 from bpkit.plan.plan import Plan
 
 Rows = list[list[Action]]
@@ -149,11 +149,11 @@ def _hand_over(plan: Plan, rank: int, action: Action, end: int, rows: Rows,
     kind = action.kind
     if kind in ("F", "B", "I") and plan.edge_collective(kind, action.stage):
         return  # what is handed over is the collective's result
-    way = "F" if kind == "F" else "B" if kind in ("B", "I") else kind[-1] if kind in ON_EDGES else ""
-    if way == "F":
+    made = action.verb.writes[:1]
+    if made == (Touch("A", 1),):
         arrived["A", action.stage + 1, action.mb] = end
         _send(plan, rank, action, "F", action.stage + 1, rows)
-    elif way == "B":
+    elif made == (Touch("D"),):
         arrived["D", action.stage, action.mb] = end
         _send(plan, rank, action, "B", action.stage - 1, rows)
 

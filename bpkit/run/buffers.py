@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bpkit.compress import Compressor
-from bpkit.nn import Loss, Network, VocabularyCrossEntropy, shard
+from bpkit.nn import Loss, Network, VocabularyCrossEntropy
 from bpkit.optim import Optimizer
 from bpkit.plan.actions import Action
-from bpkit.plan.compile import Program
+from bpkit.plan.compile import Program, rank_network
 from bpkit.plan.plan import Plan, scatters
 from bpkit.run.comm import Channel, Edges, Handle, Then
 from bpkit.run.groups import Groups
@@ -58,10 +58,7 @@ class Buffers:
         plan = self.program.plan
         self.at = plan.mesh.coordinate(self.groups.world.rank)
         self.row = plan.row(self.at)
-        mesh = plan.mesh
-        sequence = bool(plan.own_tokens)
-        own = self.program.form(self.network)
-        own = shard(own, self.at.tensor, mesh.tensor, sequence) if mesh.tensor > 1 else own
+        own = rank_network(plan, self.network, self.at.tensor)
         parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
         kinds = {action.kind for row in plan.rows for action in row}
@@ -171,7 +168,7 @@ class Buffers:
                 sizes.append(sum(map(len, self.shares[action.stage])))
             else:
                 net = nets[action.stage]
-                shape = net.output_shape if action.kind[-1] == "F" else net.input_shape
+                shape = net.output_shape if action.verb.writes[0].edge else net.input_shape
                 parts = self.program.plan.mesh.tensor if action.kind.startswith("GATHER") else 1
                 sizes.append(self.rows * math.prod(shape) * parts)
         block = self.groups.tensor.empty(sum(sizes), self.network.dtype) if wanted else torch.empty(0)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bpkit.plan.actions import Action
+from bpkit.plan.actions import Action, Buffer, buffer
 from bpkit.run.buffers import Buffers
 from bpkit.run.comm import Comm, Handle, Then
 from bpkit.run.compressed import reducer
@@ -30,8 +30,8 @@ class Communication:
 
     buffers: Buffers
     step: StepData
-    _edges: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
-    _borrowed: dict[tuple[str, int, int], Then] = field(default_factory=dict)
+    _edges: dict[tuple[str, int, int | None], Tensor] = field(default_factory=dict)
+    _borrowed: dict[tuple[str, int, int | None], Then] = field(default_factory=dict)
 
     def _touch(self, stage: int, after: int) -> str:
         """The kind of the next action on a stage's gradient; empty at the end of the row."""
@@ -104,11 +104,9 @@ class Communication:
 
         return norm
 
-    def _edge(self, action: Action) -> tuple[tuple[str, int, int], Tensor, Comm]:
+    def _edge(self, action: Action) -> tuple[Buffer, Tensor, Comm]:
         """The edge that a collective on the tensor axis works on, its memory and its transport."""
-        s, mb = action.stage, action.mb or 0
-        key = ("A", s + 1, mb) if action.kind[-1] == "F" else ("D", s, mb)
-        return key, self.buffers.sums[action], self.buffers.groups.tensor
+        return buffer(action, action.verb.writes[0]), self.buffers.sums[action], self.buffers.groups.tensor
 
     def _sum_edge(self, action: Action, index: int) -> Runner:
         (key, memory, comm), edges = self._edge(action), self._edges
@@ -203,18 +201,16 @@ class Communication:
     # -- messages ----------------------------------------------------------------------------------------
 
     def _send_edge(self, action: Action, index: int) -> Runner:
-        forward, mb = action.kind == "SEND_F", action.mb or 0
-        key = ("A", action.stage + 1, mb) if forward else ("D", action.stage, mb)
+        key = buffer(action, action.verb.reads[0])
         to, edges, channel = self._partner(action), self._edges, self.buffers.edges
         assert channel is not None
         return lambda: channel.send((action.kind, action.stage), edges.pop(key), to)
 
     def _receive_edge(self, action: Action, index: int) -> Runner:
-        forward, mb = action.kind == "RECV_F", action.mb or 0
-        key = ("A", action.stage, mb) if forward else ("D", action.stage + 1, mb)
+        key, mb = buffer(action, action.verb.writes[0]), action.mb or 0
         source, channel, step = self._partner(action), self.buffers.edges, self.step
         net, take = self.buffers.stages[action.stage], partial(self._edges.__setitem__, key)
-        shape = net.input_shape if forward else net.output_shape
+        shape = net.output_shape if action.verb.writes[0].edge else net.input_shape
         assert channel is not None
 
         def receive() -> Then:

@@ -256,13 +256,13 @@ def with_slot_waits(row: Sequence[Instruction]) -> list[Instruction]:
     """The row in which what writes into a slot also waits for what gives away the values that are in it."""
     slots = assign_slots([step.action for step in row])
     copied = {(step.action.stage, step.action.mb) for step in row if step.action.kind == "RECOMPUTE"}  # what F gives
-    giving: defaultdict[tuple[str, int, int], list[int]] = defaultdict(list)  # way, stage and slot
+    giving: defaultdict[tuple[str, int, int], list[int]] = defaultdict(list)  # letter, stage and slot
     result = []
     for index, step in enumerate(row):
         stage, mb, kind = step.action.stage, step.action.mb, step.action.kind
-        way = "F" if kind == "F" or (kind in _GIVES and kind[-1] == "F") else "B"
-        place = (way, stage, slots.get((stage, -1 if mb is None else mb), -1))
-        if way == "F" and (stage, mb) in copied:
+        letter = (step.action.verb.writes or step.action.verb.reads)[0].letter  # A on the way there, D on the way back
+        place = (letter, stage, slots.get((stage, -1 if mb is None else mb), -1))
+        if letter == "A" and (stage, mb) in copied:
             pass
         elif kind in ("F", "B", "I"):
             step = replace(step, waits=tuple(sorted({*step.waits, *giving.pop(place, [])})))

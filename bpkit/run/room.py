@@ -8,6 +8,7 @@ import torch
 from bpkit.nn import Network
 from bpkit.optim import Optimizer
 from bpkit.plan import Plan, Program
+from bpkit.plan.compile import rank_network
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import scatters
 from bpkit.run.memory import megabytes
@@ -30,9 +31,9 @@ def predicted(program: Program, at: Coordinate, network: Network, optimizer: Opt
     count = (plan.gradient_buffers, plan.parameter_buffers if gathered else 0)
     gradients, parameters = (_buffers(program.sizes, buffers) if buffers else sum(own.values()) for buffers in count)
     half = 2 * 2 * sum(own.values()) if precision == "bf16" else 0
-    nets = program.form(network).split(program.cuts)
-    costs = [cost for stage in stages for cost in nets[stage].costs()]
-    saved = sum(cost.inputs + cost.outputs for cost in costs) * program.peak[plan.row_index(at)] // len(stages)
+    costs, bounds = rank_network(plan, network, at.tensor).costs(), (0, *program.cuts, None)
+    kept = [cost for stage in stages for cost in costs[bounds[stage] : bounds[stage + 1]]]
+    saved = sum(cost.inputs + cost.outputs for cost in kept) * program.peak[plan.row_index(at)] // len(stages)
     return {"parameters": size * (parameters + updated * gathered) + half,
             "gradients": size * (gradients + sum(parts.values())),
             "optimizer": size * updated * len(optimizer.state(torch.empty(1))),

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bpkit.nn import Network, merge, shard
-from bpkit.plan.compile import Program
+from bpkit.nn import Network, merge
+from bpkit.plan.compile import Program, rank_network
 from bpkit.plan.plan import Plan
 
 Held = Mapping[int, tuple[Tensor, Tensor]]  # by stage: flat parameters, and what is kept beside them
@@ -32,8 +32,7 @@ def unsharded(network: Network, program: Program, flats: Sequence[Sequence[Tenso
     """
     ranks, sequence, found = len(flats[0]), bool(program.plan.own_tokens), []
     for index in range(ranks):
-        own = shard(network, index, ranks, sequence) if ranks > 1 else program.form(network)
-        parts = own.split(program.cuts)
+        parts = rank_network(program.plan, network, index).split(program.cuts)
         for part, flat in zip(parts, flats, strict=True):
             part.flat_parameters.copy_(flat[index])
         found.append([tensor for part in parts for tensor in part.parameters()])

@@ -39,6 +39,20 @@ def test_activations_follow_the_schedule_and_the_microbatch():
     assert saved(serial()) == 4 * 64 * widths
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+def test_a_tensor_rank_keeps_what_its_own_layers_give(sequence):
+    text = bp.data.text(length=8)
+    network = bp.nn.gpt(text.vocabulary, 8, width=12, heads=2, layers=1)
+    plan = bp.plan.tensor_parallel(serial(), 2, bp.nn.tensor_layout(network, sequence))
+    job = training.Job(bp.plan.compile(plan, network), network, text, bp.optim.SGD(0.1), 16)
+    layers = bp.nn.shard(network, 0, 2, sequence).split(range(1, len(network.opened().layers)))
+    numbers = [torch.Size(shape).numel() for one in layers for shape in (one.input_shape, one.output_shape)]
+    said = training.needed(job, plan.mesh.coordinate(0))["activations"]
+    assert said == 4 * 16 * sum(numbers)
+    whole = sum(cost.inputs + cost.outputs for cost in network.opened().costs())
+    assert said < 4 * 16 * whole
+
+
 def out_of_memory(comm, job):
     """A training run that finds the memory of its device full."""
 

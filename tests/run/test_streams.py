@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -110,14 +110,6 @@ def gradients_by_streams(comm: bp.run.Comm, job: Job, step: int) -> dict[int, to
 
 def train_by_streams(comm: bp.run.Comm, job: Job) -> Outcome:
     return train(comm, job, host_streams)
-
-
-@pytest.fixture(scope="module", params=["shm", "gloo"])
-def clusters(request: pytest.FixtureRequest) -> Iterator[dict[int, bp.Cluster]]:
-    made = {n: bp.Cluster(n, backend=request.param, timeout=20) for n in (1, 2, 3, 4)}
-    yield made
-    for cluster in made.values():
-        cluster.close()
 
 
 @pytest.mark.parametrize("model", ["gpt, tied", "convnet"])
