@@ -16,6 +16,13 @@ from bpkit.run.mixed import Mixed
 from bpkit.run.stash import stash
 
 
+def _own(made: Tensor, given: Tensor) -> Tensor:
+    """What a stage has made, copied where it is what the stage was given: a skip, or a change of shape, passes it on,
+    and its owner uses the memory again as soon as this stage has done with it, whoever else still reads it."""
+    passed_on = made.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
+    return made.clone() if passed_on else made
+
+
 @dataclass
 class Verbs(Communication):
     """Binds the actions of one row to a rank's buffers.
@@ -93,7 +100,8 @@ class Verbs(Communication):
             forward = mixed.forward_anew
 
         def run() -> None:
-            edges["A", s + 1, mb] = forward(step.inputs[mb] if s == 0 else edges["A", s, mb], slot, step.contexts[mb])
+            x = step.inputs[mb] if s == 0 else edges["A", s, mb]
+            edges["A", s + 1, mb] = _own(forward(x, slot, step.contexts[mb]), x)
 
         def run_and_forget() -> None:  # nothing is kept but the output: all such forwards share one slot
             x = step.inputs[mb] if s == 0 else edges["A", s, mb]
@@ -126,9 +134,10 @@ class Verbs(Communication):
             return self._returning(action, lambda: backward(edges["D", 1, mb], slot, adds))
 
         def run() -> None:
-            gradient = backward(edges["D", s + 1, mb], slot, adds, True)
+            above = edges["D", s + 1, mb]
+            gradient = backward(above, slot, adds, True)
             assert gradient is not None
-            edges["D", s, mb] = gradient
+            edges["D", s, mb] = _own(gradient, above)
 
         return self._returning(action, run)
 
@@ -137,9 +146,10 @@ class Verbs(Communication):
         net, slot, edges = self._net(action, index), self._slots[s, mb], self._edges
 
         def run() -> None:
-            gradient = net.backward_input(edges["D", s + 1, mb], slot, s > 0)
+            above = edges["D", s + 1, mb]
+            gradient = net.backward_input(above, slot, s > 0)
             if gradient is not None:
-                edges["D", s, mb] = gradient
+                edges["D", s, mb] = _own(gradient, above)
 
         return run
 
