@@ -22,7 +22,7 @@ FLOORS = [
 LONGEST_FILE = 400
 # Code lines of the library: without blank lines, comments and docstrings. The aim is 5,000: lower this, never raise it
 # without need.
-LINE_BUDGET = 9425
+LINE_BUDGET = 9440
 # Cells whose output nbval leaves out, in one notebook.
 IGNORED_CELLS = 8
 ROOMS = set().union(*FLOORS)

@@ -307,6 +307,11 @@ def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = Fals
         (`Network.shares`); else rank 0's counts.
     sequence : bool
         As in `shard`.
+
+    Raises
+    ------
+    RuntimeError
+        If a rank has other values than rank 0 where each has the whole.
     """
     network = network.opened()
     result = [torch.zeros_like(p) for p in network.parameters()]
@@ -314,11 +319,13 @@ def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = Fals
         cuts, given = _cut(network, index, len(shards), sequence), iter(tensors)
         shares = [share for (la, own), s in zip(cuts, network.shapes, strict=False) for share in _partial(la, own, s)]
         pieces = [piece for _, own in cuts for piece in own]
-        for out, piece, share in zip(result, pieces, shares, strict=True):
+        for number, (out, piece, share) in enumerate(zip(result, pieces, shares, strict=True)):
             if piece == NONE:
                 continue
             value, where = next(given), piece.index(tuple(out.shape)).to(out.device)
             if piece.ranges is None and index and not (add and share):
+                if not torch.equal(value, out):
+                    raise RuntimeError(f"tensor rank {index} holds other values of parameter {number} than rank 0")
                 continue
             out.index_add_(piece.dim, where, value) if add and share else out.index_copy_(piece.dim, where, value)
     return result

@@ -51,10 +51,9 @@ class _Work(Handle):
         self._watched: Future[Any] | None = None
 
     def poll(self) -> bool:
-        if not self.passive:
-            return self._finished or bool(self._work.is_completed())
-        if self._watched is not None and self._watched.done():
-            self.wait()
+        ended = self._watched and self._watched.done() if self.passive else self._work.is_completed()
+        if ended:
+            self.wait()  # which raises what went wrong
         return self._finished
 
     def watch(self) -> None:

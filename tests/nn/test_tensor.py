@@ -187,3 +187,12 @@ def test_sequence_parallelism_needs_tokens_that_divide() -> None:
         nn.shard(nn.gpt(11, 5, 12, 6, 1), 0, 2, sequence=True)
     with pytest.raises(ValueError, match="layers that treat each token alone between split products.* has none"):
         nn.tensor_layout(nn.mlp([6, 7, 5, 4]), sequence=True)
+
+
+def test_ranks_that_should_hold_the_same_are_compared() -> None:
+    net = nn.gpt(11, 6, 12, 4, 1, dtype=torch.float64)
+    parts = [nn.shard(net, index, 2).parameters() for index in range(2)]
+    norm = next(i for i, p in enumerate(parts[1]) if p.shape == (12,))
+    parts[1][norm][3] += 1e-15
+    with pytest.raises(RuntimeError, match=f"tensor rank 1 holds other values of parameter {norm} than rank 0"):
+        nn.merge(net, parts)

@@ -183,3 +183,25 @@ def test_memory_that_only_one_rank_asked_for_is_given_back(pool: Pool, ask: Call
 
     with pytest.raises(WorkerError):
         pool.call(one_sided)  # the fixture looks for what is left
+
+
+class Broken:
+    """A sum of torch.distributed whose connection broke: ended, as it says, and only who waits learns how."""
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+
+def poll_a_broken_sum(comm: Comm) -> bool:
+    from bpkit.run.gloo import DistributedComm, _Work
+
+    assert isinstance(comm, DistributedComm)
+    return _Work(comm, Broken()).poll()
+
+
+def test_a_sum_that_ended_by_an_error_is_no_sum() -> None:
+    with Pool(1, "gloo") as pool, pytest.raises(WorkerError, match="post_all_reduce failed: Connection reset by peer"):
+        pool.call(poll_a_broken_sum)

@@ -9,6 +9,7 @@ import bpkit as bp
 from bpkit.nn import Network
 from bpkit.plan import Plan, data_parallel, serial, shard_optimizer, tensor_parallel, zero
 from bpkit.plan.pipeline import gpipe, interleaved, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.run.whole import unsharded
 from tests.nn import test_gpt
 
 from .oracle import flat, gradient_sum, worst
@@ -127,3 +128,13 @@ def test_running_statistics_come_back(clusters):
     assert not torch.equal(one.network.flat_buffers, network.flat_buffers)
     accuracy = many.network.accuracy(DIGITS.test_inputs, DIGITS.test_targets)
     assert many.accuracies[-1][1] == accuracy == one.accuracies[-1][1] > 0.6
+
+
+def test_copies_of_a_tied_tensor_that_differ_are_an_error():
+    network = gpt(tied=True)
+    program = bp.plan.compile(one_f_one_b(2, 2), network)
+    flats = [[part.flat_parameters.clone()] for part in network.split(program.cuts)]
+    assert all(map(torch.equal, unsharded(network, program, flats), network.parameters()))
+    flats[1][0][network.split(program.cuts)[1].tied_slices()["embedding"].start] += 1e-15
+    with pytest.raises(RuntimeError, match=r"stages \(0, 1\) end with different copies of 'embedding'"):
+        unsharded(network, program, flats)
