@@ -10,6 +10,7 @@ whole; or, with sequence parallelism, for its own tokens only (Korthikanti et al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -292,8 +293,8 @@ def _shapes(network: Network, layers: Sequence[Layer], of: int, sequence: bool) 
     return result
 
 
-def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = False,
-          sequence: bool = False) -> list[Tensor]:  # fmt: skip
+def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = False, sequence: bool = False,
+          within: float = math.inf) -> list[Tensor]:  # fmt: skip
     """Return whole tensors from those of all tensor ranks: the inverse of `shard`.
 
     Parameters
@@ -307,11 +308,13 @@ def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = Fals
         (`Network.shares`); else rank 0's counts.
     sequence : bool
         As in `shard`.
+    within : float
+        What several ranks hold whole may differ from rank 0's by this share of its norm.
 
     Raises
     ------
     RuntimeError
-        If a rank has other values than rank 0 where each has the whole.
+        If it differs more.
     """
     network = network.opened()
     result = [torch.zeros_like(p) for p in network.parameters()]
@@ -324,7 +327,7 @@ def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = Fals
                 continue
             value, where = next(given), piece.index(tuple(out.shape)).to(out.device)
             if piece.ranges is None and index and not (add and share):
-                if not torch.equal(value, out):
+                if (value - out).norm() > within * out.norm():
                     raise RuntimeError(f"tensor rank {index} holds other values of parameter {number} than rank 0")
                 continue
             out.index_add_(piece.dim, where, value) if add and share else out.index_copy_(piece.dim, where, value)

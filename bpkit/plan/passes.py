@@ -212,7 +212,9 @@ def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
 def tie(plan: Plan, stages: Sequence[int]) -> Plan:
     """A SUM_TIED in each row that holds one of `stages`, whose copies of one tensor must get one gradient.
 
-    It comes when all backwards of the row have run and been sent; what reduces the gradients of these stages follows.
+    It comes when all backwards of the row have run and been sent; what reduces the gradients of these stages follows,
+    each copy by itself: with more than two data ranks a transport may add them in another order, so that copies differ
+    by rounding.
 
     Raises
     ------

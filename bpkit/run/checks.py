@@ -92,6 +92,7 @@ def checked_compressor(plan: Plan, compress: Compressor | None) -> Compressor | 
     if compress is None or plan.mesh.size == 1:
         return None
     others = {"SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "AVERAGE"}
+    others.add("SUM_TIED")  # its copies would go apart
     found = sorted({action.kind for row in plan.rows for action in row} & others)
     if found or plan.mesh.tensor > 1 or plan.holds != "all":
         raise ValueError(f"{plan.name} cannot compress gradients with {compress}: that takes a plan that reduces whole "

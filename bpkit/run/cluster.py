@@ -116,8 +116,8 @@ class Cluster(Pool):
         optimizer = checks.make_optimizer(lr, optimizer)
         checks.run_length(plan, steps, record, evaluate_every, target)
         chosen = checks.checked_shards(batch, plan, shards)
-        compress = checks.checked_compressor(plan, compress)
         program = self._program(plan, network, data, optimizer, batch)
+        compress = checks.checked_compressor(program.plan, compress)
         checks.precision(precision, plan, network)
         job = Job(program, network, data, optimizer, batch, steps, seed, chosen, record, evaluate_every, target,
                   compress, sync_batch_norm, precision)  # fmt: skip
@@ -217,7 +217,8 @@ class Cluster(Pool):
         ValueError
             If something does not fit; nothing has been started then.
         RuntimeError
-            If data replicas end with different gradients.
+            If data replicas end with different gradients, or copies of one tensor in several stages or on several
+            tensor ranks differ by more than rounding.
         """
         plan = data_parallel(self.workers) if plan is None else plan
         if len(inputs) == 0:
@@ -233,13 +234,14 @@ class Cluster(Pool):
         checks.room(program, network, self.backend)
         job = Job(program, network, Dataset("the batch", inputs, targets, inputs[:0], targets[:0]), SGD(), len(inputs),
                   shards=checks.checked_shards(len(inputs), plan, shards),
-                  compress=checks.checked_compressor(plan, compress), sync_batch_norm=sync_batch_norm,
+                  compress=checks.checked_compressor(program.plan, compress), sync_batch_norm=sync_batch_norm,
                   precision=precision)  # fmt: skip
         found: list[dict[int, Tensor]] = self.call(gradients, job, step, describe=_describer(program))
         ranks = plan.mesh.tensor
         flats = [[overlaid(plan, stage, [pieces[stage] for pieces in found[index::ranks] if stage in pieces])
                   for index in range(ranks)] for stage in range(plan.stages)]  # fmt: skip
-        return torch.cat([tensor.flatten() for tensor in unsharded(network, program, flats)])
+        rounding = torch.finfo(network.dtype).eps ** 0.5  # copies may be summed in several orders
+        return torch.cat([tensor.flatten() for tensor in unsharded(network, program, flats, rounding)])
 
     def collective(self, plan: Plan, tensors: Sequence[Tensor], repeat: int = 1) -> CollectiveResult:
         """Run a collective by itself (see `bpkit.plan.collective`).

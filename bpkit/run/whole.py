@@ -22,34 +22,37 @@ def gathered(network: Network, program: Program, held: Sequence[Held]) -> Networ
     return whole
 
 
-def unsharded(network: Network, program: Program, flats: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def unsharded(network: Network, program: Program, flats: Sequence[Sequence[Tensor]],
+              within: float = math.inf) -> list[Tensor]:  # fmt: skip
     """Tensors of the whole network, in the order of ``parameters()``.
 
     Parameters
     ----------
     flats : sequence of sequence of Tensor
         For each stage, the flat buffer of each tensor rank.
+    within : float
+        Copies of one tensor, in several stages or on several tensor ranks, may differ by this share of its norm.
 
     Raises
     ------
     RuntimeError
-        If copies of one tensor, in several stages or on several tensor ranks, differ: an exchange went wrong.
+        If they differ more: an exchange went wrong.
     """
     ranks, sequence, found = len(flats[0]), bool(program.plan.own_tokens), []
     for index in range(ranks):
         parts = rank_network(program.plan, network, index).split(program.cuts)
         for part, flat in zip(parts, flats, strict=True):
             part.flat_parameters.copy_(flat[index])
-        _compare_tied(program.plan, parts)
+        _compare_tied(program.plan, parts, within)
         found.append([tensor for part in parts for tensor in part.parameters()])
-    return merge(network, found, sequence=sequence) if ranks > 1 else found[0]
+    return merge(network, found, sequence=sequence, within=within) if ranks > 1 else found[0]
 
 
-def _compare_tied(plan: Plan, parts: Sequence[Network]) -> None:
+def _compare_tied(plan: Plan, parts: Sequence[Network], within: float) -> None:
     holders = [parts[stage] for stage in plan.tied]
     for name in holders[0].tied_slices() if holders else ():
         first, *others = (part.flat_parameters[part.tied_slices()[name]] for part in holders)
-        if not all(torch.equal(first, other) for other in others):
+        if any((first - other).norm() > within * first.norm() for other in others):
             raise RuntimeError(f"{plan.name}: stages {plan.tied} end with different copies of {name!r}")
 
 

@@ -109,3 +109,11 @@ def test_plans_that_do_not_fit_the_network_are_refused(cluster):
 def test_clipping_needs_one_gradient(cluster):
     with pytest.raises(ValueError, match="no one gradient whose norm could be clipped"):
         cluster.train(NET, DATA, bp.plan.local_sgd(2, 2), batch=32, steps=2, optimizer=bp.optim.SGD(0.1, clip=1.0))
+
+
+def test_copies_of_a_tied_tensor_are_not_compressed_apart(cluster):
+    text = bp.data.text(length=8)
+    network = bp.nn.gpt(text.vocabulary, 8, width=16, heads=2, layers=1)
+    options = dict(batch=8, steps=1, lr=0.1, compress=bp.compress.TopK(0.1))
+    with pytest.raises(ValueError, match=r"cannot compress gradients with TopK.* and this one has SUM_TIED"):
+        cluster.train(network, text, bp.plan.data_parallel(2, buckets=2), **options)
