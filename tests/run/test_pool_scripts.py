@@ -23,7 +23,12 @@ def start(tmp_path: Path, text: str) -> subprocess.Popen:
     script.write_text(textwrap.dedent(text))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen([sys.executable, str(script)], env=environment, cwd=tmp_path, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_take_interrupts)
+
+
+def _take_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would what we start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def family(pid: int) -> list[int]:
