@@ -16,14 +16,14 @@ from bpkit.data import Dataset
 from bpkit.nn import Context, Linear, Network
 from bpkit.plan import Plan, compile
 from bpkit.run import Comm
-from bpkit.run.training import Job, Runner
+from bpkit.run.engine.rank import Job, Runner
 from bpkit.trace import Log
 
 MEGABYTE = 1e6
 
 
 def formula(level: int, elements: int, unit: int, n: int) -> float:
-    """Bytes a rank by the docstring of `bpkit.plan.zero`, with AdamW: b = 4, K = 8; level 0: all whole."""
+    """Bytes a rank by the docstring of `bpkit.plan.strategies.zero`, with AdamW: b = 4, K = 8; level 0: all whole."""
     b, k = 4, 8
     own = (b + k) * elements / n
     unit_gradients, unit_parameters = 2 * b * unit, 2 * b * unit

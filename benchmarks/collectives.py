@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from _harness import arguments, interleave, report, row
 
-from bpkit.run.comm import Comm
-from bpkit.run.pool import Pool
+from bpkit.run.processes.pool import Pool
+from bpkit.run.transports.comm import Comm
 
 SIZES = {"2 thousand": 2_000, "20 thousand": 20_000, "200 thousand": 200_000, "3 million": 3_000_000,
          "20 million": 20_000_000}  # fmt: skip

@@ -38,9 +38,9 @@ from torch import Tensor
 
 import bpkit as bp
 from bpkit import nn, optim
+from bpkit.course.recorded import GPU_FORMAT
 from bpkit.data import Dataset
-from bpkit.measure.recorded import GPU_FORMAT
-from bpkit.run import devices
+from bpkit.run.processes import devices
 
 ROOT = Path(__file__).resolve().parents[1]
 FUSED, FOREACH, COMPILED = "eager autograd, fused SGD", "eager autograd, foreach SGD", "torch.compile"

@@ -22,7 +22,7 @@ from _pipelining_peer import SCHEDULES, train
 import bpkit as bp
 from bpkit.data import Dataset
 from bpkit.nn import Linear, Network, ReLU
-from bpkit.plan import pipeline
+from bpkit.plan.strategies.data_parallel import pipeline
 from bpkit.run import Comm
 
 LAYERS, WIDTH, WARM = 8, 512, 4

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bpkit.plan.actions import Action
+from bpkit.plan.action import Action
 
 Column = NDArray[np.int64]
 _COLUMNS = ("rank", "step", "cell", "start", "end", "wait", "cpu", "bytes")

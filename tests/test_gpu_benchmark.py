@@ -199,15 +199,15 @@ def as_of_a_gpu(record: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_the_pages_show_gpus_only(record: dict[str, Any], tmp_path: Path) -> None:
-    assert bp.measure.gpu_figures(tmp_path) is None
+    assert bp.course.gpu_figures(tmp_path) is None
     file = tmp_path / "gpu-tried.json"
     refused = [record, {**record, "quick": False}, as_of_a_gpu(record, quick=True), as_of_a_gpu(record, rows=[]),
                as_of_a_gpu(record, device=record["device"]), as_of_a_gpu(record, format="another")]  # fmt: skip
     for one in refused:
         file.write_text(json.dumps(one))
-        assert bp.measure.gpu_figures(tmp_path) is None
+        assert bp.course.gpu_figures(tmp_path) is None
     file.write_text(json.dumps(as_of_a_gpu(record)))
-    figures, some = bp.measure.gpu_figures(tmp_path), bp.measure.gpu_figures(tmp_path, "roofline")
+    figures, some = bp.course.gpu_figures(tmp_path), bp.course.gpu_figures(tmp_path, "roofline")
     assert figures is not None and some is not None
     assert repr(figures).startswith("Recorded on 2 x Pretended <GPU>, 20")
     assert "Pretended &lt;GPU&gt;" in figures._repr_html_() and "<GPU>" not in figures._repr_html_()

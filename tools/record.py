@@ -3,8 +3,8 @@
     python tools/record.py --out book/measurements/NAME.json [--name "what readers call this machine"]
 
 Writes one file an experiment, NAME-small-strong.json and so on, each in the format of bp.scaling, which
-bp.show.explorer reads, alone or as a folder; and pipelines-NAME.json, which bp.show.pipelines reads.  It takes about
-eight minutes; let nothing else run meanwhile.
+bp.course.explorer reads, alone or as a folder; and pipelines-NAME.json, which bp.course.pipelines reads.  It takes
+about eight minutes; let nothing else run meanwhile.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import bpkit as bp
-from bpkit.measure.schedules import equal_stages, schedules
-from bpkit.show.schedules import SCHEDULES
+from bpkit.course.figures.pipelines import SCHEDULES
+from bpkit.course.figures.schedules import equal_stages, schedules
 
 
 def experiments(quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -7,9 +7,8 @@ from bpkit.measure.host import machine
 from bpkit.measure.layers import layer_times
 from bpkit.measure.measurement import FORMAT, Point, Scaling
 from bpkit.measure.pipeline import bubble, makespan, period
-from bpkit.measure.recorded import GpuFigures, gpu_figures
 from bpkit.measure.reports import Parts, RankReport, Report, Spread, report
 
-__all__ = ["FORMAT", "AlphaBeta", "GpuFigures", "Parts", "Point", "RankReport", "Report", "Scaling", "Spread",
-           "alpha_beta", "bubble", "fit", "gpu_figures", "layer_times", "machine", "makespan", "period", "report",
+__all__ = ["FORMAT", "AlphaBeta", "Parts", "Point", "RankReport", "Report", "Scaling", "Spread",
+           "alpha_beta", "bubble", "fit", "layer_times", "machine", "makespan", "period", "report",
            "scaling"]  # fmt: skip

@@ -17,10 +17,10 @@ from bpkit.measure.steps import Steps
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, compile, data_parallel, serial
-from bpkit.plan.strategies import whole_number
+from bpkit.plan.strategies.data_parallel import whole_number
 from bpkit.run.cluster import Cluster, TrainResult
-from bpkit.run.devices import choose
 from bpkit.run.errors import Stopped
+from bpkit.run.processes.devices import choose
 from bpkit.run.progress import Bar, Tell
 from bpkit.trace import Trace
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from bpkit.plan import Plan
-from bpkit.plan.compile import compile_collective
 from bpkit.plan.messages import messages
+from bpkit.plan.program import compile_collective
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def collective_time(plan: Plan, size_bytes: int, fit: AlphaBeta) -> float:
     """Seconds of a collective on a buffer of `size_bytes`, each message by the fit; additions are not in it.
 
     The longest chain of messages that must follow each other: for a ring on n ranks 2(n-1) messages of S/n bytes, hence
-    2(n-1) (alpha + beta S/n).  The formulas of all algorithms stand in `bpkit.plan.collectives`.
+    2(n-1) (alpha + beta S/n).  The formulas of all algorithms stand in `bpkit.plan.strategies.collectives`.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bpkit.compress import Codec
 from bpkit.measure import table
 from bpkit.measure.steps import Steps
-from bpkit.plan.actions import ON_EDGES
+from bpkit.plan.action import ON_EDGES
 from bpkit.run.cluster import TrainResult
 
 #: How each transport sums gradients; it names what "not counted" hides.

@@ -1,18 +1,18 @@
 """Layers, losses and networks with hand-written forward and backward; no autograd outside `gradcheck`."""
 
-from bpkit.nn.attention import Attention, Heads, block
-from bpkit.nn.containers import AddSkip, Residual, Sequential, StashSkip
-from bpkit.nn.convolution import AveragePool2d, Conv2d, Flatten, MaxPool2d, Reshape
 from bpkit.nn.costs import StageCost, balanced_cuts
-from bpkit.nn.dropout import Dropout, dropout_mask
-from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.gradcheck import GradCheck, gradcheck
 from bpkit.nn.layer import Context, Layer, Pass, Site
-from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers.attention import Attention, Heads, block
+from bpkit.nn.layers.containers import AddSkip, Residual, Sequential, StashSkip
+from bpkit.nn.layers.convolution import AveragePool2d, Conv2d, Flatten, MaxPool2d, Reshape
+from bpkit.nn.layers.dropout import Dropout, dropout_mask
+from bpkit.nn.layers.embedding import Embedding, Positions, Unembedding
+from bpkit.nn.layers.linear import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers.normalisation import BatchNorm, GroupNorm, LayerNorm
 from bpkit.nn.losses import MSE, CrossEntropy, Loss, VocabularyCrossEntropy
 from bpkit.nn.models import convnet, gpt, mlp
 from bpkit.nn.network import Network
-from bpkit.nn.normalisation import BatchNorm, GroupNorm, LayerNorm
 from bpkit.nn.tensor import TensorLayout, merge, shard, tensor_layout
 
 __all__ = ["GELU", "MSE", "AddSkip", "Attention", "AveragePool2d", "BatchNorm", "Context", "Conv2d", "CrossEntropy",

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bpkit.nn.containers import Sequential
 from bpkit.nn.layer import START, Context
+from bpkit.nn.layers.containers import Sequential
 from bpkit.nn.network import Network
 
 

@@ -5,15 +5,15 @@ from itertools import pairwise
 
 import torch
 
-from bpkit.nn.attention import block
-from bpkit.nn.convolution import Conv2d, Flatten, MaxPool2d, Reshape
-from bpkit.nn.dropout import Dropout
-from bpkit.nn.embedding import Embedding, Positions, Unembedding
 from bpkit.nn.layer import Layer
-from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers.attention import block
+from bpkit.nn.layers.convolution import Conv2d, Flatten, MaxPool2d, Reshape
+from bpkit.nn.layers.dropout import Dropout
+from bpkit.nn.layers.embedding import Embedding, Positions, Unembedding
+from bpkit.nn.layers.linear import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers.normalisation import BatchNorm, GroupNorm, LayerNorm
 from bpkit.nn.losses import Loss
 from bpkit.nn.network import Network
-from bpkit.nn.normalisation import BatchNorm, GroupNorm, LayerNorm
 
 
 def mlp(sizes: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32, activation: str = "relu",

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpkit.nn.containers import Sequential, opened
 from bpkit.nn.costs import StageCost, balanced_cuts
-from bpkit.nn.dropout import Dropout
 from bpkit.nn.flat import ALIGNMENT, aligned, lay_out, owners, views
 from bpkit.nn.layer import START, Chain, Context, Layer, Shape, Site, output_shapes, produced
-from bpkit.nn.layers import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.nn.layers.containers import Sequential, opened
+from bpkit.nn.layers.dropout import Dropout
+from bpkit.nn.layers.linear import GELU, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import Loss, make_loss
 
 

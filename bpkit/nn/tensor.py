@@ -18,15 +18,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bpkit.nn.attention import Heads
-from bpkit.nn.containers import AddSkip, StashSkip
-from bpkit.nn.dropout import Dropout
-from bpkit.nn.embedding import Embedding, Positions
 from bpkit.nn.layer import Elementwise, Layer, Shape, output_shapes
-from bpkit.nn.layers import Linear
+from bpkit.nn.layers.attention import Heads
+from bpkit.nn.layers.containers import AddSkip, StashSkip
+from bpkit.nn.layers.dropout import Dropout
+from bpkit.nn.layers.embedding import Embedding, Positions
+from bpkit.nn.layers.linear import Linear
+from bpkit.nn.layers.normalisation import LayerNorm
 from bpkit.nn.losses import CrossEntropy, VocabularyCrossEntropy
 from bpkit.nn.network import Network
-from bpkit.nn.normalisation import LayerNorm
 
 Range = tuple[int, int]
 

@@ -1,18 +1,27 @@
 """Plans: actions, passes, the checker and the strategies."""
 
-from bpkit.plan.actions import VERBS, Action, Part, Verb
-from bpkit.plan.check import check
-from bpkit.plan.collectives import collective, expand
-from bpkit.plan.compile import Instruction, Program, bucket_cuts, compile
+from bpkit.plan.action import VERBS, Action, Part, Verb
+from bpkit.plan.checker.check import check
 from bpkit.plan.interchange import from_csv, to_csv, torch_schedule
 from bpkit.plan.mesh import Coordinate, Mesh
 from bpkit.plan.passes import complete, refine
-from bpkit.plan.pipeline import gpipe, interleaved, naive, one_f_one_b, pipedream, zb_v, zero_bubble_h1, zero_bubble_h2
 from bpkit.plan.plan import MERGES, Plan, PlanError, grid
-from bpkit.plan.servers import asynchronous_server, local_sgd, parameter_server
-from bpkit.plan.strategies import data_parallel, serial
-from bpkit.plan.tensor import shard_optimizer, tensor_parallel
-from bpkit.plan.zero import zero
+from bpkit.plan.program import Instruction, Program, bucket_cuts, compile
+from bpkit.plan.strategies.collectives import collective, expand
+from bpkit.plan.strategies.data_parallel import data_parallel, serial
+from bpkit.plan.strategies.pipeline import (
+           gpipe,
+           interleaved,
+           naive,
+           one_f_one_b,
+           pipedream,
+           zb_v,
+           zero_bubble_h1,
+           zero_bubble_h2,
+)
+from bpkit.plan.strategies.servers import asynchronous_server, local_sgd, parameter_server
+from bpkit.plan.strategies.tensor import shard_optimizer, tensor_parallel
+from bpkit.plan.strategies.zero import zero
 
 __all__ = ["MERGES", "VERBS", "Action", "Coordinate", "Instruction", "Mesh", "Part", "Plan", "PlanError", "Program",
            "Verb", "asynchronous_server", "bucket_cuts", "check", "collective", "compile", "complete", "data_parallel",

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import torch
 
-from bpkit.plan.actions import Action
+from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import complete
 from bpkit.plan.plan import Plan

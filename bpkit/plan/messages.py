@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from bpkit.plan.check import order
-from bpkit.plan.compile import Program
+from bpkit.plan.checker.check import order
+from bpkit.plan.program import Program
 
 
 class Message(NamedTuple):

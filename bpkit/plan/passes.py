@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from bpkit.plan.actions import ON_EDGES, Action, Touch
+from bpkit.plan.action import ON_EDGES, Action, Touch
 from bpkit.plan.plan import Plan
 
 Rows = list[list[Action]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final
 
-from bpkit.plan.actions import PARTNERS, Action
+from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.mesh import Coordinate, Mesh
 
 #: What a plan is for: a training step, or a collective by itself over one buffer.

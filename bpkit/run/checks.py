@@ -9,8 +9,8 @@ from bpkit.compress import Compressor, PowerSGD
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program
-from bpkit.run import memory
-from bpkit.run.training import Shards, shard_sizes_of
+from bpkit.run.engine.rank import Shards, shard_sizes_of
+from bpkit.run.transports.shared import files as memory
 
 
 def fits(plan: Plan, network: Network, inputs: Tensor, targets: Tensor, workers: int, samples: int) -> None:

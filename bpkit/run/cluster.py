@@ -15,14 +15,14 @@ from bpkit.data import Dataset
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program, asynchronous_server, compile, data_parallel
-from bpkit.plan.compile import compile_collective
-from bpkit.plan.strategies import whole_number
+from bpkit.plan.program import compile_collective
+from bpkit.plan.strategies.data_parallel import whole_number
 from bpkit.run import checks
-from bpkit.run.asynchronous import rounds
-from bpkit.run.pool import Pool
+from bpkit.run.engine.rank import Job, Outcome, Shards, collective, gradients, train
+from bpkit.run.engine.server import rounds
+from bpkit.run.processes.pool import Pool
 from bpkit.run.progress import Bar, Tell
 from bpkit.run.results import CollectiveResult, TrainResult, assemble
-from bpkit.run.training import Job, Outcome, Shards, collective, gradients, train
 from bpkit.run.whole import overlaid, unsharded
 from bpkit.trace import Trace
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.plan import Plan, Program
-from bpkit.run.training import Job, Outcome, needed
+from bpkit.run.engine.rank import Job, Outcome, needed
 from bpkit.run.whole import gathered
 from bpkit.trace import Trace
 

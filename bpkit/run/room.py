@@ -8,10 +8,10 @@ import torch
 from bpkit.nn import Network
 from bpkit.optim import Optimizer
 from bpkit.plan import Plan, Program
-from bpkit.plan.compile import rank_network
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import scatters
-from bpkit.run.memory import megabytes
+from bpkit.plan.program import rank_network
+from bpkit.run.transports.shared.files import megabytes
 
 
 def predicted(program: Program, at: Coordinate, network: Network, optimizer: Optimizer, rows: int,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from bpkit.nn import Network, merge
-from bpkit.plan.compile import Program, rank_network
 from bpkit.plan.plan import Plan
+from bpkit.plan.program import Program, rank_network
 
 Held = Mapping[int, tuple[Tensor, Tensor]]  # by stage: flat parameters, and what is kept beside them
 

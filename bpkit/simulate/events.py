@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bpkit.plan import Plan, Program
-from bpkit.plan.actions import PARTNERS, Action
-from bpkit.plan.check import order
-from bpkit.plan.hazards import hazards
+from bpkit.plan.action import PARTNERS, Action
+from bpkit.plan.checker.check import order
+from bpkit.plan.checker.hazards import hazards
 from bpkit.trace import Log, Trace
 
 Time = float | Sequence[float]

@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 
-from bpkit.show.explorers import Explorer, explorer, fragment
+from bpkit.course.figures.explorers import Explorer, explorer, fragment
 
 Open = Callable[..., Page]
 Find = Callable[[type], list[str]]

@@ -28,14 +28,14 @@ import bpkit as bp
 
 pathlib.Path("pid").write_text(str(os.getpid()))
 network, data = bp.nn.mlp([64, 64, 10], seed=0), bp.data.digits()
-figure = bp.show.explorer(network=network, data=data, workers=[1, 2], batch=64, steps=STEPS)
+figure = bp.course.explorer(network=network, data=data, workers=[1, 2], batch=64, steps=STEPS)
 figure
 """
 PIPELINES = """
 import bpkit as bp
-from bpkit.measure.schedules import equal_stages
+from bpkit.course.figures.schedules import equal_stages
 
-bp.show.pipelines(None, "gpipe", 2, 4, network=equal_stages(64))
+bp.course.pipelines(None, "gpipe", 2, 4, network=equal_stages(64))
 """
 
 # Before the kernel is there, "run" would ask which one to take.

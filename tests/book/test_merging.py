@@ -13,7 +13,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 from test_explorer import OVERFLOWING
 
-from bpkit.show.collectives import Merging, merging
+from bpkit.course.figures.merging import Merging, merging
 
 Open = Callable[..., Page]
 

@@ -14,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 from test_explorer import OVERFLOWING
 
-from bpkit.show.schedules import Pipelines, pipelines
+from bpkit.course.figures.pipelines import Pipelines, pipelines
 
 Open = Callable[..., Page]
 MEASUREMENTS = samples.ROOT / "book" / "measurements"

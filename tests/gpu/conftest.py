@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bpkit as bp
-from bpkit.run.devices import gpus, no_gpu
+from bpkit.run.processes.devices import gpus, no_gpu
 
 HERE = Path(__file__).parent
 

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import bpkit as bp
 from bpkit.plan import data_parallel, serial
-from bpkit.run.training import Job, Runner
+from bpkit.run.engine.rank import Job, Runner
 from bpkit.trace import Log
 
 DIGITS = bp.data.digits()

@@ -12,8 +12,8 @@ import torch
 from bpkit.measure import alpha_beta, machine
 from bpkit.measure.fit import AlphaBeta, collective_time
 from bpkit.plan import collective, data_parallel
-from bpkit.plan.compile import compile_collective
 from bpkit.plan.messages import messages
+from bpkit.plan.program import compile_collective
 
 
 def test_two_points_are_met_exactly() -> None:

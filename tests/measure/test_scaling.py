@@ -13,9 +13,9 @@ import pytest
 import bpkit as bp
 from bpkit.measure import FORMAT, Scaling, experiment
 from bpkit.plan import Plan
-from bpkit.run import devices
 from bpkit.run.cluster import TrainResult
 from bpkit.run.errors import Stopped
+from bpkit.run.processes import devices
 
 from .made import PERIOD, repeated, result, trace
 

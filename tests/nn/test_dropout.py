@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bpkit import nn
-from bpkit.nn.dropout import key, mix, mix_
+from bpkit.nn.layers.dropout import key, mix, mix_
 
 from .cases import D
 

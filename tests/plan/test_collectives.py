@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bpkit.plan import Plan, PlanError, check, collective, data_parallel, expand
-from bpkit.plan.collectives import ALGORITHMS
+from bpkit.plan.strategies.collectives import ALGORITHMS
 
 RANKS = [1, 2, 3, 4, 5, 6, 7, 8]
 ALL_REDUCES = [name for name, (purpose, _) in ALGORITHMS.items() if purpose == "all_reduce"]

@@ -3,8 +3,8 @@
 import pytest
 
 from bpkit.plan import Action, Mesh, Plan, check, complete, refine
-from bpkit.plan.compile import peak_activations, slots
 from bpkit.plan.passes import communicate
+from bpkit.plan.program import peak_activations, slots
 
 
 def one_f_one_b(stages: int, microbatches: int, **mesh: int) -> Plan:

@@ -11,8 +11,17 @@ import pytest
 
 import bpkit as bp
 from bpkit.plan import Action, Plan, PlanError, check
-from bpkit.plan.compile import peak_activations
-from bpkit.plan.pipeline import gpipe, interleaved, naive, one_f_one_b, pipedream, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.plan.program import peak_activations
+from bpkit.plan.strategies.pipeline import (
+    gpipe,
+    interleaved,
+    naive,
+    one_f_one_b,
+    pipedream,
+    zb_v,
+    zero_bubble_h1,
+    zero_bubble_h2,
+)
 
 SCHEDULES: dict[str, Callable[..., Plan]] = {
     "gpipe": gpipe, "1f1b": one_f_one_b, "h1": zero_bubble_h1, "h2": zero_bubble_h2, "zb_v": zb_v,

@@ -4,7 +4,7 @@ import pytest
 
 import bpkit as bp
 from bpkit.plan import Action, Mesh, Plan, grid
-from bpkit.plan.hazards import hazards
+from bpkit.plan.checker.hazards import hazards
 
 from .hand_written import PIPELINE_1F1B, plans
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from bpkit.plan import Action, PlanError, asynchronous_server, check, local_sgd, parameter_server, zero
-from bpkit.plan.servers import Clock, ages
+from bpkit.plan.strategies.servers import Clock, ages
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])

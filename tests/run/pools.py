@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import cache
 
-from bpkit.run.pool import Pool
+from bpkit.run.processes.pool import Pool
 
 
 @cache

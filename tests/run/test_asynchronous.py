@@ -10,7 +10,7 @@ import torch
 
 import bpkit as bp
 from bpkit.nn import Context, CrossEntropy
-from bpkit.plan.servers import Clock, ages
+from bpkit.plan.strategies.servers import Clock, ages
 
 DATA = bp.data.digits(dtype=torch.float64)
 NETWORK = bp.nn.mlp([64, 24, 24, 10], seed=1, dtype=torch.float64, dropout=0.1)

@@ -8,8 +8,8 @@ import torch
 import bpkit as bp
 from bpkit.data import Dataset
 from bpkit.plan import Action, Plan
-from bpkit.plan.pipeline import gpipe, interleaved
-from bpkit.run import memory
+from bpkit.plan.strategies.pipeline import gpipe, interleaved
+from bpkit.run.transports.shared import files as memory
 from tests.plan.hand_written import TENSOR
 
 

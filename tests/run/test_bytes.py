@@ -10,7 +10,7 @@ import torch
 
 import bpkit as bp
 from bpkit.plan import Plan, asynchronous_server, data_parallel, expand, local_sgd, parameter_server, zero
-from bpkit.plan.collectives import ALGORITHMS, collective
+from bpkit.plan.strategies.collectives import ALGORITHMS, collective
 from tests.plan.hand_written import PIPELINE_1F1B
 
 RANKS = (2, 3, 4)
@@ -45,7 +45,7 @@ def hierarchical(size: int, n: int, rank: int) -> int:
     return inside + 2 * s(size, per_host, local) - sum(across)
 
 
-#: What each docstring of `bpkit.plan.collectives` says that a rank sends, in elements.
+#: What each docstring of `bpkit.plan.strategies.collectives` says that a rank sends, in elements.
 SENT: dict[str, Sent] = {
     "ring": lambda S, n, r: 2 * S - s(S, n, r) - s(S, n, r + 1),
     "server": lambda S, n, r: (n - 1) * S if r == 0 else S,

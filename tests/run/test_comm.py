@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bpkit.run.comm import Comm, part_bounds
-from bpkit.run.pool import Pool
+from bpkit.run.processes.pool import Pool
+from bpkit.run.transports.comm import Comm, part_bounds
 
 from .pools import shared_pool
 

@@ -8,9 +8,9 @@ import time
 import pytest
 import torch
 
-from bpkit.run.comm import Comm
-from bpkit.run.memory import free_room
-from bpkit.run.pool import Pool
+from bpkit.run.processes.pool import Pool
+from bpkit.run.transports.comm import Comm
+from bpkit.run.transports.shared.files import free_room
 
 from .pools import our_files, shared_pool
 

@@ -14,7 +14,7 @@ from bpkit.compress import BF16, FP16, Compressor, Int8, PowerSGD, TopK
 from bpkit.nn import Network
 from bpkit.plan import Action, Mesh, Plan, data_parallel
 from bpkit.plan.passes import complete
-from bpkit.run.compressed import Gathered, reducer
+from bpkit.run.engine.compression import Gathered, reducer
 
 from .oracle import flat, gradient_sum
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bpkit as bp
-from bpkit.run.pool import Pool
+from bpkit.run.processes.pool import Pool
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040)."
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from bpkit.run.comm import Comm
 from bpkit.run.errors import WorkerDied, WorkerError, WorkerStuck
-from bpkit.run.pool import Pool
+from bpkit.run.processes.pool import Pool
+from bpkit.run.transports.comm import Comm
 
 from .pools import gone, our_files
 
@@ -196,7 +196,7 @@ class Broken:
 
 
 def poll_a_broken_sum(comm: Comm) -> bool:
-    from bpkit.run.gloo import DistributedComm, _Work
+    from bpkit.run.transports.distributed import DistributedComm, _Work
 
     assert isinstance(comm, DistributedComm)
     return _Work(comm, Broken()).poll()

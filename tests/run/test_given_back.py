@@ -12,7 +12,7 @@ import torch
 import bpkit as bp
 from bpkit.nn import GELU, Flatten, Linear, Network, ReLU, Reshape
 from bpkit.plan import Plan, tensor_parallel
-from bpkit.run.comm import Comm
+from bpkit.run.transports.comm import Comm
 from tests.plan.test_pipeline import SCHEDULES
 
 from .oracle import gradient_sum, worst
@@ -28,7 +28,8 @@ SHAPES = Network([Linear(6, 8), Reshape((2, 4)), Linear(4, 4), Flatten(), ReLU()
 
 def spoil_what_is_given_back(comm: Comm) -> None:
     """In this process, from now on: memory of a message is NaN once its reader has given it back."""
-    from bpkit.run import gloo, loans
+    from bpkit.run.transports import distributed as gloo
+    from bpkit.run.transports.shared import loans
 
     for edges in (loans.Loans, gloo._Copies):
         edges.receive = _spoiling(edges.receive)  # type: ignore[attr-defined, method-assign]

@@ -11,8 +11,8 @@ import torch
 import bpkit as bp
 from bpkit.plan import Mesh
 from bpkit.run import WorkerError
-from bpkit.run.groups import Groups
-from bpkit.run.pool import Pool
+from bpkit.run.engine.groups import Groups
+from bpkit.run.processes.pool import Pool
 
 from .pools import shared_pool
 

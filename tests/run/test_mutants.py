@@ -27,7 +27,7 @@ from bpkit.plan import (
     tensor_parallel,
     zero,
 )  # fmt: skip
-from bpkit.plan.pipeline import gpipe, interleaved, one_f_one_b, zb_v
+from bpkit.plan.strategies.pipeline import gpipe, interleaved, one_f_one_b, zb_v
 from tests.plan.hand_written import PIPELINE_1F1B
 
 from .networks import SAMPLES, batch, every_layer

@@ -8,8 +8,8 @@ import torch
 import bpkit as bp
 from bpkit.nn import Context
 from bpkit.plan import Action
-from bpkit.plan.pipeline import pipedream
-from bpkit.run.stash import stash
+from bpkit.plan.strategies.pipeline import pipedream
+from bpkit.run.engine.stash import stash
 
 from .oracle import flat
 

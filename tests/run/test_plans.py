@@ -7,7 +7,7 @@ import torch
 
 import bpkit as bp
 from bpkit.plan import collective, data_parallel, expand, local_sgd, parameter_server, zero
-from bpkit.plan.collectives import ALGORITHMS
+from bpkit.plan.strategies.collectives import ALGORITHMS
 
 from .networks import SAMPLES, batch, every_layer
 from .oracle import flat, gradient_sum, worst

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from bpkit.run import layout, memory
-from bpkit.run.comm import Comm
 from bpkit.run.errors import CommunicationError, NoRoom, Stopped, WorkerStuck
-from bpkit.run.pool import Pool
+from bpkit.run.processes.pool import Pool
+from bpkit.run.transports.comm import Comm
+from bpkit.run.transports.shared import files as memory
+from bpkit.run.transports.shared import names as layout
 
 from .pools import gone, our_files, shared_pool
 

@@ -59,7 +59,7 @@ def test_a_script_without_a_main_guard(tmp_path: Path, method: str) -> None:
         from dataclasses import dataclass
         import torch
         torch.ones(300, 300) @ torch.ones(300, 300)  # a fork of this process would hang
-        from bpkit.run.pool import Pool
+        from bpkit.run.processes.pool import Pool
         factor = 10
         @dataclass
         class Answer:
@@ -78,7 +78,7 @@ def test_a_script_without_a_main_guard(tmp_path: Path, method: str) -> None:
 
 RUN = """
     import sys, time, torch
-    from bpkit.run.pool import Pool
+    from bpkit.run.processes.pool import Pool
     pool = Pool(3, {backend!r})
     def f(comm):
         tensor = comm.empty(1000)
@@ -123,7 +123,7 @@ def test_an_interrupt_ends_the_workers_and_leaves_a_usable_pool(tmp_path: Path) 
 
 
 def test_files_of_the_dead_are_swept() -> None:
-    from bpkit.run import memory
+    from bpkit.run.transports.shared import files as memory
 
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()

@@ -7,7 +7,7 @@ import torch
 
 import bpkit as bp
 from bpkit.plan import data_parallel, serial, tensor_parallel, zero
-from bpkit.plan.pipeline import one_f_one_b, zero_bubble_h1
+from bpkit.plan.strategies.pipeline import one_f_one_b, zero_bubble_h1
 
 from .oracle import flat, gradient_sum
 

@@ -7,9 +7,9 @@ import torch
 
 import bpkit as bp
 from bpkit.plan import data_parallel, serial, zero
-from bpkit.plan.pipeline import gpipe, one_f_one_b
+from bpkit.plan.strategies.pipeline import gpipe, one_f_one_b
 from bpkit.run import cluster as of_cluster
-from bpkit.run import training
+from bpkit.run.engine import rank as training
 
 DATA = bp.data.digits()
 NETWORK = bp.nn.mlp([64, 48, 40, 32, 10], seed=1)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import bpkit as bp
-from bpkit.plan.collectives import collective
-from bpkit.plan.compile import Program, compile_collective
-from bpkit.run import training
-from bpkit.run.comm import Comm
+from bpkit.plan.program import Program, compile_collective
+from bpkit.plan.strategies.collectives import collective
+from bpkit.run.engine import rank as training
+from bpkit.run.transports.comm import Comm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO counts bytes on Linux only")
 

@@ -12,10 +12,10 @@ import torch
 import bpkit as bp
 from bpkit.plan import data_parallel, local_sgd, parameter_server, zero
 from bpkit.run import cluster as of_cluster
-from bpkit.run.asynchronous import rounds
-from bpkit.run.comm import Comm
-from bpkit.run.staged import Staged
-from bpkit.run.training import gradients, train
+from bpkit.run.engine.rank import gradients, train
+from bpkit.run.engine.server import rounds
+from bpkit.run.transports.comm import Comm
+from bpkit.run.transports.through_host import Staged
 
 from . import test_models
 from .oracle import flat, gradient_sum, worst
@@ -61,7 +61,7 @@ CASES = {
     "zero 1": (zero(2, 1, units=3), {}),
     "zero 3": (zero(2, 3, units=3), {}),
     "local SGD": (local_sgd(2, 2), {}),
-    "1F1B": (bp.plan.pipeline.one_f_one_b(2, 3), {}),
+    "1F1B": (bp.plan.one_f_one_b(2, 3), {}),
 }
 
 

@@ -14,11 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bpkit as bp
 from bpkit.nn import CrossEntropy
 from bpkit.plan import compile
-from bpkit.plan.hazards import hazards
+from bpkit.plan.checker.hazards import hazards
 from bpkit.run import cluster as of_cluster
-from bpkit.run.executor import native_bytes, with_slot_waits
-from bpkit.run.streams import StreamExecutor
-from bpkit.run.training import Job, Outcome, Runner, train
+from bpkit.run.engine.device import StreamExecutor
+from bpkit.run.engine.host import native_bytes, with_slot_waits
+from bpkit.run.engine.rank import Job, Outcome, Runner, train
 from bpkit.trace import Log
 
 from . import host_streams, test_models

@@ -12,7 +12,16 @@ from bpkit.measure.pipeline import bubble, makespan, period
 from bpkit.measure.steps import Steps
 from bpkit.plan import Action, Plan, PlanError, data_parallel, expand, parameter_server, serial, zero
 from bpkit.plan.passes import tie
-from bpkit.plan.pipeline import gpipe, interleaved, naive, one_f_one_b, pipedream, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.plan.strategies.pipeline import (
+    gpipe,
+    interleaved,
+    naive,
+    one_f_one_b,
+    pipedream,
+    zb_v,
+    zero_bubble_h1,
+    zero_bubble_h2,
+)
 from bpkit.simulate import Times, simulate
 from tests.plan.hand_written import plans
 

@@ -1,0 +1,33 @@
+"""What only the course uses: ``explorer``, ``merging`` and ``pipelines``, figures to be used by hand; exercises; runs
+that were recorded.
+
+Nothing heavy is loaded before a figure is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bpkit.lazy import lazy
+
+if TYPE_CHECKING:
+    from bpkit.course import exercises
+    from bpkit.course.figures.explorers import Explorer, explorer
+    from bpkit.course.figures.merging import Merging, merging
+    from bpkit.course.figures.pipelines import Pipelines, pipelines
+    from bpkit.course.recorded import GpuFigures, gpu_figures
+
+__all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "exercises", "explorer", "gpu_figures", "merging",
+           "pipelines"]  # fmt: skip
+
+_PLACES = {
+    "figures.explorers": ("Explorer", "explorer"), "figures.merging": ("Merging", "merging"),
+    "figures.pipelines": ("Pipelines", "pipelines"), "recorded": ("GpuFigures", "gpu_figures"),
+    "exercises": ("exercises",),
+}  # fmt: skip
+_NEEDS = dict.fromkeys(("figures.explorers", "figures.merging", "figures.pipelines"), "anywidget")
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for when it is first used."""
+    return lazy(__name__, name, _PLACES, _NEEDS)

@@ -1,0 +1,1 @@
+"""Figures that a reader drags: live with a kernel, and working without one."""

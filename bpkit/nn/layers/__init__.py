@@ -1,0 +1,1 @@
+"""The layers, each with forward and both halves of backward written out."""

@@ -1,0 +1,161 @@
+"""Tokens to vectors and back: `Embedding`, learned `Positions`, and `Unembedding`, which may share a matrix."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bpkit.nn.costs import StageCost
+from bpkit.nn.layer import Context, Layer, Pass, Shape, Site, put_sum
+from bpkit.nn.layers.linear import Linear
+
+
+class _Normal(Layer):
+    """A layer whose parameters are drawn from N(0, 0.02), as in GPT-2 (Radford et al. 2019)."""
+
+    def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
+        return [torch.randn(s, generator=generator, dtype=torch.float64).mul_(0.02)
+                for s in self.parameter_shapes(shape)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Embedding(_Normal):
+    """y = W[token], W (vocabulary, width), for int64 tokens of any shape.
+
+    Backward: row t of dW is the sum of dy over the places of token t, added in their order; there is no dx.
+
+    Parameters
+    ----------
+    vocabulary, width : int
+    tied : str
+        Parameters of this name are one tensor; "" for a matrix of its own.
+    rows : (int, int), optional
+        Hold these rows of W only; other tokens give zeros (a tensor rank's share).
+    """
+
+    vocabulary: int
+    width: int
+    tied: str = ""
+    rows: tuple[int, int] | None = None
+    input_dtype = torch.int64
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The rows of W that are held."""
+        return self.rows or (0, self.vocabulary)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return (*shape, self.width)
+
+    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        return ((self.bounds[1] - self.bounds[0], self.width),)
+
+    def ties(self, shape: Shape) -> tuple[str, ...]:
+        return (self.tied,)
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Count one FLOP for each element moved: F reads them, W adds them; I does nothing."""
+        tokens, size = math.prod(shape), math.prod(self.parameter_shapes(shape)[0])
+        return StageCost(tokens * self.width, 0, tokens * self.width, tokens, tokens * self.width, size)
+
+    def at(self, site: Site) -> Pass:
+        return _EmbeddingPass(self, site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        low, high = self.bounds
+        return F.embedding((x - low).clamp(0, high - low - 1), parameters[0]) * ((x >= low) & (x < high)).unsqueeze(-1)
+
+
+class _EmbeddingPass(Pass):
+    def __init__(self, layer: Embedding, site: Site) -> None:
+        self._low, self._high = layer.bounds
+        self._part, self._width = layer.rows is not None, layer.width
+        (self._weight,), (self._dweight,) = site.parameters, site.gradients
+        self._y = site.empty(*site.shape, layer.width)
+        self._dy, self._tokens = self._y, torch.empty(0, dtype=torch.int64)
+        self._outside: Tensor | None = None
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        self._tokens = x.reshape(-1)
+        if self._part:
+            self._outside = (self._tokens < self._low) | (self._tokens >= self._high)
+            self._tokens = (self._tokens - self._low).masked_fill_(self._outside, 0)
+        y = self._y.view(-1, self._width)
+        torch.index_select(self._weight, 0, self._tokens, out=y)
+        if self._outside is not None:
+            y.masked_fill_(self._outside.unsqueeze(1), 0.0)
+        return self._y
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        self._dy = dy
+        return None
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        if not accumulate:
+            self._dweight.zero_()
+        dy = self._dy.reshape(-1, self._width)
+        if self._outside is not None:
+            dy = dy.masked_fill(self._outside.unsqueeze(1), 0.0)
+        self._dweight.index_add_(0, self._tokens, dy)
+
+
+@dataclass(frozen=True)
+class Positions(_Normal):
+    """y = x + P, P (length, width) learned; dx = dy, dP = sum of dy over rows."""
+
+    length: int
+    width: int
+    fresh_gradient = False
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if shape != (self.length, self.width):
+            raise ValueError(f"{self!r} takes samples of shape ({self.length}, {self.width})")
+        return shape
+
+    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        return ((self.length, self.width),)
+
+    def cost(self, shape: Shape) -> StageCost:
+        """Count one FLOP an element for F and for W; I passes the gradient on."""
+        size = self.length * self.width
+        return StageCost(size, 0, size, size, size, size)
+
+    def at(self, site: Site) -> Pass:
+        return _PositionsPass(site)
+
+    def reference(self, x: Tensor, parameters: Sequence[Tensor], context: Context, site: Site) -> Tensor:
+        return x + parameters[0]
+
+
+class _PositionsPass(Pass):
+    def __init__(self, site: Site) -> None:
+        self._site, self._y = site, site.empty()
+        self._dy = self._y
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return torch.add(x, self._site.parameters[0], out=self._y)
+
+    def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        self._dy = dy
+        return dy
+
+    def backward_weight(self, accumulate: bool = False) -> None:
+        put_sum(self._site.gradients[0], self._dy, 0, accumulate)
+
+
+@dataclass(frozen=True)
+class Unembedding(_Normal, Linear):
+    """Scores of the tokens, y = x W^T, by the matrix of the `Embedding` of the same `tied` name (Press and Wolf 2017,
+    arXiv:1608.05859): its gradient is the sum of both layers' parts. Written ``Unembedding(width, vocabulary)``.
+    Where the embedding lies in the same network, the embedding's first values count.
+    """
+
+    bias: bool = False
+    tied: str = "embedding"
+
+    def ties(self, shape: Shape) -> tuple[str, ...]:
+        return (self.tied, "") if self.bias else (self.tied,)
+

@@ -1,0 +1,183 @@
+"""The checker: is this plan runnable, and is what it computes what it promises?
+
+Two halves, in one walk over all ranks of the mesh.  **Order**: every action can start at some time, also
+where a send waits for its receive; nothing is left unsent or unreceived.  **Provenance**: the plan is run on
+multisets of (data shard, microbatch) instead of numbers, so a missing, doubled or misplaced reduction, a stale
+gradient and a partial sum read as a whole are seen before anything starts.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from bpkit.plan.action import PARTNERS, Action
+from bpkit.plan.checker.effects import COMPUTE, GROUP
+from bpkit.plan.checker.hazards import hazards
+from bpkit.plan.checker.provenance import Holdings, Provenance
+from bpkit.plan.mesh import Coordinate
+from bpkit.plan.plan import Plan, PlanError
+
+#: Actions that happen together, each as its rank and its index in the row: one of compute, or all ends of a
+#: communication, of a message the sender first.
+Together = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class _Rank:
+    """How far one rank has come."""
+
+    holds: Holdings
+    waits: tuple[tuple[int, ...], ...]
+    started: set[int] = field(default_factory=set)
+    done: set[int] = field(default_factory=set)
+
+    @property
+    def at(self) -> Coordinate:
+        return self.holds.at
+
+    @property
+    def row(self) -> tuple[Action, ...]:
+        return self.holds.row
+
+
+def check(plan: Plan) -> None:
+    """Refuse a plan that would deadlock, lose a message, or compute something else than it declares; remembered.
+
+    In an accepted plan each part of each stage is updated once a step, from a gradient that holds the
+    contribution of every (data shard, microbatch) exactly once, whatever the order in which independent
+    actions run; every forward and backward sees the weights of before the update; and every rank that holds
+    a stage ends with the same weights.
+
+    Raises
+    ------
+    PlanError
+        Naming the row, the action and the reason.
+    """
+    order(plan)
+
+
+@lru_cache(maxsize=256)
+def order(plan: Plan) -> tuple[Together, ...]:
+    """An order in which all actions of an accepted plan can run, whatever time they take.
+
+    Raises
+    ------
+    PlanError
+        As `check`.
+    """
+    walk = _Walk(plan)
+    walk.run()
+    return tuple(walk.order)
+
+
+class _Walk:
+    """One walk over a plan in an order that its waits allow."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.world = Provenance(plan)
+        self.ranks = {at: _Rank(self.world.holdings(at), hazards(plan.row(at), plan.shared))
+                      for at in plan.mesh.coordinates()}  # fmt: skip
+        self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
+        # By from, to, and whether it sends: what has no partner yet, and what it carries.
+        self.posted: dict[tuple[Coordinate, Coordinate, bool], tuple[_Rank, int, object]] = {}
+        self.order: list[Together] = []
+
+    def run(self) -> None:
+        """Walk to the end, or to the first fault."""
+        moved = True
+        while moved:
+            moved = False
+            for rank in self.ranks.values():
+                for index in self._startable(rank):
+                    moved = True
+                    rank.started.add(index)
+                    self._start(rank, index)
+        for rank in self.ranks.values():
+            if len(rank.done) < len(rank.row):
+                self._blocked(rank)
+        for rank in self.ranks.values():
+            self.world.finish(rank.holds)
+
+    def _startable(self, rank: _Rank) -> Iterator[int]:
+        for index in range(len(rank.row)):
+            if index not in rank.started and all(i in rank.done for i in rank.waits[index]):
+                yield index
+
+    def _blocked(self, rank: _Rank) -> None:
+        index = min(i for i in range(len(rank.row)) if i not in rank.done)
+        action = rank.row[index]
+        why = f"deadlock: rank {self.plan.mesh.rank(rank.at)} never gets past it"
+        if index in rank.started:
+            why += "; " + (f"no partner of {action.kind} ever comes" if action.verb.axis else "its inputs never come")
+        raise PlanError(self.plan, rank.holds.index, index, why)
+
+    def _start(self, rank: _Rank, index: int) -> None:
+        action = rank.row[index]
+        if action.kind in COMPUTE:
+            COMPUTE[action.kind](self.world, rank.holds, index, action)
+            self._done((rank, index))
+        elif action.kind in GROUP:
+            self._collective(rank, index)
+        else:
+            self._match(rank, index)
+
+    def _collective(self, rank: _Rank, index: int) -> None:
+        """Wait until all members of the group have come; each has one collective of a stream under way at a time."""
+        action = rank.row[index]
+        self.world.lives_here(rank.holds, index, action.stage)
+        key: tuple[object, ...]
+        if action.kind == "NORM":
+            size, key = self.plan.mesh.size, ("NORM",)
+        elif action.kind == "SUM_TIED":
+            size, key = len({self.plan.place[stage] for stage in self.plan.tied}), (rank.at.data, rank.at.tensor)
+            if action.stage not in self.plan.tied:
+                self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
+        elif action.kind == "SWAP_G":
+            size, key = 2, (action.stage, *sorted((rank.at, rank.at._replace(data=action.peer or 0))))
+        else:
+            axis = action.verb.axis or ""
+            size, key = getattr(self.plan.mesh, axis), (action.stage, action.mb, rank.at._replace(**{axis: 0}))
+        arrivals = self.arrivals.setdefault((action.kind, key), [])
+        arrivals.append((rank, index))
+        if len(arrivals) == size:
+            del self.arrivals[action.kind, key]
+            arrivals.sort(key=lambda pair: pair[0].at)
+            GROUP[action.kind](self.world, [(member.holds, at) for member, at in arrivals], action)
+            self._done(*arrivals)
+
+    def _match(self, rank: _Rank, index: int) -> None:
+        """Pair a send with the peer's receive: messages keep their order, since a stream has one under way at a time.
+
+        Both end when both have started, as on a transport whose sends wait for their receives.
+        """
+        action = rank.row[index]
+        sends = action.kind in PARTNERS
+        other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
+        if action.peer is None and not 0 <= other < self.plan.stages:
+            self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
+        peer = self.plan.partner(rank.at, action)
+        content = self.world.take(rank.holds, index, action) if sends else None
+        if (peer, rank.at, not sends) not in self.posted:
+            self.posted[rank.at, peer, sends] = (rank, index, content)
+            return
+        partner, at, given = self.posted.pop((peer, rank.at, not sends))
+        (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
+        if not _fit(sender.row[i], receiver.row[j]):
+            self.world.fail(receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is "
+                            f"{sender.row[i]}")  # fmt: skip
+        self.world.deliver(receiver.holds, j, content if sends else given)
+        self._done((sender, i), (receiver, j))
+
+    def _done(self, *ends: tuple[_Rank, int]) -> None:
+        """Note what has happened together."""
+        for rank, index in ends:
+            rank.done.add(index)
+        self.order.append(tuple((self.plan.mesh.rank(rank.at), index) for rank, index in ends))
+
+
+def _fit(send: Action, receive: Action) -> bool:
+    """Whether a receive takes what a send gives."""
+    kinds, step = PARTNERS[send.kind]
+    return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
+            and (send.part and send.part.fractions()) == (receive.part and receive.part.fractions()))  # fmt: skip

@@ -1,0 +1,252 @@
+"""``compile``: derive once, for run and simulate alike, what a plan leaves implicit."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from bpkit.nn import Network, TensorLayout, shard, tensor_layout
+from bpkit.nn.costs import balanced_cuts
+from bpkit.plan.action import ON_EDGES, PARTNERS, Action, buffer
+from bpkit.plan.checker.check import check
+from bpkit.plan.checker.hazards import hazards
+from bpkit.plan.mesh import Coordinate
+from bpkit.plan.passes import tie
+from bpkit.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An action with what is derived for it.
+
+    Parameters
+    ----------
+    action : Action
+    waits : tuple of int
+        Indices in the row of communication actions that must have ended before this one runs.  Earlier
+        compute needs no entry: a row runs its compute in order.
+    payload : int
+        Bytes of the buffer (part) that the action communicates, for one sample of the batch where the
+        buffer is an edge; 0 for compute.
+    counted : bool
+        Whether the payload is sent as it stands, so that bytes are counted at the send; a native
+        collective is not counted.
+    """
+
+    action: Action
+    waits: tuple[int, ...]
+    payload: int
+    counted: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled plan: rows of instructions for one network.
+
+    Parameters
+    ----------
+    plan : Plan
+    cuts : tuple of int
+        Layers at which stages 1, 2, ... start.
+    sizes : tuple of int
+        Elements of each stage's flat buffers, padding included.
+    rows : tuple of tuples of Instruction
+    slots : tuple of dicts
+        For each row, the buffers each receive channel (kind, stage) needs, so that a receive can be posted
+        where the row posts it.
+    peak : tuple of int
+        For each row, the largest number of saved forwards (stage, microbatch) held at a time.
+    """
+
+    plan: Plan
+    cuts: tuple[int, ...]
+    sizes: tuple[int, ...]
+    rows: tuple[tuple[Instruction, ...], ...]
+    slots: tuple[dict[tuple[str, int], int], ...]
+    peak: tuple[int, ...]
+
+    def row(self, at: Coordinate) -> tuple[Instruction, ...]:
+        """The instructions of the rank at a coordinate."""
+        return self.rows[self.plan.row_index(at)]
+
+    def form(self, network: Network) -> Network:
+        """The network as its stages are cut: its containers opened, where the plan says so."""
+        return network.opened() if self.plan.opened else network
+
+    def payload(self, at: Coordinate) -> int:
+        """Bytes of gradients that a rank gives to reductions and sends of parts in one step."""
+        return sum(step.payload for step in self.row(at) if step.action.kind in _GRADIENT_KINDS)
+
+
+_GRADIENT_KINDS = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "SWAP_G"})
+_PARAMETER_KINDS = frozenset({"UNSHARD", "AVERAGE", "SEND_P"})
+#: Kinds whose bytes are counted at the send.
+COUNTED = frozenset({*PARTNERS, "SWAP_G"})
+
+
+def rank_network(plan: Plan, network: Network, tensor: int) -> Network:
+    """The network that a tensor rank computes, as its stages are cut."""
+    network = network.opened() if plan.opened else network
+    return shard(network, tensor, plan.mesh.tensor, bool(plan.own_tokens)) if plan.mesh.tensor > 1 else network
+
+
+def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[int] | None = None) -> Program:
+    """Check a plan and resolve it for a network.
+
+    Parameters
+    ----------
+    plan : Plan
+    network : Network
+        Gives the layers; stages are balanced by their cost where the plan holds no cuts.
+    clip : bool
+        Whether gradients are clipped by their global norm: a NORM is put before the first UPDATE.
+    weights : sequence of int, optional
+        What to balance stages by where the plan holds no cuts: a number a layer, for example measured nanoseconds.
+
+    Raises
+    ------
+    PlanError
+        If the plan would deadlock or compute something else than it declares.
+    ValueError
+        If the network has fewer layers than the plan has stages, there is not one weight a layer, or the network
+        cannot be split over the plan's tensor ranks.
+    """
+    network = network.opened() if plan.opened else network
+    if weights is not None and len(weights) != len(network.layers):
+        raise ValueError(f"compile takes one weight a layer: {len(network.layers)}, not {len(weights)}")
+    if plan.stages > len(network.layers):
+        raise ValueError(f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} "
+                         "layers: use fewer stages or buckets")  # fmt: skip
+    _same_layout(plan, network)
+    cuts = plan.cuts if weights is None or plan.cuts is not None else balanced_cuts(weights, plan.stages)
+    parts = network.split(cuts if cuts is not None else plan.stages)
+    for name in sorted({name for part in parts for name in part.tied_slices()}):
+        holders = [stage for stage, part in enumerate(parts) if name in part.tied_slices()]
+        plan = tie(plan, holders) if len(holders) > 1 and not plan.tied else plan
+    normed = any(action.kind == "NORM" for row in plan.rows for action in row)
+    plan = _with_norm(plan) if clip and not normed else plan
+    check(plan)
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part.layers))
+    sizes = _sizes(plan, network, starts[1:-1])
+    edges = (*(math.prod(part.input_shape) for part in parts), math.prod(network.output_shape))
+    itemsize = network.dtype.itemsize
+    rows = tuple(_instructions(row, plan, sizes, edges, itemsize) for row in plan.rows)
+    return Program(plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)),
+                   tuple(map(peak_activations, plan.rows)))  # fmt: skip
+
+
+def _sizes(plan: Plan, network: Network, cuts: Sequence[int]) -> tuple[int, ...]:
+    """Elements of each stage's flat buffers; of the tensor rank that has most of them."""
+    ranks = [rank_network(plan, network, index).split(cuts) for index in range(plan.mesh.tensor)]
+    return tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
+
+
+def _same_layout(plan: Plan, network: Network) -> None:
+    """Refuse a plan with a tensor axis that was made for another network."""
+    if plan.mesh.tensor > 1:
+        layout = tensor_layout(network, bool(plan.own_tokens)).joined(plan.cuts or ())
+        if _tensor_stages(plan) != _tensor_stages(layout):
+            raise ValueError(f"{plan.name} splits another network than this one over the tensor axis: make it with "
+                             "bp.plan.tensor_parallel(plan, ranks, bp.nn.tensor_layout(network))")  # fmt: skip
+
+
+def _tensor_stages(of: Plan | TensorLayout) -> tuple[object, ...]:
+    return of.cuts, of.partial_outputs, of.partial_inputs, of.own_tokens, of.skips
+
+
+def compile_collective(plan: Plan, size: int, dtype: torch.dtype) -> Program:
+    """Check a collective by itself and resolve it for a buffer of `size` elements."""
+    check(plan)
+    rows = tuple(_instructions(row, plan, (size,), (), dtype.itemsize) for row in plan.rows)
+    return Program(plan, (), (size,), rows, tuple({} for _ in rows), (0,) * len(rows))
+
+
+def bucket_cuts(network: Network, megabytes: float) -> tuple[int, ...]:
+    """Cuts that give buckets of at most so many megabytes of gradients, filled from the last layer.
+
+    A layer that is larger has a bucket to itself.  Backward produces the last layer's gradient first, so the first
+    bucket to be reduced is full.
+
+    Raises
+    ------
+    ValueError
+        If the size is not positive.
+    """
+    if megabytes <= 0:
+        raise ValueError(f"a bucket has a positive size in megabytes, not {megabytes}")
+    cuts: list[int] = []
+    filled = 0.0
+    for index in range(len(network.layers) - 1, -1, -1):
+        size = network.costs()[index].parameters * network.dtype.itemsize / 1e6
+        if filled and size and filled + size > megabytes:
+            cuts.append(index + 1)
+            filled = 0.0
+        filled += size
+    return tuple(reversed(cuts))
+
+
+def _with_norm(plan: Plan) -> Plan:
+    """The plan with a NORM in each row, before its first update."""
+    rows = []
+    for row in plan.rows:
+        first = next((i for i, action in enumerate(row) if action.kind == "UPDATE"), len(row))
+        rows.append([*row[:first], Action(min(a.stage for a in row), "NORM"), *row[first:]])
+    return replace(plan.with_rows(rows), name=f"{plan.name} with clipping")
+
+
+def _instructions(row: tuple[Action, ...], plan: Plan, sizes: Sequence[int], edges: Sequence[int],
+                  itemsize: int) -> tuple[Instruction, ...]:  # fmt: skip
+    result = []
+    for action, waits in zip(row, hazards(row, plan.shared), strict=True):
+        communication = tuple(i for i in waits if row[i].verb.stream != "compute")
+        elements = _payload(action, plan, sizes, edges)
+        result.append(Instruction(action, communication, elements * itemsize, action.kind in COUNTED))
+    return tuple(result)
+
+
+def _payload(action: Action, plan: Plan, sizes: Sequence[int], edges: Sequence[int]) -> int:
+    """Elements that an action gives to the wire: from the bounds of its part, or one sample of its edge."""
+    kind = action.kind
+    if kind in ON_EDGES | {"SEND_F", "SEND_B"}:
+        letter, edge, _ = buffer(action, action.verb.reads[0])
+        reader = edge if letter == "A" else edge - 1
+        own = kind not in ON_EDGES and reader in plan.own_tokens  # a collective works on the edge of all its ranks
+        return edges[edge] // (plan.mesh.tensor if own else 1)
+    if kind in _GRADIENT_KINDS | _PARAMETER_KINDS:
+        low, high = (0, sizes[action.stage]) if action.part is None else action.part.bounds(sizes[action.stage])
+        return high - low
+    return 0
+
+
+def slots(row: Sequence[Action]) -> dict[tuple[str, int], int]:
+    """Buffers that each receive channel of a row needs: received and not yet freed, at most.
+
+    A receive starts after the compute before it, and compute frees buffers in order, so counting in the order
+    of the row is exact.
+    """
+    held: Counter[tuple[str, int]] = Counter()
+    most: dict[tuple[str, int], int] = {}
+    for action in row:
+        if action.kind in ("RECV_F", "RECV_B"):
+            channel = (action.kind, action.stage)
+            held[channel] += 1
+            most[channel] = max(most.get(channel, 0), held[channel])
+        elif action.kind in ("B", "W"):  # the last reader of the input and of the gradient of the output
+            for channel in (("RECV_F", action.stage), ("RECV_B", action.stage)):
+                held[channel] -= channel in most
+    return most
+
+
+def peak_activations(row: Sequence[Action]) -> int:
+    """The largest number of (stage, microbatch) whose forward is saved at a time in a row."""
+    again = {(action.stage, action.mb) for action in row if action.kind == "RECOMPUTE"}  # dropped after the forward
+    held = most = 0
+    for action in row:
+        saves = action.kind == ("RECOMPUTE" if (action.stage, action.mb) in again else "F")
+        held += saves - (action.kind in ("B", "W"))
+        most = max(most, held)
+    return most

@@ -1,0 +1,1 @@
+"""The strategies: short pure functions that return plans."""

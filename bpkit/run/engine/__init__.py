@@ -1,0 +1,1 @@
+"""One rank runs its row of a plan."""

@@ -1,0 +1,294 @@
+"""Where a rank's parameters, gradients and optimizer state lie, as a plan needs them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from bpkit.compress import Compressor
+from bpkit.nn import Loss, Network, VocabularyCrossEntropy
+from bpkit.optim import Optimizer
+from bpkit.plan.action import Action
+from bpkit.plan.plan import Plan, scatters
+from bpkit.plan.program import Program, rank_network
+from bpkit.run.engine.groups import Groups
+from bpkit.run.transports.comm import Channel, Edges, Handle, Then
+
+
+@dataclass
+class Buffers:
+    """The memory of one rank for one run of a plan.
+
+    Gradients are born where they are reduced.  Parameters that a plan gathers lie once in memory of all ranks,
+    where there is such memory, so that gathering moves nothing; elsewhere each rank keeps its part (level 3 of ZeRO)
+    or the whole.
+
+    Attributes
+    ----------
+    stages : dict of int to Network
+        This rank's stages.
+    gradients : dict of int to Tensor
+        Flat gradient of each stage; stages may share buffers in turn.
+    reduced : dict of int to Tensor
+        This rank's part of the reduced gradient, where the plan scatters.
+    masters : dict of int to Tensor
+        The parameters that this rank updates: its part where the plan scatters, else the whole.
+    """
+
+    program: Program
+    network: Network
+    groups: Groups
+    optimizer: Optimizer
+    rows: int = 0  # samples of a microbatch, at most
+    compress: Compressor | None = None
+    encoded: int = 0  # payload bytes of a step, where gradients are compressed
+    halves: int = 0  # bytes of parameters and gradients in bfloat16, beside those in float32
+    stages: dict[int, Network] = field(default_factory=dict)
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+    reduced: dict[int, Tensor] = field(default_factory=dict)
+    masters: dict[int, Tensor] = field(default_factory=dict)
+    _copies: dict[int, list[Network]] = field(default_factory=dict)
+    _padding: dict[int, Tensor] = field(default_factory=dict)  # where other stages leave values in shared buffers
+    gathered_parts: bool = False  # whether whole parameters exist only between UNSHARD and RESHARD
+    one_copy: bool = False  # whether parameters are one for all ranks of the host
+
+    def __post_init__(self) -> None:
+        plan = self.program.plan
+        self.at = plan.mesh.coordinate(self.groups.world.rank)
+        self.row = plan.row(self.at)
+        own = rank_network(plan, self.network, self.at.tensor)
+        parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
+        self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
+        kinds = {action.kind for row in plan.rows for action in row}
+        if plan.mesh.data > 1:
+            self._place_gradients(plan)
+            self._place_parameters(plan, kinds)
+        for stage, net in self.stages.items():
+            self.gradients[stage] = net.flat_gradients
+            self._own_part(stage, net)
+        self.state = {stage: self.optimizer.state(self.masters[stage]) for stage in self.stages}
+        self.edges = self._make_edges(plan) if plan.mesh.pipeline > 1 else None
+        self._make_sums()
+        self.squares = self.groups.world.empty(1, torch.float64) if self._has("NORM") else torch.empty(0)
+
+    def _has(self, kind: str) -> bool:
+        return any(action.kind == kind for action in self.row)
+
+    def _own_loss(self, own: Network) -> Loss:
+        """The loss; where each tensor rank has some of the classes, one that sums over them."""
+        if not isinstance(own.loss, VocabularyCrossEntropy):
+            return own.loss
+        comm = self.groups.apart(self.program.plan.mesh, "tensor", "loss")
+
+        def reduce(values: Tensor, how: str) -> Tensor:
+            if how == "sum":
+                return comm.all_reduce(values)
+            every = values.new_empty(comm.size, values.numel())
+            every[comm.rank] = values.flatten()
+            return comm.all_gather(every.view(-1)).view(every.shape).amax(0).view(values.shape)
+
+        return replace(own.loss, reduce=reduce)
+
+    # -- placing -----------------------------------------------------------------------------------------
+
+    def _rooms(self, plan: Plan, count: int) -> Callable[[int], int]:
+        """Where each stage begins in a block of this rank: by itself, or sharing one of `count` buffers in turn.
+
+        Every rank reserves as much as the rank that needs most, so that places mean the same on all.
+        """
+        sizes = self.program.sizes
+        if count:
+            widths = [max((sizes[s] for s in range(plan.stages) if s % count == i), default=0) for i in range(count)]
+            starts = [sum(widths[:i]) for i in range(count + 1)]
+            self._most = starts[-1]
+            return lambda stage: starts[stage % count]
+        places: dict[int, int] = {}
+        self._most = 0
+        for pipeline in range(plan.mesh.pipeline):
+            low = 0
+            for stage in plan.owned(pipeline):
+                places[stage] = low
+                low += sizes[stage]
+            self._most = max(self._most, low)
+        return places.__getitem__
+
+    def _place_gradients(self, plan: Plan) -> None:
+        place = self._rooms(plan, plan.gradient_buffers)
+        block = self.groups.data.empty(self._most, self.network.dtype)
+        for stage, net in self.stages.items():
+            net.bind(gradients=block[place(stage) :][: net.flat_size])
+
+    def _place_parameters(self, plan: Plan, kinds: set[str]) -> None:
+        if "UNSHARD" in kinds:
+            place = self._rooms(plan, 0)
+            block = self.groups.data.shared(self._most, self.network.dtype)
+            self.one_copy = block is not None
+            if block is None:
+                self.gathered_parts = "RESHARD" in kinds
+                place = self._rooms(plan, plan.parameter_buffers)
+                block = self.groups.data.empty(self._most, self.network.dtype)
+        elif kinds & {"SEND_P", "AVERAGE"}:
+            place = self._rooms(plan, 0)
+            block = self.groups.data.empty(self._most, self.network.dtype)
+        else:
+            return
+        for stage, net in self.stages.items():
+            if self.gathered_parts:
+                self.masters[stage] = net.flat_parameters[slice(*self.own_bounds(net.flat_size))].clone()
+            net.bind(parameters=block[place(stage) :][: net.flat_size])
+        if self.one_copy:
+            self.groups.data.barrier()  # everybody has written the same initial values
+
+    def _make_edges(self, plan: Plan) -> Edges:
+        """What carries activations and their gradients, with the slots that the receivers' rows hold."""
+        parts = self.program.form(self.network).split(self.program.cuts)
+        channels: list[dict[Channel, tuple[int, int]]] = [{} for _ in range(plan.mesh.pipeline)]
+        for row in self.program.slots:
+            for (kind, stage), count in row.items():
+                shape = parts[stage].input_shape if kind == "RECV_F" else parts[stage].output_shape
+                sender = stage - 1 if kind == "RECV_F" else stage + 1
+                channel = (kind.replace("RECV", "SEND"), sender)
+                channels[plan.place[sender]][channel] = (count, self.rows * math.prod(shape))
+        for stage in plan.tied:
+            size = sum(place.stop - place.start for place in parts[stage].tied_slices().values())
+            channels[plan.place[stage]]["SUM_TIED", 0] = (1, size)
+        most = max(sum(count * size for count, size in own.values()) for own in channels)
+        tokens = max(sum(count for count, _ in own.values()) for own in channels)
+        return self.groups.world.edges(channels[self.at.pipeline], most, max(1, tokens), self.network.dtype)
+
+    def _make_sums(self) -> None:
+        """Memory of the tensor axis for each sum of the row, and the gradients of which this rank has a share."""
+        nets, wanted = self.stages, [action for action in self.row if action.verb.stream == "tensor"]
+        self.shares = {a.stage: nets[a.stage].shares() for a in wanted if a.kind == "SUM_G"}
+        sizes = []
+        for action in wanted:
+            if action.kind == "SUM_G":
+                sizes.append(sum(map(len, self.shares[action.stage])))
+            else:
+                net = nets[action.stage]
+                shape = net.output_shape if action.verb.writes[0].edge else net.input_shape
+                parts = self.program.plan.mesh.tensor if action.kind.startswith("GATHER") else 1
+                sizes.append(self.rows * math.prod(shape) * parts)
+        block = self.groups.tensor.empty(sum(sizes), self.network.dtype) if wanted else torch.empty(0)
+        self.sums = dict(zip(wanted, block.split(sizes), strict=True))
+
+    def copies(self, counts: dict[int, int]) -> dict[int, list[Network]]:
+        """Each stage so many times (once where nothing is said): parameters of their own, one gradient."""
+        for stage, net in self.stages.items():
+            self._copies[stage] = [net, *(net.copy() for _ in range(counts.get(stage, 1) - 1))]
+            for other in self._copies[stage][1:]:
+                other.bind(gradients=net.flat_gradients)
+        return self._copies
+
+    def own_bounds(self, size: int) -> tuple[int, int]:
+        """This rank's part of a flat buffer."""
+        data, index = self.program.plan.mesh.data, self.at.data
+        return index * size // data, (index + 1) * size // data
+
+    def _own_part(self, stage: int, net: Network) -> None:
+        """What this rank updates, and where its part of a scattered gradient goes."""
+        low, high = 0, net.flat_size
+        if scatters(self.row, stage):
+            low, high = self.own_bounds(net.flat_size)
+            self.reduced[stage] = torch.zeros_like(net.flat_gradients[low:high])
+            if self.program.plan.gradient_buffers:
+                self._padding[stage] = _padding(net)[low:high].nonzero().flatten()
+        if not self.gathered_parts:
+            self.masters[stage] = net.flat_parameters[low:high]
+
+    def counted(self, stage: int) -> Tensor | None:
+        """Which elements of what this rank updates count in the gradient's norm: ones and zeros; None is all.
+
+        What several tensor ranks hold counts on the first, a tied tensor where it is first used.
+        """
+        plan, net = self.program.plan, self.stages[stage]
+        split = {*plan.partial_outputs, *plan.partial_inputs, *plan.own_tokens}
+        if self.at.tensor == 0 and stage not in plan.tied[1:]:
+            return None
+        mask = torch.ones_like(net.flat_gradients)
+        if self.at.tensor and stage not in split:
+            mask.zero_()
+        for share in net.shares() if self.at.tensor else ():
+            low = (share.data_ptr() - net.flat_gradients.data_ptr()) // share.element_size()
+            mask[low : low + len(share)] = 0.0
+        for place in net.tied_slices().values() if stage in plan.tied[1:] else ():
+            mask[place] = 0.0
+        return mask[slice(*self.own_bounds(net.flat_size))] if stage in self.reduced else mask
+
+    # -- using -------------------------------------------------------------------------------------------
+
+    def update_of(self, action: Action) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """Parameters, gradient and optimizer state that an UPDATE works on."""
+        stage = action.stage
+        weights, state = self.masters[stage], self.state[stage]
+        gradient = self.reduced.get(stage, self.gradients[stage])
+        if action.part is not None:
+            if stage in self.reduced:  # a hand-written part must be the rank's own
+                return weights, gradient, state
+            part = slice(*action.part.bounds(len(weights)))
+            return weights[part], gradient[part], tuple(tensor[part] for tensor in state)
+        return weights, gradient, state
+
+    def clean(self, stage: int) -> None:
+        """Make the padding of a reduced gradient zero again, where stages share gradient buffers."""
+        if stage in self._padding and len(self._padding[stage]):
+            self.reduced[stage].index_fill_(0, self._padding[stage], 0.0)
+
+    def gather(self, stage: int) -> Handle:
+        """Start to make a stage's parameters whole."""
+        flat = self.stages[stage].flat_parameters
+        if not len(flat):
+            return Then()
+        if self.gathered_parts:
+            flat[slice(*self.own_bounds(len(flat)))] = self.masters[stage]
+        return self.groups.data.post_all_gather(flat)
+
+    def whole(self, stage: int) -> Tensor:
+        """A stage's parameters after the last step, whole; all ranks of the data axis call it in the same order."""
+        if self.gathered_parts:
+            self.gather(stage).wait()
+        elif self.one_copy:
+            self.groups.data.barrier()  # everybody has updated its part
+        return self.stages[stage].flat_parameters.clone()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that hold parameters, gradients and optimizer state on this rank, shared memory included.
+
+        Parameters that are one for all ranks of the host are divided by the number of ranks.
+        """
+
+        def distinct(tensors: list[Tensor]) -> int:
+            return sum({t.data_ptr(): t.numel() * t.element_size()
+                        for t in sorted(tensors, key=len) if len(t)}.values())  # fmt: skip
+
+        parameters = distinct([net.flat_parameters for nets in self._copies.values() for net in nets])
+        if self.gathered_parts:
+            parameters += distinct(list(self.masters.values()))
+        if self.one_copy:
+            parameters //= self.program.plan.mesh.data
+        whole = [net.flat_gradients for net in self.stages.values()]
+        state = [tensor for tensors in self.state.values() for tensor in tensors]
+        halves = {"bfloat16": self.halves} if self.halves else {}
+        return {"parameters": parameters, "gradients": distinct(whole) + distinct(list(self.reduced.values())),
+                "optimizer": distinct(state), **halves}  # fmt: skip
+
+
+def _padding(net: Network) -> Tensor:
+    """Ones where the flat gradient belongs to no tensor; the gradient is overwritten."""
+    net.flat_gradients.fill_(1.0)
+    for gradient in net.gradients():
+        gradient.zero_()
+    return net.flat_gradients.clone()
+
+
+class OneBuffer(Buffers):
+    """The buffer of a collective by itself."""
+
+    def __init__(self, program: Program, groups: Groups, dtype: torch.dtype) -> None:
+        self.program, self.groups = program, groups
+        self.at = program.plan.mesh.coordinate(groups.world.rank)
+        self.row = program.plan.row(self.at)
+        self.stages, self.reduced, self.masters, self._padding, self._copies = {}, {}, {}, {}, {}
+        self.gradients = {0: groups.data.empty(program.sizes[0], dtype)}

@@ -1,0 +1,328 @@
+"""What a worker does in ``Cluster.train`` and ``Cluster.gradients``."""
+
+import hashlib
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bpkit.compress import Compressor
+from bpkit.data import Dataset, shard_sizes
+from bpkit.nn import Network
+from bpkit.nn.losses import Loss
+from bpkit.optim import Optimizer
+from bpkit.plan.mesh import Coordinate
+from bpkit.plan.plan import Plan
+from bpkit.plan.program import Program
+from bpkit.run.engine.compute import Verbs
+from bpkit.run.engine.device import Feed, executor
+from bpkit.run.engine.groups import Groups
+from bpkit.run.engine.host import StepData
+from bpkit.run.engine.memory import Buffers, OneBuffer
+from bpkit.run.room import explained, predicted
+from bpkit.run.transports.comm import Comm
+from bpkit.run.whole import gathered
+from bpkit.trace import Log
+
+Shards = Sequence[float] | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, as it travels to the workers."""
+
+    program: Program
+    network: Network
+    data: Dataset
+    optimizer: Optimizer
+    batch: int
+    steps: int = 1
+    seed: int = 0
+    shards: Shards | None = None
+    record: int = 1
+    evaluate_every: int = 0
+    target: float | None = None
+    compress: Compressor | None = None
+    sync_batch_norm: bool = False
+    precision: str = "full"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank returns.
+
+    Parameters
+    ----------
+    losses : list of float
+        For each step, this rank's share of the mean loss.
+    starts : list of int
+        When each step began and, last, when the last one ended, without the time of evaluations; nanoseconds.
+    log : Log
+        The last steps, as many as were to be recorded.
+    parameters : dict
+        Flat parameters by stage, and what is kept beside them, from data coordinate 0; elsewhere only their digests.
+    digests : dict
+        A digest of the bits of each stage's parameters.
+    accuracies : list of (step, test accuracy)
+    memory : dict
+        Bytes of parameters, gradients and optimizer state on this rank.
+    encoded : int
+        Payload bytes of a step, where gradients are compressed.
+    peak : int
+        The most bytes that the GPU's allocator held at once.
+    clock_error : float
+        Seconds by which the GPU's times are wrong on the host's clock.
+    arrivals : tuple of int
+        On an asynchronous server that ran live: whose gradients came, in order.
+    """
+
+    losses: list[float]
+    starts: list[int]
+    log: Log
+    parameters: dict[int, tuple[Tensor, Tensor]]
+    digests: dict[int, str]
+    accuracies: list[tuple[int, float]]
+    memory: dict[str, int]
+    encoded: int = 0
+    peak: int = 0
+    clock_error: float = 0.0
+    arrivals: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's rows of the global batch, and the factors that the plan gives them.
+
+    Parameters
+    ----------
+    low, high : int
+        Rows of the global batch.
+    weights : tuple of float
+        Factor of each microbatch's loss, in LOSS.
+    scale : float
+        Factor of the gradient, in UPDATE.
+    share : float
+        Factor of the weighted loss in the reported loss.
+    """
+
+    low: int
+    high: int
+    weights: tuple[float, ...]
+    scale: float
+    share: float
+
+
+def shard_sizes_of(plan: Plan, samples: int, shards: Shards | None, step: int = 0) -> list[int]:
+    """Samples of each data rank in a global batch; ranks that only serve have none.
+
+    Parameters
+    ----------
+    shards : sequence of float, sequence of such sequences, optional
+        Sizes or weights, for all steps or for each step in turn.
+    """
+    if shards and isinstance(shards[0], Sequence):
+        return shard_sizes_of(plan, samples, shards[step % len(shards)], step)  # type: ignore[arg-type]
+    if shards is not None:
+        return shard_sizes(samples, plan.mesh.data, shards)  # type: ignore[arg-type]
+    even = iter(shard_sizes(samples, plan.mesh.data - len(plan.servers)))
+    return [0 if data in plan.servers else next(even) for data in range(plan.mesh.data)]
+
+
+def largest(plan: Plan, samples: int, shards: Shards | None) -> int:
+    """Samples of the largest microbatch of any rank in any step."""
+    steps = len(shards) if shards and isinstance(shards[0], Sequence) else 1
+    return max(-(-max(shard_sizes_of(plan, samples, shards, step)) // plan.microbatches) for step in range(steps))
+
+
+def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: int) -> Shard:
+    """The shard of data rank `index` of a global batch.
+
+    Parameters
+    ----------
+    targets : Tensor
+        Of the whole global batch.
+    sizes : sequence of int
+        Samples of each data rank.
+    """
+    low = sum(sizes[:index])
+    own = targets[low : low + sizes[index]]
+    m, ranks = plan.microbatches, len(sizes) - len(plan.servers)
+    if plan.holds != "all":
+        weights = tuple(1.0 / max(1, loss.terms(part)) for part in own.tensor_split(m))
+        return Shard(low, low + len(own), weights, 1.0, 1.0 / (ranks * m))
+    if plan.merge == "mean":
+        scale = 1.0 / max(1, loss.terms(targets))
+        return Shard(low, low + len(own), (1.0,) * m, scale, scale)
+    scale = 1.0 / ranks if plan.merge == "mean-of-means" else 1.0
+    return Shard(low, low + len(own), (1.0 / max(1, loss.terms(own)),) * m, scale, scale)
+
+
+class Runner:
+    """One rank's buffers, bound row and executor; `captured` takes what each UPDATE would apply, in its place."""
+
+    def __init__(self, comm: Comm, job: Job, captured: dict[int, Tensor] | None = None, streams: Any = None) -> None:
+        self.job, self.program, self.plan, self.network = job, job.program, job.program.plan, job.network
+        there = comm.device == job.network.device
+        network = job.network if there else job.network.copy(comm.device)
+        groups = Groups(comm, self.plan.mesh)
+        rows = largest(self.plan, job.batch, job.shards)
+        self.buffers = Buffers(self.program, network, groups, job.optimizer, rows, job.compress)
+        apart = job.sync_batch_norm and self.plan.mesh.data > 1
+        over = groups.apart(self.plan.mesh, "data", "batch norm").all_reduce if apart else None
+        self.step = StepData(sum_over_data=over)
+        bound = Verbs(self.buffers, self.step, captured=captured, precision=job.precision).bind()
+        self.executor = executor(self.program.row(self.buffers.at), bound, groups, streams)
+        self.feed = Feed(comm.device)
+        self.losses: list[float] = []  # this rank's share of the mean loss, for each step that has ended
+        self.starts: list[int] = []  # when it began, without the time of `paused`; nanoseconds
+        self.paused = 0
+        self._flights: deque[tuple[int, int, float, Callable[[], list[float]]]] = deque()
+
+    def run(self, number: int, rows: Tensor, log: Log, line: int) -> None:
+        """Run one step on this rank's shard of the global batch `rows`; on a GPU it ends later (see `settle`)."""
+        began = perf_counter_ns()
+        job, everyone = self.job, self.job.data.targets[rows]
+        sizes = shard_sizes_of(self.plan, job.batch, job.shards, number)
+        shard = cut(self.plan, everyone, self.network.loss, sizes, self.buffers.at.data)
+        own = slice(shard.low, shard.high)
+        inputs, targets = self.feed(job.data.inputs[rows[own]]), self.feed(everyone[own])
+        self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
+        self.step.weights, self.step.scale = shard.weights, shard.scale
+        self.executor.run(number, log, line)
+        self._flights.append((number, began, shard.share, self.step.loss(self.executor.ahead > 0)))
+        self.settle(self.executor.ahead)
+
+    def settle(self, ahead: int = 0) -> None:
+        """Wait until no more than `ahead` steps are under way; FloatingPointError if a loss is not finite."""
+        while len(self._flights) > ahead:
+            number, began, share, loss = self._flights.popleft()
+            self.starts.append((self.executor.finish() or began) - self.paused)
+            self.losses.append(self.checked(number, loss()) * share)
+
+    def checked(self, number: int, losses: Sequence[float]) -> float:
+        """The sum of a step's losses; FloatingPointError if it is not finite."""
+        total = sum(losses)
+        if not math.isfinite(total):
+            raise FloatingPointError(self._not_a_number(number))
+        return total
+
+    def _not_a_number(self, number: int) -> str:
+        """Where a loss that is not finite shows: the last layer of this rank whose gradient is not a number either."""
+        for stage in sorted(self.buffers.stages, reverse=True):
+            net = self.buffers.stages[stage]
+            counts = [len(layer.parameters()) for layer in net.split(range(1, len(net.layers)))]
+            gradients, first = net.gradients(), (0, *self.program.cuts)[stage]
+            for layer in reversed(range(len(counts))):
+                own = gradients[sum(counts[:layer]) : sum(counts[: layer + 1])]
+                if not all(gradient.isfinite().all() for gradient in own):
+                    name = f"layer {first + layer}{' of the opened network' if self.plan.opened else ''}"
+                    return f"step {number}: the loss is not a number, nor is the gradient of {name}"
+        return f"step {number}: the loss is not a number, though the gradients of this rank are finite"
+
+
+def needed(job: Job, at: Coordinate) -> dict[str, int]:
+    """The memory that a job takes on the rank at a coordinate, by calculation."""
+    rows = largest(job.program.plan, job.batch, job.shards)
+    return predicted(job.program, at, job.network, job.optimizer, rows, job.precision)
+
+
+def train(comm: Comm, job: Job, streams: Any = None) -> Outcome:
+    """Run all steps of a job on one rank."""
+    plan = job.program.plan
+    with explained(plan, lambda: needed(job, plan.mesh.coordinate(comm.rank))):
+        return _steps(comm, job, streams)
+
+
+def _steps(comm: Comm, job: Job, streams: Any) -> Outcome:
+    runner = Runner(comm, job, streams=streams)
+    recorded = min(job.steps, job.record)
+    log = Log.empty(range(job.steps - recorded, job.steps), len(runner.buffers.row))
+    accuracies = []
+    if comm.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    comm.barrier()
+    for step in range(job.steps):
+        line = max(0, step - (job.steps - recorded))
+        log.steps[line] = step
+        runner.run(step, job.data.indices(step, job.batch, job.seed), log, line)
+        if job.evaluate_every and (step + 1) % job.evaluate_every == 0:
+            runner.settle()
+            began = perf_counter_ns()
+            accuracies.append((step + 1, evaluate(comm, runner.buffers, job)))
+            runner.paused += perf_counter_ns() - began
+            if job.target is not None and accuracies[-1][1] >= job.target:
+                log = log.until(line)
+                break
+    runner.settle()
+    starts = [*runner.starts, perf_counter_ns() - runner.paused]
+    result = outcome(runner.buffers, runner.losses, starts, log, accuracies)
+    peak = torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else 0
+    return replace(result, peak=peak, clock_error=runner.executor.clock_error())
+
+
+def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
+            accuracies: Sequence[tuple[int, float]] = ()) -> Outcome:  # fmt: skip
+    """What a rank returns after its last step."""
+    held = holdings(buffers)
+    digests = {stage: _digest(flat) for stage, (flat, _) in held.items()}
+    return Outcome(losses, starts, log, held if buffers.at.data == 0 else {}, digests, list(accuracies),
+                   buffers.memory(), buffers.encoded)  # fmt: skip
+
+
+def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
+    """Each stage's parameters, whole, and what is kept beside them."""
+    return {stage: (buffers.whole(stage).cpu(), net.flat_buffers.cpu().clone())
+            for stage, net in buffers.stages.items()}  # fmt: skip
+
+
+def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
+    """Test accuracy, computed by rank 0 from what all ranks hold; the same number on every rank."""
+    mesh, held = job.program.plan.mesh, holdings(buffers)
+    result = torch.zeros(1, dtype=torch.float64)  # on the CPU, as what the ranks hold: every transport carries it
+    others: list[dict[int, tuple[Tensor, Tensor]]] = []
+    if comm.rank:
+        for tensors in held.values() if buffers.at.data == 0 else ():
+            for tensor in tensors:
+                comm.send(tensor, 0)
+    else:
+        for rank, at in enumerate(mesh.coordinates()):
+            if rank and at.data == 0:
+                owned = job.program.plan.owned(at.pipeline)
+                others.append({stage: (comm.recv(None, rank).cpu(), comm.recv(None, rank).cpu()) for stage in owned})
+        network = gathered(job.network, job.program, [held, *others]).copy(comm.device)
+        test = job.data.test_inputs.to(comm.device), job.data.test_targets.to(comm.device)
+        result[0] = network.accuracy(*test)
+    return float(comm.broadcast(result, 0)) if comm.size > 1 else float(result)
+
+
+def gradients(comm: Comm, job: Job, step: int) -> dict[int, Tensor]:
+    """Run one step up to UPDATE; what each UPDATE would have applied, by stage (NaN where another rank updates)."""
+    captured: dict[int, Tensor] = {}
+    runner = Runner(comm, job, captured)
+    runner.run(step, torch.arange(job.batch), Log.empty([step], len(runner.buffers.row)), 0)
+    runner.settle()
+    return {stage: gradient.cpu() for stage, gradient in captured.items()}
+
+
+def collective(comm: Comm, program: Program, inputs: Sequence[Tensor], repeat: int) -> tuple[Tensor, Log, int]:
+    """Run a collective by itself `repeat` times; the result, the log, and the bytes that one run sent."""
+    groups = Groups(comm, program.plan.mesh)
+    buffers = OneBuffer(program, groups, inputs[comm.rank].dtype)
+    runner = executor(program.row(buffers.at), Verbs(buffers, StepData()).bind(), groups)
+    log = Log.empty(range(repeat), len(buffers.row))
+    buffer, before = buffers.gradients[0], comm.sent
+    for line in range(repeat):
+        buffer.copy_(inputs[comm.rank])
+        comm.barrier()
+        runner.run(line, log, line)
+        runner.finish()
+    return buffer.cpu().clone(), log, (comm.sent - before) // repeat
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy(force=True).tobytes()).hexdigest()[:16]

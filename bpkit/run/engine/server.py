@@ -1,0 +1,87 @@
+"""An asynchronous parameter server: live, in whatever order gradients come, and replayed by the plan of that order.
+
+The rows of the ranks that train are the same in both: they give a gradient and take parameters.  Only the server's
+row is not known before a live run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import perf_counter_ns
+
+from bpkit.nn import Context
+from bpkit.plan.action import Action
+from bpkit.plan.strategies.servers import Clock
+from bpkit.run.engine.rank import Job, Outcome, Runner, outcome, shard_sizes_of
+from bpkit.run.transports.comm import Comm
+from bpkit.trace import Log
+
+
+def rounds(comm: Comm, job: Job, staleness: int | None = None) -> Outcome:
+    """Train by a plan of which each microbatch is a round: the samples of one synchronous step.
+
+    Parameters
+    ----------
+    staleness : int, optional
+        Where given, rank 0 serves live, with this bound; its row of the plan stands for any order.
+    """
+    runner = Runner(comm, job)
+    _load(runner, job)
+    row = runner.buffers.row
+    log = Log.empty([0], len(row))
+    arrivals: Sequence[int] = ()
+    comm.barrier()
+    began = perf_counter_ns()
+    if staleness is not None and runner.buffers.at.data in runner.plan.servers:
+        arrivals = _serve(comm, runner, staleness, log)
+    else:
+        runner.executor.run(0, log, 0)
+        runner.executor.finish()
+    losses = runner.step.loss()()
+    runner.checked(0, losses)
+    share = 1 / (runner.plan.mesh.data - len(runner.plan.servers))
+    starts = [int(log.start[0][i]) for i, action in enumerate(row) if action.kind == "ZERO"] or [began] * job.steps
+    result = outcome(runner.buffers, [loss * share for loss in losses], [*starts, perf_counter_ns()], log)
+    return replace(result, arrivals=tuple(arrivals))
+
+
+def _load(runner: Runner, job: Job) -> None:
+    """This rank's shard of each round; microbatch m has the coordinates of step m."""
+    step, plan, rank = runner.step, runner.plan, runner.buffers.at.data
+    inputs, targets, contexts, weights = [], [], [], []
+    for m in range(plan.microbatches):
+        sizes = shard_sizes_of(plan, job.batch, job.shards, m)
+        low = sum(sizes[:rank])
+        rows = job.data.indices(m, job.batch, job.seed)[low : low + sizes[rank]]
+        inputs.append(runner.feed(job.data.inputs[rows]))
+        own = job.data.targets[rows]
+        targets.append(runner.feed(own))
+        contexts.append(Context(step=m, first=low, training=True))
+        weights.append(1.0 / max(1, job.network.loss.terms(own)))
+    step.inputs, step.targets, step.contexts, step.weights = inputs, targets, contexts, weights
+
+
+def _serve(comm: Comm, runner: Runner, staleness: int, log: Log) -> list[int]:
+    """Apply each gradient as it comes and answer whom the bound lets go on; whose came, in order."""
+    buffers, plan = runner.buffers, runner.plan
+    weights, gradient, state = buffers.update_of(Action(0, "UPDATE"))
+    trainers = [data for data in range(plan.mesh.data) if data not in plan.servers]
+    clock, arrivals = Clock(len(trainers), staleness), list[int]()
+    columns: list[tuple[int, ...]] = []  # start, end, wait, CPU time (not taken) and bytes of each action
+    last = perf_counter_ns()
+
+    def note(waited: bool = False, sent: int = 0) -> None:
+        nonlocal last
+        began, last = last, perf_counter_ns()
+        columns.append((began, last, (last - began) * waited, -1, sent))
+
+    for worker in comm.arrivals(gradient, trainers, plan.microbatches):
+        note(waited=True)
+        buffers.optimizer.update(weights, gradient, state, len(arrivals), 1.0)
+        arrivals.append(worker)
+        comm.mark[0] = len(arrivals) // len(trainers)
+        note()
+        for reader in clock.arrived(worker):
+            comm.post_send(weights, reader).wait()  # parameters rest until they are read
+            note(sent=weights.numel() * weights.element_size())
+    log.start[0], log.end[0], log.wait[0], log.cpu[0], log.bytes[0] = zip(*columns, strict=True)
+    return arrivals

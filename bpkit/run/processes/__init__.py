@@ -1,0 +1,1 @@
+"""The workers' processes: launched, watched and ended. Knows no plan."""

@@ -1,0 +1,1 @@
+"""What carries tensors between ranks. Knows no plan."""

@@ -1,0 +1,354 @@
+"""The transport over torch.distributed: gloo for CPU workers (several hosts too), and NCCL for GPUs.
+
+A message is one packet of `PACKET` bytes that holds shape, type and the first elements, followed, when
+they do not fit, by a second packet with the rest. So a receiver needs to know nothing beforehand, and a
+small message costs one packet.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+from itertools import combinations
+from time import perf_counter_ns
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bpkit.run.errors import CommunicationError, PeerTimeout
+from bpkit.run.transports.comm import (
+    DTYPE_CODES,
+    DTYPES,
+    MAX_DIMS,
+    Channel,
+    Comm,
+    Edges,
+    Handle,
+    Slots,
+    Taker,
+    Then,
+    check_message,
+)
+from bpkit.run.transports.shared.semaphores import OPERATIONS, Block
+
+PACKET = 4096
+_HELD = 4096  # packets to one rank that may be under way where nobody tells us what it has received
+_HEAD = struct.Struct(f"<{2 + MAX_DIMS}q")
+# PyTorch 2.13 renamed it, and warns of the old name in the middle of a reader's output.
+_gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+def loopback() -> None:
+    """Let gloo use the loopback interface, unless the user chose one."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+class _Work(Handle):
+    """Posted work of torch.distributed: of all ranks, or a receive, whose end gloo shows only to who waits for it."""
+
+    def __init__(self, comm: DistributedComm, work: Any, source: int = -1) -> None:
+        self._comm, self._work, self._source, self._finished = comm, work, source, False
+        self.passive = source >= 0
+        self._watched: Future[Any] | None = None
+
+    def poll(self) -> bool:
+        ended = self._watched and self._watched.done() if self.passive else self._work.is_completed()
+        if ended:
+            self.wait()  # which raises what went wrong
+        return self._finished
+
+    def watch(self) -> None:
+        if self.passive and self._watched is None:
+            self._watched = self._comm.waiting_threads().submit(self._work.wait)
+
+    def wait(self) -> None:
+        if not self._finished:
+            ended = self._watched.result if self._watched else self._work.wait
+            self._comm.run("recv" if self.passive else "post_all_reduce", self._source, ended)
+            if self.passive:
+                self._comm.count_received(self._source)
+            self._finished = True
+
+
+class DistributedComm(Comm):
+    """One rank's end of a torch.distributed process group (see `Comm`).
+
+    Parameters
+    ----------
+    rank, size : int
+    block : Block
+    backend : {"gloo", "nccl"}
+    timeout : float
+        Seconds that one wait may take.
+    path : str or None
+        The file through which the ranks find each other; None: a process group that somebody else
+        (``torchrun``) has set up, or whose address the environment gives.
+    """
+
+    def __init__(self, rank: int, size: int, block: Block, backend: str, timeout: float,
+                 path: str | None = None) -> None:
+        self.name = backend
+        device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
+        super().__init__(rank, size, block, timeout, device)
+        self._waited = 0
+        self._members: Any = None  # the process group; None is all ranks
+        self._threads: ThreadPoolExecutor | None = None
+        self._held: list[deque[tuple[int, Any, torch.Tensor]]] = [deque() for _ in range(size)]
+        if not dist.is_initialized():
+            store = dist.FileStore(path, size) if path else None
+            dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(seconds=timeout),
+                                    store=store)
+        self._down: Any = dist.new_group() if backend == "nccl" and size > 1 else None
+        if self._down is not None:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Make the connections of each pair, in one order on all ranks.
+
+        NCCL makes them when they are first used, and waits on the host until the peer does too: ranks in a ring that
+        all begin with a send would wait for ever.
+        """
+        token = torch.zeros(1, device=self.device)
+        for low, high in combinations(range(self.size), 2):
+            for source, to in ((low, high), (high, low)):
+                if self.rank == source:
+                    dist.send(token, to, self._way(source, to))
+                elif self.rank == to:
+                    dist.recv(token, source, self._way(source, to))
+
+    def _way(self, source: int, to: int) -> Any:
+        """The process group of messages in one direction, None for all ranks: NCCL runs those of a pair and a group one
+        after another, whatever their direction, so a message could wait for one that is given after it."""
+        return self._down if to < source else None
+
+    @property
+    def waited(self) -> int:
+        return self._waited
+
+    def waiting_threads(self) -> ThreadPoolExecutor:
+        """Threads that wait for messages while this rank has something else to move along."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(self.size, "bpkit-wait")
+        return self._threads
+
+    def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        """Run a blocking call of torch.distributed: timed, noted for the caller, its errors translated."""
+        waits = self.block.waits[self.rank]
+        waits[1], waits[0] = peer, OPERATIONS.index(operation)
+        start = perf_counter_ns()
+        try:
+            return function(*args, **named)  # NCCL's only make the current stream wait
+        except RuntimeError as error:
+            text = str(error)
+            if "imed out" in text or "imeout" in text:
+                whom = f" for rank {peer}" if peer >= 0 else ""
+                raise PeerTimeout(f"waited {self.timeout:g} s in {operation}{whom}") from error
+            raise CommunicationError(f"{self.name}: {operation} failed: {text}") from error
+        finally:
+            self._waited += perf_counter_ns() - start
+            waits[0] = 0
+
+    # Messages
+
+    def _post(self, packet: torch.Tensor, to: int) -> None:
+        """Send a packet, and keep it until its receiver has it.
+
+        A send's `is_completed` of gloo stays false until somebody waits, and a wait that times out breaks
+        the connection; so the receiver's count tells which waits return at once.
+        """
+        held, received = self._held[to], int(self.block.received[to, self.rank])
+        while held and (held[0][0] < received or len(held) > _HELD):
+            self.run("send", to, held.popleft()[1].wait)
+        held.append((self.sent_to[to], dist.isend(packet, to, self._way(self.rank, to)), packet))
+
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        self.check_peer(to, "send")
+        self.check_tensor(tensor, "send")
+        if tensor.dim() > MAX_DIMS:
+            raise ValueError(f"send: a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} travel")
+        data = _bytes(tensor).to(self.device)
+        shape = (*tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
+        header = torch.frombuffer(bytearray(_HEAD.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *shape)),
+                                  dtype=torch.uint8)
+        packet = torch.empty(PACKET, dtype=torch.uint8, device=self.device)
+        packet[: _HEAD.size] = header
+        first = min(data.numel(), PACKET - _HEAD.size)
+        packet[_HEAD.size : _HEAD.size + first] = data[:first]
+        self._post(packet, to)
+        if first < data.numel():
+            self._post(data[first:].clone(), to)
+        self.sent += data.numel()
+        self.sent_to[to] += 1
+
+    def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
+        self.check_peer(source, "recv")
+        packet = torch.empty(PACKET, dtype=torch.uint8, device=self.device)
+        way = self._way(source, self.rank)
+        self.run("recv", source, dist.recv, packet, source, way)
+        code, dims, *sizes = _HEAD.unpack(packet[: _HEAD.size].cpu().numpy().tobytes())
+        shape, dtype = tuple(sizes[:dims]), DTYPES[code]
+        if tensor is None:
+            tensor = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            self.check_tensor(tensor, "recv")
+            check_message(tensor, shape, dtype, source)
+        there = tensor.device.type == self.device.type and tensor.is_contiguous()
+        target = tensor if there else torch.empty(shape, dtype=dtype, device=self.device)
+        data = _bytes(target)
+        first = min(data.numel(), PACKET - _HEAD.size)
+        data[:first] = packet[_HEAD.size : _HEAD.size + first]
+        if first < data.numel():
+            self.run("recv", source, dist.recv, data[first:], source, way)
+        if target is not tensor:
+            tensor.copy_(target)
+        self.count_received(source)
+        return tensor
+
+    def count_received(self, source: int) -> None:
+        """Tell the sender, and the check after the call, that one more message has arrived."""
+        self.received_from[source] += 1
+        self.block.received[self.rank, source] = self.received_from[source]
+
+    def finish(self) -> None:
+        """Nothing to do: gloo delivers on its own threads, and the caller compares the counts."""
+
+    # Collectives
+
+    def barrier(self) -> None:
+        if self.device.type == "cpu":
+            self.run("barrier", -1, dist.barrier, self._members)
+        else:  # a stream's own barrier is a sum; reading it waits for the stream
+            self.run("barrier", -1, lambda: self.all_reduce(torch.zeros(1, device=self.device)).item())
+
+    def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if n < 0:
+            raise ValueError(f"empty: {n} elements")
+        return torch.zeros(n, dtype=dtype, device=self.device)
+
+    def _in_place(self, tensor: torch.Tensor, operation: str, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        """Run a collective on contiguous memory, and bring the result back where `tensor` is not."""
+        self.check_tensor(tensor, operation)
+        if tensor.numel() == 0:
+            return tensor
+        memory = tensor.detach().to(self.device).contiguous()
+        self.run(operation, -1, function, memory)
+        if memory.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(memory)
+        return tensor
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._in_place(tensor, "all_reduce", partial(dist.all_reduce, group=self._members))
+
+    def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
+        self.check_tensor(tensor, "post_all_reduce")
+        if not tensor.is_contiguous():
+            raise ValueError("post_all_reduce: the tensor must be contiguous")
+        return _Work(self, dist.all_reduce(tensor.detach(), group=self._members, async_op=True))
+
+    def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
+        # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
+        lo, hi = self.bounds(tensor.numel())
+        part = tensor.view(-1)[lo:hi]
+        return Then(self.post_all_reduce(tensor), then=lambda: out.add_(part) if add else out.copy_(part))
+
+    def post_all_gather(self, tensor: torch.Tensor) -> Handle:
+        work, put_back = self._gather(tensor.view(-1), async_op=True)
+        return Then(_Work(self, work), then=put_back)
+
+    def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        self._post(tensor.clone(), to)  # a copy, since gloo tells only who waits when the memory is free
+        if tensor.is_cuda:
+            tensor.record_stream(torch.cuda.current_stream())  # a stream's copy reads it later
+        self.sent += tensor.numel() * tensor.element_size()
+        self.sent_to[to] += 1
+        return Then()
+
+    def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
+        into = torch.empty_like(tensor) if add else tensor
+        message = _Work(self, dist.irecv(into, source, self._way(source, self.rank)), source)
+        return Then(message, then=partial(tensor.add_, into)) if add else message
+
+    def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
+        return _Copies(self)
+
+    def group(self, groups: Sequence[Sequence[int]]) -> Comm:
+        made = [dist.new_group(list(ranks)) for ranks in groups]
+        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
+        return _Group(self, groups[index], made[index])
+
+    def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
+        for _ in range(each * len(sources)):
+            source = self.run("recv", -1, dist.recv, tensor)  # of any rank: gloo can, NCCL cannot
+            self.count_received(source)
+            yield source
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
+        self.all_reduce(tensor)
+        lo, hi = self.bounds(tensor.numel())
+        return tensor.view(-1)[lo:hi]
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._in_place(tensor, "all_gather", lambda memory: self._gather(memory.view(-1))[1]())
+
+    def _gather(self, flat: torch.Tensor, **how: bool) -> tuple[Any, Callable[[], None]]:
+        """Gather parts of possibly unequal size, all padded to the largest; the work, and what puts them in place."""
+        width, (lo, hi) = -(-flat.numel() // self.size), self.bounds(flat.numel())
+        every, mine = flat.new_zeros(width * self.size), flat.new_zeros(width)
+        mine[: hi - lo] = flat[lo:hi]
+
+        def put_back() -> None:
+            for rank in range(self.size):
+                lo, hi = self.bounds(flat.numel(), rank)
+                flat[lo:hi] = every[rank * width : rank * width + hi - lo]
+
+        return _gather_into(every, mine, self._members, **how), put_back
+
+    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
+        if not 0 <= root < self.size:
+            raise ValueError(f"broadcast: root {root} is not a rank (0 to {self.size - 1})")
+        return self._in_place(tensor, "broadcast", partial(dist.broadcast, group_src=root, group=self._members))
+
+
+class _Group(DistributedComm):
+    """The end of a group of ranks; its messages go the way of all ranks, so they keep one order a pair."""
+
+    def __init__(self, parent: DistributedComm, ranks: Sequence[int], members: Any) -> None:
+        Comm.__init__(self, ranks.index(parent.rank), len(ranks), parent.block, parent.timeout, str(parent.device))
+        self.name, self._parent, self._ranks, self._members, self._waited = parent.name, parent, ranks, members, 0
+
+    def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
+        return self._parent.run(operation, peer, function, *args, **named)
+
+    def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        return self._parent.post_send(tensor, self._ranks[to])
+
+    def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
+        return self._parent.post_recv(tensor, self._ranks[source], add)
+
+
+class _Copies(Edges):
+    """Messages between stages as copies: no memory is common."""
+
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+
+    def send(self, channel: Channel, tensor: torch.Tensor, to: int) -> Handle:
+        return self._comm.post_send(tensor.contiguous(), to)
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
+        memory = torch.empty(tuple(shape), dtype=dtype, device=self._comm.device)
+        if memory.is_cuda:
+            memory.record_stream(torch.cuda.default_stream())  # whose compute reads it
+        return Then(self._comm.post_recv(memory, source), then=partial(take, memory))

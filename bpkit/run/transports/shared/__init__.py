@@ -1,0 +1,1 @@
+"""The transport of one host's shared memory."""
