@@ -1,9 +1,14 @@
-"""Nobody reads what was received after giving it back: workers that make it NaN at that moment compute the same."""
+"""Nobody reads what was received after giving it back: workers that make it NaN at that moment compute the same.
+
+And whoever receives ahead finds as much lent as its own row holds.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,3 +96,17 @@ def test_a_stage_that_is_the_end_of_a_skip(spoiling, name, sequence, recompute):
     plan = SCHEDULES[name](2, 4, recompute=recompute)
     split = tensor_parallel(plan, 2, bp.nn.tensor_layout(GPT, sequence=sequence))
     assert_exact(spoiling[4], GPT, *TEXT.batch(0, 8), split)
+
+
+@pytest.mark.parametrize(("one", "other"), [*itertools.permutations(["gpipe", "1f1b", "h1"], 2)])
+def test_data_replicas_that_receive_ahead_differently(spoiling, one, other):
+    """Rows of their own, of two schedules: GPipe holds all microbatches, 1F1B as many as there are ranks behind."""
+    plans = [SCHEDULES[name](2, 4, data=2) for name in (one, other)]
+    rows = [plan.rows[pipeline] for pipeline in range(2) for plan in plans]
+    plan = replace(plans[0], name=f"{one} beside {other}", expanded=True, rows=tuple(rows))
+    slots = bp.plan.compile(plan, SHAPES).slots
+    assert len({tuple(sorted(row.items())) for row in slots}) > 2
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 4, (16,), generator=generator)
+    assert_exact(spoiling[4], SHAPES, inputs, targets, plan)

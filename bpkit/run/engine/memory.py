@@ -11,6 +11,7 @@ from bpkit.compress import Compressor
 from bpkit.nn import Loss, Network, VocabularyCrossEntropy
 from bpkit.optim import Optimizer
 from bpkit.plan.action import Action
+from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, scatters
 from bpkit.plan.program import Program, rank_network
 from bpkit.run.engine.groups import Groups
@@ -142,21 +143,25 @@ class Buffers:
             self.groups.data.barrier()  # everybody has written the same initial values
 
     def _make_edges(self, plan: Plan) -> Edges:
-        """What carries activations and their gradients, with the slots that the receivers' rows hold."""
+        """What carries activations and their gradients, with the slots that the receivers' rows hold.
+
+        Rows of data replicas may differ in how far they receive ahead: a rank lends to the row that it sends to.
+        """
         parts = self.program.form(self.network).split(self.program.cuts)
-        channels: list[dict[Channel, tuple[int, int]]] = [{} for _ in range(plan.mesh.pipeline)]
-        for row in self.program.slots:
-            for (kind, stage), count in row.items():
+        channels: dict[Coordinate, dict[Channel, tuple[int, int]]] = {at: {} for at in plan.mesh.coordinates()}
+        for at in channels:
+            for (kind, stage), count in self.program.slots[plan.row_index(at)].items():
                 shape = parts[stage].input_shape if kind == "RECV_F" else parts[stage].output_shape
-                sender = stage - 1 if kind == "RECV_F" else stage + 1
-                channel = (kind.replace("RECV", "SEND"), sender)
-                channels[plan.place[sender]][channel] = (count, self.rows * math.prod(shape))
+                channel = (kind.replace("RECV", "SEND"), stage - 1 if kind == "RECV_F" else stage + 1)
+                channels[plan.partner(at, Action(stage, kind, 0))][channel] = (count, self.rows * math.prod(shape))
         for stage in plan.tied:
             size = sum(place.stop - place.start for place in parts[stage].tied_slices().values())
-            channels[plan.place[stage]]["SUM_TIED", 0] = (1, size)
-        most = max(sum(count * size for count, size in own.values()) for own in channels)
-        tokens = max(sum(count for count, _ in own.values()) for own in channels)
-        return self.groups.world.edges(channels[self.at.pipeline], most, max(1, tokens), self.network.dtype)
+            for at in channels:
+                if at.pipeline == plan.place[stage]:
+                    channels[at]["SUM_TIED", 0] = (1, size)
+        most = max(sum(count * size for count, size in own.values()) for own in channels.values())
+        tokens = max(sum(count for count, _ in own.values()) for own in channels.values())
+        return self.groups.world.edges(channels[self.at], most, max(1, tokens), self.network.dtype)
 
     def _make_sums(self) -> None:
         """Memory of the tensor axis for each sum of the row, and the gradients of which this rank has a share."""
