@@ -146,6 +146,18 @@ def test_messages_between_two_ranks_keep_their_order():
         check(plan.with_rows(rows))
 
 
+@pytest.mark.parametrize(("was", "now"), [
+    ("0F0", "0F0 0SEND_F0 1RECV_F0"),  # neighbouring stages on one rank
+    ("0UPDATE", "0SEND_P>0 0RECV_P<0 0UPDATE"),
+    ("0UPDATE", "0SWAP_G[0/2]>0 0UPDATE"),
+])  # fmt: skip
+def test_a_message_to_oneself_is_refused(was, now):
+    plan = bp.plan.expand(bp.plan.data_parallel(2, 2), "ring")
+    changed = Plan.parse(str(plan).replace(f" {was}", f" {now}", 1))
+    with pytest.raises(PlanError, match="is this rank itself"):
+        check(changed)
+
+
 def test_a_deadlock_shows_the_grid():
     plan = ring(2)
     rows = [list(row) for row in plan.rows]

@@ -134,6 +134,7 @@ class _Walk:
             if action.stage not in self.plan.tied:
                 self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
+            self._other(rank, index, self.plan.partner(rank.at, action))
             size, key = 2, (action.stage, *sorted((rank.at, rank.at._replace(data=action.peer or 0))))
         else:
             axis = action.verb.axis or ""
@@ -157,6 +158,7 @@ class _Walk:
         if action.peer is None and not 0 <= other < self.plan.stages:
             self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
         peer = self.plan.partner(rank.at, action)
+        self._other(rank, index, peer)
         content = self.world.take(rank.holds, index, action) if sends else None
         if (peer, rank.at, not sends) not in self.posted:
             self.posted[rank.at, peer, sends] = (rank, index, content)
@@ -168,6 +170,10 @@ class _Walk:
                             f"{sender.row[i]}")  # fmt: skip
         self.world.deliver(receiver.holds, j, content if sends else given)
         self._done((sender, i), (receiver, j))
+
+    def _other(self, rank: _Rank, index: int, peer: Coordinate) -> None:
+        if peer == rank.at:
+            self.world.fail(rank.holds, index, "its partner is this rank itself, where nothing has to be sent")
 
     def _done(self, *ends: tuple[_Rank, int]) -> None:
         """Note what has happened together."""

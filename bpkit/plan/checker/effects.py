@@ -55,7 +55,8 @@ def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -
     world.whole_edge(rank, index, Buffer("D", action.stage + 1, action.mb))
     world.whole_edge(rank, index, Buffer("S", action.stage, action.mb))
     partial = action.stage in world.plan.partial_inputs
-    rank.edges[Buffer("D", action.stage, action.mb)] = world.given(rank, action.stage, partial)
+    if action.stage > 0:  # nobody asks for the gradient of the network's input
+        rank.edges[Buffer("D", action.stage, action.mb)] = world.given(rank, action.stage, partial)
     rank.edges[Buffer("K", action.stage, action.mb)] = world.wanted(rank, action.stage)
 
 

@@ -42,6 +42,8 @@ class Communication:
 
     def _reduce(self, action: Action, index: int) -> Runner:
         buffers, gradients, comm = self.buffers, self.buffers.gradients[action.stage], self.buffers.groups.data
+        if comm.size == 1:
+            return lambda: None
         if buffers.compress is not None and len(gradients):
             compressed = reducer(buffers.compress, buffers.stages[action.stage], comm)
             buffers.encoded += compressed.payload
@@ -123,6 +125,8 @@ class Communication:
     def _gather_edge(self, action: Action, index: int) -> Runner:
         """Own tokens of all ranks, side by side in memory, to whole samples."""
         (key, memory, comm), edges = self._edge(action), self._edges
+        if comm.size == 1:
+            return lambda: None
         whole = torch.empty_like(memory)
 
         def gather_edge() -> Handle:
@@ -140,6 +144,8 @@ class Communication:
     def _scatter_edge(self, action: Action, index: int) -> Runner:
         """Shares of whole samples to the sum of this rank's own tokens."""
         (key, memory, comm), edges = self._edge(action), self._edges
+        if comm.size == 1:
+            return lambda: None
         out = torch.empty(len(memory) // comm.size, dtype=memory.dtype, device=memory.device)
 
         def scatter_edge() -> Handle:

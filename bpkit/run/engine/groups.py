@@ -7,8 +7,9 @@ from bpkit.run.transports.comm import Comm
 class Groups:
     """One rank's transports: of all ranks, and along the data and the tensor axis.
 
-    An axis that spans the mesh shares the transport of all ranks.  Groups are made once a mesh, on all ranks, and
-    kept for as long as the workers live.
+    An axis that spans the mesh shares the transport of all ranks; along an axis of one, the group is this rank alone,
+    and a sum over it changes nothing.  Groups are made once a mesh, on all ranks, and kept for as long as the workers
+    live.
 
     Attributes
     ----------
@@ -18,10 +19,10 @@ class Groups:
     def __init__(self, comm: Comm, mesh: Mesh) -> None:
         self.world = comm
         self.data, self.tensor = (self._along(mesh, axis) for axis in ("data", "tensor"))
+        self._senders = [self.world, *(comm for comm in (self.data, self.tensor) if 1 < comm.size < mesh.size)]
 
     def _along(self, mesh: Mesh, axis: str) -> Comm:
-        ranks = mesh.group(self.world.rank, axis)
-        return self.world if len(ranks) in (1, mesh.size) else self.apart(mesh, axis)
+        return self.world if getattr(mesh, axis) == mesh.size else self.apart(mesh, axis)
 
     def apart(self, mesh: Mesh, axis: str, use: str = "") -> Comm:
         """A transport along an axis, one for each use.
@@ -39,4 +40,4 @@ class Groups:
     @property
     def sent(self) -> int:
         """Payload bytes sent so far, by all of them."""
-        return sum(comm.sent for comm in {id(c): c for c in (self.world, self.data, self.tensor)}.values())
+        return sum(comm.sent for comm in self._senders)

@@ -230,9 +230,9 @@ class Buffers:
         weights, state = self.masters[stage], self.state[stage]
         gradient = self.reduced.get(stage, self.gradients[stage])
         if action.part is not None:
-            if stage in self.reduced:  # a hand-written part must be the rank's own
-                return weights, gradient, state
-            part = slice(*action.part.bounds(len(weights)))
+            size = self.stages[stage].flat_size
+            start = self.own_bounds(size)[0] if stage in self.reduced else 0  # this rank's part may come in pieces
+            part = slice(*(bound - start for bound in action.part.bounds(size)))
             return weights[part], gradient[part], tuple(tensor[part] for tensor in state)
         return weights, gradient, state
 
