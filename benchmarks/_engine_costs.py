@@ -16,7 +16,8 @@ from bpkit.data import Dataset
 from bpkit.nn import Context, Linear, Network
 from bpkit.plan import Plan, compile
 from bpkit.run import Comm
-from bpkit.run.engine.rank import Job, Runner
+from bpkit.run.engine.rank import Runner
+from bpkit.run.job import Job
 from bpkit.trace import Log
 
 MEGABYTE = 1e6
@@ -111,7 +112,7 @@ def interpreter(comm: Comm, plan: Plan, repeats: int) -> tuple[float, int]:
     program = compile(plan, net)
     inputs, targets = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     data = bp.data.Dataset("one sample", inputs, targets, inputs, targets)
-    runner = Runner(comm, Job(program, net, data, bp.optim.SGD(0.0), batch=1))
+    runner = Runner(comm, Job(program.plan, net, data, bp.optim.SGD(0.0), batch=1, compiled=program))
     runner.step.load(0, inputs, targets, 0, 1)
     runner.step.weights = (1.0,)
     bound, width = runner.executor.bound, len(runner.executor.row)

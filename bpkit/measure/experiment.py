@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bpkit.data import Dataset
+from bpkit.given import whole_number
 from bpkit.measure.host import machine
 from bpkit.measure.measurement import Event, Point, Scaling
 from bpkit.measure.reports import Report, summarize
@@ -17,7 +18,6 @@ from bpkit.measure.steps import Steps
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, compile, data_parallel, serial
-from bpkit.plan.strategies.data_parallel import whole_number
 from bpkit.run.cluster import Cluster, TrainResult
 from bpkit.run.errors import Stopped
 from bpkit.run.processes.devices import choose

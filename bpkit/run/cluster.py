@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from bpkit.compress import Compressor
 from bpkit.data import Dataset
+from bpkit.given import whole_number
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program, asynchronous_server, compile, data_parallel
-from bpkit.plan.program import compile_collective
-from bpkit.plan.strategies.data_parallel import whole_number
 from bpkit.run import checks
-from bpkit.run.engine.rank import Job, Outcome, Shards, collective, gradients, train
+from bpkit.run.engine.rank import collective, gradients, train
 from bpkit.run.engine.server import rounds
-from bpkit.run.processes.pool import Pool
+from bpkit.run.job import Job, Outcome, Shards
+from bpkit.run.processes.pool import Describe, Pool, Watch
 from bpkit.run.progress import Bar, Tell
 from bpkit.run.results import CollectiveResult, TrainResult, assemble
 from bpkit.run.whole import overlaid, unsharded
 from bpkit.trace import Trace
 
 
-class Cluster(Pool):
-    """Worker processes that stay alive between runs, of plans and of functions (see `Pool.call`).
+class Cluster:
+    """Workers that stay alive between runs, of plans and of functions.
 
     Parameters
     ----------
@@ -53,12 +53,85 @@ class Cluster(Pool):
     ValueError, RuntimeError
         If the numbers, the backend or the machine do not fit; nothing has been started then.
 
+    Attributes
+    ----------
+    device : str
+        The device chosen, ``"cpu"`` or ``"cuda"``.
+    backend, backend_reason : str
+        The transport chosen, and why.
+
     Examples
     --------
     >>> with bp.Cluster(workers=2) as cluster:
     ...     cluster.call(lambda comm: comm.rank)
     [0, 1]
     """
+
+    def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
+                 start_method: str | None = None, device: str = "auto") -> None:  # fmt: skip
+        # What depends on where workers come from stands in the pool: launched here now, later joined as well.
+        self._pool = pool = Pool(workers, backend, threads_per_worker, timeout, start_method, device)
+        self.workers, self.threads_per_worker, self.timeout = workers, threads_per_worker, timeout
+        self.backend, self.backend_reason, self.device = pool.backend, pool.backend_reason, pool.device
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = " on GPUs" if self.device == "cuda" else ""
+        return f"<Cluster: {self.workers} workers{where} over {self.backend}>"
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids by rank; empty when no worker runs."""
+        return self._pool.pids
+
+    @property
+    def generation(self) -> int:
+        """Number of launches so far; what workers keep (`Comm.cache`) lives as long as a generation."""
+        return self._pool.generation
+
+    @property
+    def logs(self) -> list[str]:
+        """What each rank printed in the last call."""
+        return self._pool.logs
+
+    def start(self) -> None:
+        """Start the workers, if they do not run (the first call does so by itself)."""
+        self._pool.start()
+
+    def close(self) -> None:
+        """End the workers. A closed cluster takes no more calls."""
+        self._pool.close()
+
+    def call(self, fn: Callable[..., Any], *args: Any, timeout: float | None = None, watch: Watch | None = None,
+             describe: Describe | None = None, stop: threading.Event | None = None) -> list[Any]:  # fmt: skip
+        """Run ``fn(comm, *args)`` on every rank and return the results by rank (see `Pool.call`).
+
+        ``comm`` has ``rank``, ``size``, ``send``, ``recv``, ``barrier`` and the collectives.  Functions from cells,
+        scripts and closures travel too.
+        """
+        return self._pool.call(fn, *args, timeout=timeout, watch=watch, describe=describe, stop=stop)
+
+    def check(self, job: Job) -> Job:
+        """The job with its plan compiled, once all fits this cluster; nothing is started.
+
+        Raises
+        ------
+        ValueError, TypeError, PlanError
+            If something does not fit.
+        """
+        return checks.checked(job, self.workers, self.backend)
+
+    def run(self, job: Job, progress: Tell | None = None, stop: threading.Event | None = None) -> TrainResult:
+        """Train by a job, which is checked first; `train` makes one of its arguments (see there)."""
+        checks.enough(job.data, self.workers)
+        job = self.check(job)
+        outcomes = self._watched(rounds if job.plan.servers else train, job, progress, stop)
+        return assemble(job, outcomes, self.backend)
 
     def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
               lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0, shards: Shards | None = None,
@@ -113,41 +186,21 @@ class Cluster(Pool):
             If a worker raises, ends, waits too long, or the run was stopped.
         """
         plan = data_parallel(self.workers) if plan is None else plan
-        optimizer = checks.make_optimizer(lr, optimizer)
-        checks.run_length(plan, steps, record, evaluate_every, target)
-        chosen = checks.checked_shards(batch, plan, shards)
-        program = self._program(plan, network, data, optimizer, batch)
-        compress = checks.checked_compressor(program.plan, compress)
-        checks.precision(precision, plan, network)
-        job = Job(program, network, data, optimizer, batch, steps, seed, chosen, record, evaluate_every, target,
-                  compress, sync_batch_norm, precision)  # fmt: skip
-        outcomes = self._train(rounds if plan.servers else train, (job,), progress, stop)
-        return assemble(job, outcomes, self.backend)
+        job = Job(plan, network, data, checks.made_optimizer(lr, optimizer), batch, steps, seed, shards, record,
+                  evaluate_every, target, compress, sync_batch_norm, precision)  # fmt: skip
+        return self.run(job, progress, stop)
 
-    def _program(self, plan: Plan, network: Network, data: Dataset, optimizer: Optimizer, batch: int) -> Program:
-        """The plan compiled, once all fits."""
-        data.indices(0, batch)  # refuses an empty batch and one larger than the data set
-        if len(data) < self.workers:
-            raise ValueError(f"{data.name} has {len(data)} training samples for {self.workers} workers: "
-                             "use fewer workers")  # fmt: skip
-        checks.fits(plan, network, data.inputs, data.targets, self.workers, batch)
-        if optimizer.clip is not None and plan.holds != "all":
-            raise ValueError(f"{plan.name} has no one gradient whose norm could be clipped: do without clip")
-        program = compile(plan, network, clip=optimizer.clip is not None)
-        checks.room(program, network, self.backend)
-        return program
-
-    def _train(self, work: Callable[..., Outcome], args: tuple[Any, ...], progress: Tell | None,
-               stop: threading.Event | None) -> list[Outcome]:  # fmt: skip
-        job: Job = args[0]
+    def _watched(self, work: Callable[..., Outcome], job: Job, progress: Tell | None, stop: threading.Event | None,
+                 *args: Any) -> list[Outcome]:  # fmt: skip
+        """What each rank makes of a checked job, with a bar while it does."""
         with Bar(progress) as bar:
 
             def watch(marks: NDArray[np.int64]) -> None:
                 # An asynchronous plan is one step for its trainers; the server counts their iterations.
-                done = max(0, int(marks[:, 0].max() if job.program.plan.servers else marks[:, 0].min()))
+                done = max(0, int(marks[:, 0].max() if job.plan.servers else marks[:, 0].min()))
                 bar(min(1.0, done / job.steps), f"step {done} of {job.steps}")
 
-            return self.call(work, *args, watch=watch, describe=_describer(job.program), stop=stop)
+            return self.call(work, job, *args, watch=watch, describe=_describer(job.program), stop=stop)
 
     def train_asynchronous(self, network: Network, data: Dataset, *, batch: int, steps: int, staleness: int = 1,
                            lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0,
@@ -181,13 +234,12 @@ class Cluster(Pool):
         whole_number("train_asynchronous", steps=steps)
         trainers = self.workers - 1
         nominal = asynchronous_server(trainers, [*range(1, self.workers)] * steps, staleness)
-        optimizer = checks.make_optimizer(lr, optimizer)
-        chosen = checks.checked_shards(batch, nominal, shards)
-        program = self._program(nominal, network, data, optimizer, batch)
-        job = Job(program, network, data, optimizer, batch, steps, seed, chosen)
-        outcomes = self._train(rounds, (job, staleness), progress, stop)
+        job = Job(nominal, network, data, checks.made_optimizer(lr, optimizer), batch, steps, seed, shards)
+        checks.enough(data, self.workers)
+        job = self.check(job)
+        outcomes = self._watched(rounds, job, progress, stop, staleness)
         recorded = compile(asynchronous_server(trainers, outcomes[0].arrivals, staleness), network)
-        return assemble(replace(job, program=recorded), outcomes, self.backend)
+        return assemble(replace(job, plan=recorded.plan, compiled=recorded), outcomes, self.backend)
 
     def gradients(self, network: Network, inputs: Tensor, targets: Tensor, plan: Plan | None = None, *,
                   shards: Shards | None = None, step: int = 0, compress: Compressor | None = None,
@@ -221,21 +273,9 @@ class Cluster(Pool):
             tensor ranks differ by more than rounding.
         """
         plan = data_parallel(self.workers) if plan is None else plan
-        if len(inputs) == 0:
-            raise ValueError("an empty batch has no gradient: give at least one sample")
-        if len(inputs) != len(targets):
-            raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
-        if plan.holds != "all":
-            raise ValueError(f"{plan.name} has no one gradient: its ranks apply different ones; compare "
-                             "weights after train")  # fmt: skip
-        checks.fits(plan, network, inputs, targets, self.workers, len(inputs))
-        checks.precision(precision, plan, network)
-        program = compile(plan, network)
-        checks.room(program, network, self.backend)
-        job = Job(program, network, Dataset("the batch", inputs, targets, inputs[:0], targets[:0]), SGD(), len(inputs),
-                  shards=checks.checked_shards(len(inputs), plan, shards),
-                  compress=checks.checked_compressor(program.plan, compress), sync_batch_norm=sync_batch_norm,
-                  precision=precision)  # fmt: skip
+        job = self.check(Job(plan, network, checks.one_batch(plan, inputs, targets), SGD(), len(inputs), shards=shards,
+                             compress=compress, sync_batch_norm=sync_batch_norm, precision=precision))  # fmt: skip
+        plan, program = job.plan, job.program
         found: list[dict[int, Tensor]] = self.call(gradients, job, step, describe=_describer(program))
         ranks = plan.mesh.tensor
         flats = [[overlaid(plan, stage, [pieces[stage] for pieces in found[index::ranks] if stage in pieces])
@@ -260,20 +300,7 @@ class Cluster(Pool):
         ValueError
             If the tensors do not fit each other or the plan; a rank is named.
         """
-        if plan.purpose == "train" or plan.workers != self.workers:
-            raise ValueError(f"{plan.name} is not a collective by itself for {self.workers} workers")
-        if len(tensors) != self.workers:
-            raise ValueError(f"a collective of {self.workers} ranks needs as many tensors, not {len(tensors)}")
-        for rank, tensor in enumerate(tensors):
-            if tensor.ndim != 1 or tensor.shape != tensors[0].shape or tensor.dtype != tensors[0].dtype:
-                raise ValueError(
-                    f"rank {rank} has {tuple(tensor.shape)} of {tensor.dtype}, rank 0 has "
-                    f"{tuple(tensors[0].shape)} of {tensors[0].dtype}: all must be 1-D and alike"
-                )
-        size = len(tensors[0])
-        if plan.purpose == "all_to_all" and size % self.workers:
-            raise ValueError(f"{plan.name} exchanges equal parts: {self.workers} ranks do not divide {size} elements")
-        program = compile_collective(plan, size, tensors[0].dtype)
+        program = checks.checked_collective(plan, tensors, self.workers)
         found = self.call(collective, program, tensors, repeat, describe=_describer(program))
         rows = [[str(step.action) for step in program.row(at)] for at in plan.mesh.coordinates()]
         trace = Trace.collect([log for _, log, _ in found], rows)

@@ -9,7 +9,7 @@ from torch import Tensor
 from bpkit.compress import Compressor
 from bpkit.nn import Network
 from bpkit.plan import Plan, Program
-from bpkit.run.engine.rank import Job, Outcome, needed
+from bpkit.run.job import Job, Outcome
 from bpkit.run.whole import gathered
 from bpkit.trace import Trace
 
@@ -134,7 +134,7 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
                        np.diff(starts, axis=1).mean(axis=0) / 1e9, trace, tuple(outcomes[0].accuracies), job.program,
                        job.batch, backend, tuple(outcome.memory for outcome in outcomes), job.compress,
                        tuple(outcome.encoded for outcome in outcomes), job.precision,
-                       tuple(outcome.peak for outcome in outcomes), tuple(needed(job, at) for at in mesh.coordinates()),
+                       tuple(outcome.peak for outcome in outcomes), tuple(job.needs(at) for at in mesh.coordinates()),
                        max(outcome.clock_error for outcome in outcomes))  # fmt: skip
 
 

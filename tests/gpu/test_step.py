@@ -9,7 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import bpkit as bp
 from bpkit.plan import data_parallel, serial
-from bpkit.run.engine.rank import Job, Runner
+from bpkit.run.engine.rank import Runner
+from bpkit.run.job import Job
 from bpkit.trace import Log
 
 DIGITS = bp.data.digits()
@@ -37,7 +38,7 @@ def profiled(comm: bp.run.Comm, job: Job, looks: bool) -> list[str]:
 @pytest.mark.parametrize("network", [WIDE, bp.nn.convnet(channels=(1, 8, 16), seed=0)], ids=["mlp", "batch norm"])
 def test_the_host_waits_for_nothing_in_a_step(one, network):
     program = bp.plan.compile(serial(2, 2), network, clip=True)
-    job = Job(program, network, DIGITS, bp.optim.SGD(0.1, momentum=0.9, clip=1.0), batch=128)
+    job = Job(program.plan, network, DIGITS, bp.optim.SGD(0.1, momentum=0.9, clip=1.0), 128, compiled=program)
     (names,), (looked,) = one.call(profiled, job, False), one.call(profiled, job, True)
     assert "cudaLaunchKernel" in names or "cudaLaunchKernelExC" in names
     # The profiler itself waits for the device when it ends, once.

@@ -9,7 +9,9 @@ import bpkit as bp
 from bpkit.plan import data_parallel, serial, zero
 from bpkit.plan.strategies.pipeline import gpipe, one_f_one_b
 from bpkit.run import cluster as of_cluster
+from bpkit.run.checks import checked
 from bpkit.run.engine import rank as training
+from bpkit.run.job import Job
 
 DATA = bp.data.digits()
 NETWORK = bp.nn.mlp([64, 48, 40, 32, 10], seed=1)
@@ -30,8 +32,8 @@ def test_what_is_kept_is_what_was_calculated(clusters, plan):
 
 def test_activations_follow_the_schedule_and_the_microbatch():
     def saved(plan, batch=64):
-        job = training.Job(bp.plan.compile(plan, NETWORK), NETWORK, DATA, bp.optim.SGD(0.1), batch)
-        return training.needed(job, plan.mesh.coordinate(0))["activations"]
+        job = checked(Job(plan, NETWORK, DATA, bp.optim.SGD(0.1), batch), plan.workers, "gloo")
+        return job.needs(plan.mesh.coordinate(0))["activations"]
 
     assert saved(serial(), 128) == 2 * saved(serial()) == 4 * saved(serial(1, 2))  # two microbatches, one at a time
     assert saved(gpipe(2, 4)) == 2 * saved(one_f_one_b(2, 4)) > 0  # four microbatches at a time, or two
@@ -44,10 +46,10 @@ def test_a_tensor_rank_keeps_what_its_own_layers_give(sequence):
     text = bp.data.text(length=8)
     network = bp.nn.gpt(text.vocabulary, 8, width=12, heads=2, layers=1)
     plan = bp.plan.tensor_parallel(serial(), 2, bp.nn.tensor_layout(network, sequence))
-    job = training.Job(bp.plan.compile(plan, network), network, text, bp.optim.SGD(0.1), 16)
+    job = checked(Job(plan, network, text, bp.optim.SGD(0.1), 16), 2, "gloo")
     layers = bp.nn.shard(network, 0, 2, sequence).split(range(1, len(network.opened().layers)))
     numbers = [torch.Size(shape).numel() for one in layers for shape in (one.input_shape, one.output_shape)]
-    said = training.needed(job, plan.mesh.coordinate(0))["activations"]
+    said = job.needs(plan.mesh.coordinate(0))["activations"]
     assert said == 4 * 16 * sum(numbers)
     whole = sum(cost.inputs + cost.outputs for cost in network.opened().costs())
     assert said < 4 * 16 * whole

@@ -18,7 +18,8 @@ from bpkit.plan.checker.hazards import hazards
 from bpkit.run import cluster as of_cluster
 from bpkit.run.engine.device import StreamExecutor
 from bpkit.run.engine.host import native_bytes, with_slot_waits
-from bpkit.run.engine.rank import Job, Outcome, Runner, train
+from bpkit.run.engine.rank import Runner, train
+from bpkit.run.job import Job, Outcome
 from bpkit.trace import Log
 
 from . import host_streams, test_models
@@ -186,7 +187,7 @@ def test_the_host_looks_at_no_value_in_a_step():
             for optimizer in (bp.optim.SGD(0.1, momentum=0.9, nesterov=True, clip=1.0), bp.optim.AdamW(1e-3, clip=1.0)):
                 program = compile(bp.plan.serial(2, 2), network, clip=True)
                 precision = "full" if len(network.flat_buffers) else "bf16"
-                job = Job(program, network, data, optimizer, batch=12, precision=precision)
+                job = Job(program.plan, network, data, optimizer, batch=12, precision=precision, compiled=program)
                 assert cluster.call(what_the_host_waits_for, job, False) == [[]], network
                 job = replace(job, precision="full")
                 assert cluster.call(what_the_host_waits_for, job, False) == [[]], network

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bpkit.given import whole_number
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import complete
@@ -64,13 +65,6 @@ def data_parallel(workers: int, buckets: int | Sequence[int] = 1, merge: str = "
         row += [Action(stage, "B", mb) for stage in reversed(range(count))]
     name = call_text("data_parallel", workers, buckets=buckets, microbatches=microbatches, merge=merge)
     return complete(Plan(name, (tuple(row),), count, Mesh(data=workers), microbatches, merge, cuts=cuts))
-
-
-def whole_number(caller: str, least: int = 1, **values: int) -> None:
-    """Refuse what is no whole number, or below `least`, by name."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{caller}: {name} must be a whole number of at least {least}, not {value!r}")
 
 
 def call_text(function: str, *args: int, **options: object) -> str:

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
+from bpkit.given import whole_number
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import communicate, complete, losses, recompute, refine, update_each
 from bpkit.plan.plan import Plan
-from bpkit.plan.strategies.data_parallel import call_text, whole_number
+from bpkit.plan.strategies.data_parallel import call_text
 
 
 class Options(TypedDict, total=False):

@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bpkit.given import whole_number
 from bpkit.plan.action import Action, Part
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
-from bpkit.plan.strategies.data_parallel import call_text, serial, whole_number
+from bpkit.plan.strategies.data_parallel import call_text, serial
 
 
 def parameter_server(workers: int, servers: int = 1, buckets: int = 1) -> Plan:

@@ -2,10 +2,11 @@
 
 from itertools import groupby
 
+from bpkit.given import whole_number
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
-from bpkit.plan.strategies.data_parallel import call_text, serial, whole_number
+from bpkit.plan.strategies.data_parallel import call_text, serial
 
 
 def zero(workers: int, level: int, units: int = 1, microbatches: int = 1, prefetch: bool = True,

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpkit.compress import Compressor
-from bpkit.data import Dataset, shard_sizes
-from bpkit.nn import Network
 from bpkit.nn.losses import Loss
-from bpkit.optim import Optimizer
-from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan
 from bpkit.plan.program import Program
 from bpkit.run.engine.compute import Verbs
@@ -24,74 +19,11 @@ from bpkit.run.engine.device import Feed, executor
 from bpkit.run.engine.groups import Groups
 from bpkit.run.engine.host import StepData
 from bpkit.run.engine.memory import Buffers, OneBuffer
-from bpkit.run.room import explained, predicted
+from bpkit.run.job import Job, Outcome
+from bpkit.run.room import explained
 from bpkit.run.transports.comm import Comm
 from bpkit.run.whole import gathered
 from bpkit.trace import Log
-
-Shards = Sequence[float] | Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training run, as it travels to the workers."""
-
-    program: Program
-    network: Network
-    data: Dataset
-    optimizer: Optimizer
-    batch: int
-    steps: int = 1
-    seed: int = 0
-    shards: Shards | None = None
-    record: int = 1
-    evaluate_every: int = 0
-    target: float | None = None
-    compress: Compressor | None = None
-    sync_batch_norm: bool = False
-    precision: str = "full"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What one rank returns.
-
-    Parameters
-    ----------
-    losses : list of float
-        For each step, this rank's share of the mean loss.
-    starts : list of int
-        When each step began and, last, when the last one ended, without the time of evaluations; nanoseconds.
-    log : Log
-        The last steps, as many as were to be recorded.
-    parameters : dict
-        Flat parameters by stage, and what is kept beside them, from data coordinate 0; elsewhere only their digests.
-    digests : dict
-        A digest of the bits of each stage's parameters.
-    accuracies : list of (step, test accuracy)
-    memory : dict
-        Bytes of parameters, gradients and optimizer state on this rank.
-    encoded : int
-        Payload bytes of a step, where gradients are compressed.
-    peak : int
-        The most bytes that the GPU's allocator held at once.
-    clock_error : float
-        Seconds by which the GPU's times are wrong on the host's clock.
-    arrivals : tuple of int
-        On an asynchronous server that ran live: whose gradients came, in order.
-    """
-
-    losses: list[float]
-    starts: list[int]
-    log: Log
-    parameters: dict[int, tuple[Tensor, Tensor]]
-    digests: dict[int, str]
-    accuracies: list[tuple[int, float]]
-    memory: dict[str, int]
-    encoded: int = 0
-    peak: int = 0
-    clock_error: float = 0.0
-    arrivals: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,28 +47,6 @@ class Shard:
     weights: tuple[float, ...]
     scale: float
     share: float
-
-
-def shard_sizes_of(plan: Plan, samples: int, shards: Shards | None, step: int = 0) -> list[int]:
-    """Samples of each data rank in a global batch; ranks that only serve have none.
-
-    Parameters
-    ----------
-    shards : sequence of float, sequence of such sequences, optional
-        Sizes or weights, for all steps or for each step in turn.
-    """
-    if shards and isinstance(shards[0], Sequence):
-        return shard_sizes_of(plan, samples, shards[step % len(shards)], step)  # type: ignore[arg-type]
-    if shards is not None:
-        return shard_sizes(samples, plan.mesh.data, shards)  # type: ignore[arg-type]
-    even = iter(shard_sizes(samples, plan.mesh.data - len(plan.servers)))
-    return [0 if data in plan.servers else next(even) for data in range(plan.mesh.data)]
-
-
-def largest(plan: Plan, samples: int, shards: Shards | None) -> int:
-    """Samples of the largest microbatch of any rank in any step."""
-    steps = len(shards) if shards and isinstance(shards[0], Sequence) else 1
-    return max(-(-max(shard_sizes_of(plan, samples, shards, step)) // plan.microbatches) for step in range(steps))
 
 
 def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: int) -> Shard:
@@ -170,8 +80,7 @@ class Runner:
         there = comm.device == job.network.device
         network = job.network if there else job.network.copy(comm.device)
         groups = Groups(comm, self.plan.mesh)
-        rows = largest(self.plan, job.batch, job.shards)
-        self.buffers = Buffers(self.program, network, groups, job.optimizer, rows, job.compress)
+        self.buffers = Buffers(self.program, network, groups, job.optimizer, job.rows, job.compress)
         apart = job.sync_batch_norm and self.plan.mesh.data > 1
         over = groups.apart(self.plan.mesh, "data", "batch norm").all_reduce if apart else None
         self.step = StepData(sum_over_data=over)
@@ -187,8 +96,7 @@ class Runner:
         """Run one step on this rank's shard of the global batch `rows`; on a GPU it ends later (see `settle`)."""
         began = perf_counter_ns()
         job, everyone = self.job, self.job.data.targets[rows]
-        sizes = shard_sizes_of(self.plan, job.batch, job.shards, number)
-        shard = cut(self.plan, everyone, self.network.loss, sizes, self.buffers.at.data)
+        shard = cut(self.plan, everyone, self.network.loss, job.shard_sizes(number), self.buffers.at.data)
         own = slice(shard.low, shard.high)
         inputs, targets = self.feed(job.data.inputs[rows[own]]), self.feed(everyone[own])
         self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
@@ -225,16 +133,10 @@ class Runner:
         return f"step {number}: the loss is not a number, though the gradients of this rank are finite"
 
 
-def needed(job: Job, at: Coordinate) -> dict[str, int]:
-    """The memory that a job takes on the rank at a coordinate, by calculation."""
-    rows = largest(job.program.plan, job.batch, job.shards)
-    return predicted(job.program, at, job.network, job.optimizer, rows, job.precision)
-
-
 def train(comm: Comm, job: Job, streams: Any = None) -> Outcome:
     """Run all steps of a job on one rank."""
     plan = job.program.plan
-    with explained(plan, lambda: needed(job, plan.mesh.coordinate(comm.rank))):
+    with explained(plan, lambda: job.needs(plan.mesh.coordinate(comm.rank))):
         return _steps(comm, job, streams)
 
 

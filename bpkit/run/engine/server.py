@@ -11,7 +11,8 @@ from time import perf_counter_ns
 from bpkit.nn import Context
 from bpkit.plan.action import Action
 from bpkit.plan.strategies.servers import Clock
-from bpkit.run.engine.rank import Job, Outcome, Runner, outcome, shard_sizes_of
+from bpkit.run.engine.rank import Runner, outcome
+from bpkit.run.job import Job, Outcome
 from bpkit.run.transports.comm import Comm
 from bpkit.trace import Log
 
@@ -49,7 +50,7 @@ def _load(runner: Runner, job: Job) -> None:
     step, plan, rank = runner.step, runner.plan, runner.buffers.at.data
     inputs, targets, contexts, weights = [], [], [], []
     for m in range(plan.microbatches):
-        sizes = shard_sizes_of(plan, job.batch, job.shards, m)
+        sizes = job.shard_sizes(m)
         low = sum(sizes[:rank])
         rows = job.data.indices(m, job.batch, job.seed)[low : low + sizes[rank]]
         inputs.append(runner.feed(job.data.inputs[rows]))

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from bpkit.plan.strategies.data_parallel import whole_number
+from bpkit.given import whole_number
 from bpkit.run.errors import CommunicationError, Stopped, WorkerDied, WorkerError, WorkerStuck
 from bpkit.run.processes import devices
 from bpkit.run.processes import parcel as payload

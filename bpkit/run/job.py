@@ -1,0 +1,151 @@
+"""What travels to a worker, and what comes back."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bpkit.compress import Compressor
+from bpkit.data import Dataset, shard_sizes
+from bpkit.nn import Network
+from bpkit.optim import Optimizer
+from bpkit.plan.mesh import Coordinate
+from bpkit.plan.plan import Plan
+from bpkit.plan.program import Program
+from bpkit.run.room import predicted
+from bpkit.trace import Log
+
+Shards = Sequence[float] | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, as it is given and as it travels to the workers; it prints as text.
+
+    A job is checked once, before anything starts (see `bpkit.run.checks.checked`): `program` is there from then on.
+
+    Parameters
+    ----------
+    plan : Plan
+    network : Network
+    data : Dataset
+    optimizer : Optimizer
+    batch : int
+        Samples of the global batch, over all ranks.
+    steps, seed, shards, record, evaluate_every, target, compress, sync_batch_norm, precision
+        As in `bpkit.Cluster.train`.
+    compiled : Program, optional
+        The plan as it was compiled for the network.
+    """
+
+    plan: Plan
+    network: Network
+    data: Dataset
+    optimizer: Optimizer
+    batch: int
+    steps: int = 1
+    seed: int = 0
+    shards: Shards | None = None
+    record: int = 1
+    evaluate_every: int = 0
+    target: float | None = None
+    compress: Compressor | None = None
+    sync_batch_norm: bool = False
+    precision: str = "full"
+    compiled: Program | None = None
+
+    @property
+    def program(self) -> Program:
+        """The compiled plan.
+
+        Raises
+        ------
+        RuntimeError
+            If the job was not checked.
+        """
+        if self.compiled is None:
+            raise RuntimeError("this job was not checked: give it to Cluster.check or to Cluster.run")
+        return self.compiled
+
+    def shard_sizes(self, step: int = 0) -> list[int]:
+        """Samples of each data rank in a step's global batch; ranks that only serve have none unless `shards` say."""
+        n, shards = self.plan.mesh.data, self.shards
+        if shards is not None:
+            own = shards[step % len(shards)] if shards and isinstance(shards[0], Sequence) else shards
+            return shard_sizes(self.batch, n, own)  # type: ignore[arg-type]
+        even = iter(shard_sizes(self.batch, n - len(self.plan.servers)))
+        return [0 if data in self.plan.servers else next(even) for data in range(n)]
+
+    @property
+    def different_steps(self) -> range:
+        """Steps after which shards repeat."""
+        return range(len(self.shards) if self.shards and isinstance(self.shards[0], Sequence) else 1)
+
+    @property
+    def rows(self) -> int:
+        """Samples of the largest microbatch of any rank in any step."""
+        return max(-(-max(self.shard_sizes(step)) // self.plan.microbatches) for step in self.different_steps)
+
+    def needs(self, at: Coordinate) -> dict[str, int]:
+        """The memory that the rank at a coordinate takes, by calculation: bytes of what is kept (see `predicted`)."""
+        return predicted(self.program, at, self.network, self.optimizer, self.rows, self.precision)
+
+    def __str__(self) -> str:
+        plan, lossy = self.plan, self.compress or self.precision * (self.precision != "full")
+        shards = "" if self.shards is None else f", shards {self.shards}"
+        lines = {
+            "plan": f"{plan.name} (digest {plan.digest}) for {plan.workers} workers: {plan.mesh}, {plan.stages} "
+                    f"stages, {plan.microbatches} microbatches, merge {plan.merge}",
+            "network": f"{self.network.describe()}, {self.network.dtype}",
+            "data": repr(self.data).strip("<>"),
+            "batch": f"{self.batch} samples a step, over all ranks{shards}; order by seed {self.seed}",
+            "steps": f"{self.steps}, the last {min(self.record, self.steps)} recorded",
+            "optimizer": str(self.optimizer),
+            "lossy": str(lossy) if lossy else "",
+            "batch norm": "statistics over all data ranks" if self.sync_batch_norm else "",
+            "evaluated": f"every {self.evaluate_every} steps" if self.evaluate_every else "",
+            "until": f"test accuracy {self.target}" if self.target is not None else "",
+        }  # fmt: skip
+        return "\n".join(f"{key:<11}{text}" for key, text in lines.items() if text)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank returns.
+
+    Parameters
+    ----------
+    losses : list of float
+        For each step, this rank's share of the mean loss.
+    starts : list of int
+        When each step began and, last, when the last one ended, without the time of evaluations; nanoseconds.
+    log : Log
+        The last steps, as many as were to be recorded.
+    parameters : dict
+        Flat parameters by stage, and what is kept beside them, from data coordinate 0; elsewhere only their digests.
+    digests : dict
+        A digest of the bits of each stage's parameters.
+    accuracies : list of (step, test accuracy)
+    memory : dict
+        Bytes of parameters, gradients and optimizer state on this rank.
+    encoded : int
+        Payload bytes of a step, where gradients are compressed.
+    peak : int
+        The most bytes that the GPU's allocator held at once.
+    clock_error : float
+        Seconds by which the GPU's times are wrong on the host's clock.
+    arrivals : tuple of int
+        On an asynchronous server that ran live: whose gradients came, in order.
+    """
+
+    losses: list[float]
+    starts: list[int]
+    log: Log
+    parameters: dict[int, tuple[Tensor, Tensor]]
+    digests: dict[int, str]
+    accuracies: list[tuple[int, float]]
+    memory: dict[str, int]
+    encoded: int = 0
+    peak: int = 0
+    clock_error: float = 0.0
+    arrivals: tuple[int, ...] = ()
