@@ -26,6 +26,19 @@ def owners(names: Sequence[str], shapes: Sequence[Shape]) -> list[int]:
     return result
 
 
+def added(order: Sequence[int], own: Sequence[int]) -> tuple[bool, ...]:
+    """Return, for each parameter, whether backward has written its tensor's gradient before: it is then added to.
+
+    Of the uses of a tensor the last in the network comes first in `order`, and writes.
+    """
+    written: set[int] = set()
+    result = [False] * len(own)
+    for i in order:
+        result[i] = own[i] in written
+        written.add(own[i])
+    return tuple(result)
+
+
 def lay_out(order: Sequence[int], own: Sequence[int], shapes: Sequence[Shape], itemsize: int) -> tuple[list[int], int]:
     """Return where each tensor starts, and the size of it all: in `order`, a tied one where its gradient is whole."""
     line, offset, offsets = ALIGNMENT // itemsize, 0, [0] * len(shapes)

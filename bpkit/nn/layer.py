@@ -53,7 +53,7 @@ class Site:
     `layer` counts layers without their containers over the whole network, so neither splitting nor nesting
     changes it. `reuse_input` says that the input may be overwritten: nobody else reads it. `reuse_gradient`
     says the same of the gradient that comes from above. `buffers` are values that are kept but not trained.
-    `added` says of each gradient that a later layer has written it before (tied weights): it is always added to.
+    `added` says of each gradient that another use of its tensor has written it before (tied weights): it is added to.
     `skips` holds what goes past layers, by (what, number of the skip, first row); stages of one network share it.
     """
 
@@ -218,9 +218,19 @@ def sites(layers: Sequence[Layer], site: Site) -> list[Site]:
     return result
 
 
-def _weight_half(half: Callable[[bool], None], added: bool) -> Callable[[bool], None]:
-    """Return a weight half, or one that always adds: a tied parameter's gradient, which a later layer has written."""
-    return (lambda accumulate: half(True)) if added else half
+def _weight_half(layer: Layer, one: Pass, site: Site) -> Callable[[bool], None]:
+    """Return the weight half of a pass; it adds to the gradients that another use of a tied tensor has written."""
+    half = one.backward_weight
+    if not any(site.added) or layer.leaves > 1:  # a container's layers see to it, each by itself
+        return half
+    fresh = [gradient for gradient, added in zip(site.gradients, site.added, strict=True) if not added]
+
+    def add(accumulate: bool) -> None:
+        for gradient in () if accumulate else fresh:
+            gradient.zero_()
+        half(True)
+
+    return add
 
 
 class Chain(Pass):
@@ -231,7 +241,7 @@ class Chain(Pass):
         passes = [layer.at(place) for layer, place in zip(layers, places, strict=True)]
         trained = [i for i, place in enumerate(places) if place.parameters]
         first = trained[0] if trained else len(layers)
-        weights = {i: _weight_half(passes[i].backward_weight, places[i].added == (True,)) for i in trained}
+        weights = {i: _weight_half(layers[i], passes[i], places[i]) for i in trained}
         self._forwards = [p.forward for p in passes]
         # Backward's order: (input half, weight half or None, is the input gradient of use to a layer below).
         halves = [(one.backward_input, weights.get(i)) for i, one in enumerate(passes)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bpkit.nn.costs import StageCost, balanced_cuts
-from bpkit.nn.flat import ALIGNMENT, aligned, lay_out, owners, views
+from bpkit.nn.flat import ALIGNMENT, added, aligned, lay_out, owners, views
 from bpkit.nn.layer import START, Chain, Context, Layer, Shape, Site, output_shapes, produced
 from bpkit.nn.layers.containers import Sequential, opened
 from bpkit.nn.layers.dropout import Dropout
@@ -98,6 +98,7 @@ class Network:
         self._names = [name for layer, s in self._placed() for name in layer.ties(s)]
         self.owners = owners(self._names, self._parameter_shapes)
         order = produced(layers, self.shapes)
+        self._added = added(order, self.owners)
         self._offsets, self.flat_size = lay_out(order, self.owners, self._parameter_shapes, max(4, dtype.itemsize))
         self._runs: dict[Hashable, _Run] = {}
         self._skips: dict[tuple[str, int, int], Tensor] = {}
@@ -260,8 +261,7 @@ class Network:
         """Return the site of the whole network for a batch of `rows`."""
         return Site(self._parameters, self._gradients, (rows, *self.input_shape), self.dtype, self.device,
                     self._first_leaf, self.seed, buffers=self._buffers,
-                    added=tuple(own == i and own in self.owners[i + 1 :]
-                                for i, own in enumerate(self.owners)), skips=self._skips)  # fmt: skip
+                    added=self._added, skips=self._skips)  # fmt: skip
 
     def release(self) -> None:
         """Drop the buffers of all slots."""

@@ -266,17 +266,23 @@ def shard(network: Network, index: int, of: int, sequence: bool = False) -> Netw
     Raises
     ------
     ValueError
-        If heads, widths, vocabulary or tokens cannot be divided, or layers stand where each rank has a share only.
+        If heads, widths, vocabulary or tokens cannot be divided, layers stand where each rank has a share only, or the
+        uses of a tied tensor would be cut in different ways.
     """
     network = network.opened()
     cuts = _cut(network, index, of, sequence)
+    pieces = [piece for _, own in cuts for piece in own]
+    for i, owner in enumerate(network.owners):
+        if pieces[i] != pieces[owner]:
+            raise ValueError(f"parameters {owner} and {i} are tied, one tensor, but tensor rank {index} of {of} would "
+                             "hold other parts of it in each use: use a plan without a tensor axis, or do not tie "
+                             "these two")  # fmt: skip
     loss = network.loss
     if isinstance(loss, CrossEntropy) and _groups(network, False)[-1][0] == "classes":
         low, high = _part(network.output_shape[-1], index, of, "a vocabulary of")
         loss = VocabularyCrossEntropy(loss.ignore_index, low, high, network.output_shape[-1])
     layers = tuple(layer for layer, _ in cuts)
     made = network.like(layers, loss, shapes=_shapes(network, layers, of, sequence))
-    pieces = [piece for _, own in cuts for piece in own]
     held = zip(network.parameters(), pieces, strict=True)
     made.load([p.index_select(x.dim, x.index(tuple(p.shape)).to(p.device)) for p, x in held if x != NONE])
     made.flat_buffers.copy_(network.flat_buffers)

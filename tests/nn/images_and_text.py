@@ -28,6 +28,31 @@ LAYERS: dict[str, tuple[tuple[int, ...], list[nn.Layer]]] = {
         (TOKENS,),
         [nn.Sequential(nn.Embedding(4, 8, "m"), nn.Positions(TOKENS, 8)), nn.Unembedding(8, 4, tied="m")],
     ),
+    "tied three times": (
+        (TOKENS,),
+        [nn.Embedding(4, 8, "m"), nn.Unembedding(8, 4, tied="m"), nn.Linear(4, 8), nn.Unembedding(8, 4, tied="m")],
+    ),
+    "tied, owner with a bias": (
+        (TOKENS, 6),
+        [
+            nn.Linear(6, 8),
+            nn.Unembedding(8, 4, bias=True, tied="m"),
+            nn.Linear(4, 8),
+            nn.Unembedding(8, 4, bias=True, tied="m"),
+        ],
+    ),
+    "two tied names, one in containers": (
+        (TOKENS,),
+        [
+            nn.Sequential(
+                nn.Embedding(4, 8, "a"),
+                nn.Unembedding(8, 8, bias=True, tied="b"),
+                nn.Residual(nn.Tanh(), nn.Unembedding(8, 8, bias=True, tied="b")),
+            ),
+            nn.Residual(nn.Unembedding(8, 8, tied="b"), nn.Tanh(), nn.Sequential(nn.Unembedding(8, 8, True, "b"))),
+            nn.Unembedding(8, 4, tied="a"),
+        ],
+    ),
     "convolution": (
         IMAGE,
         [

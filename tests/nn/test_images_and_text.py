@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
 
@@ -10,9 +11,10 @@ import torch
 
 from bpkit import nn
 from bpkit.nn.gradcheck import reference_loss
+from bpkit.nn.layer import Pass, put_sum
 
 from .cases import D, close
-from .images_and_text import COUPLED, LAYERS, VANISHING, batch, network
+from .images_and_text import COUPLED, LAYERS, TOKENS, VANISHING, batch, network
 
 HERE = nn.Context(step=3, first=5)
 each = pytest.mark.parametrize("name", LAYERS)
@@ -122,13 +124,11 @@ def test_stages_equal_the_whole(name: str) -> None:
     for stage in reversed(stages):
         dy = stage.backward(dy, need_input=True)
     ours = [g for stage in stages for g in stage.gradients()]
-    if net.ties:  # each stage holds a copy: the plan adds what they give
-        (name_,) = {n for stage in stages for n in stage.tied_slices()}
+    for name_ in {n for stage in stages for n in stage.tied_slices()}:  # copies: the plan adds what they give
         copies = [s.flat_gradients[s.tied_slices()[name_]] for s in stages if name_ in s.tied_slices()]
-        assert len(copies) == 2
         total = sum(copies)
-        for copy in copies:
-            copy.copy_(total)
+        for one in copies:
+            one.copy_(total)
     assert agree(name, ours, whole)
 
 
@@ -184,13 +184,75 @@ def test_embedding_adds_repeated_tokens_and_takes_tokens_only() -> None:
         net.forward(torch.ones(1, 3, dtype=D))
 
 
+class _Quadratic(nn.Layer):
+    """y = w x + w, by one vector that stands twice in one layer."""
+
+    def parameter_shapes(self, shape):  # type: ignore[no-untyped-def]
+        return shape, shape
+
+    def initial(self, shape, generator):  # type: ignore[no-untyped-def]
+        return [torch.full(shape, 0.5, dtype=D)] * 2
+
+    def ties(self, shape):  # type: ignore[no-untyped-def]
+        return "w", "w"
+
+    def at(self, site):  # type: ignore[no-untyped-def]
+        return _QuadraticPass(site)
+
+    def reference(self, x, parameters, context, site):  # type: ignore[no-untyped-def]
+        return parameters[0] * x + parameters[1]
+
+
+class _QuadraticPass(Pass):
+    def __init__(self, site) -> None:  # type: ignore[no-untyped-def]
+        self.site = site
+
+    def forward(self, x, context):  # type: ignore[no-untyped-def]
+        self.x = x
+        return self.site.parameters[0] * x + self.site.parameters[1]
+
+    def backward_input(self, dy, need=True):  # type: ignore[no-untyped-def]
+        self.dy = dy
+        return dy * self.site.parameters[0]
+
+    def backward_weight(self, accumulate=False):  # type: ignore[no-untyped-def]
+        for gradient, values in zip(self.site.gradients, (self.dy * self.x, self.dy), strict=True):
+            put_sum(gradient, values, 0, accumulate)
+
+
+def test_a_tensor_may_stand_twice_in_one_layer() -> None:
+    net = nn.Network([_Quadratic(), nn.Tanh(), _Quadratic(), nn.Linear(4, 4)], 4, dtype=D)
+    x, t = batch(net)
+    net.flat_gradients.fill_(7.0)
+    assert agree("", by_hand(net, x, t), autograd(net, x, t))
+
+
+def test_gradcheck_sees_a_use_that_is_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network("tied three times")
+    monkeypatch.setattr(net, "_added", (False,) * len(net.owners))
+    assert not nn.gradcheck(net, *batch(net)).ok
+
+
+def test_small_gradients_are_not_held_against_the_rounding_of_differences() -> None:
+    layers = [nn.Embedding(4, 8, "m"), nn.Linear(8, 8), nn.Unembedding(8, 4, tied="m")]
+    net = nn.Network(layers, TOKENS, seed=1, dtype=D)
+    assert nn.gradcheck(net, *batch(net, 2)).ok
+
+
+def test_uses_of_a_tied_tensor_that_tensor_ranks_would_cut_in_different_ways_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"parameters 1 and \d are tied, one tensor, but tensor rank 0 of 2"):
+        nn.shard(network("two tied names, one in containers"), 0, 2)
+
+
 def test_tied_weights_are_one_tensor() -> None:
     net = network("tied")
     first, last = net.parameters()[0], net.parameters()[-1]
     assert first.data_ptr() == last.data_ptr() and net.ties == [((0, 0), (4, 0))]
     assert torch.equal(net.flat_parameters[net.tied_slices()["m"]], first.flatten())
-    again = pickle.loads(pickle.dumps(net))
-    assert again.ties == net.ties and torch.equal(again.parameters()[0], first)
+    for again in (pickle.loads(pickle.dumps(net)), copy.deepcopy(net), net.copy(), net.opened()):
+        again.parameters()[-1].add_(1)
+        assert again.parameters()[0].data_ptr() == again.parameters()[-1].data_ptr() != first.data_ptr()
+        assert torch.equal(again.parameters()[0], first + 1)
     with pytest.raises(ValueError, match=r"tied as 'm'.*\(4, 8\).*\(5, 8\)"):
         nn.Network([nn.Embedding(4, 8, "m"), nn.Unembedding(8, 5, tied="m")], 3)
 
