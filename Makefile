@@ -1,10 +1,11 @@
 # Every target sets up first what it needs. `make help` lists them.
-# PYTHON=...     the interpreter to make .venv with (default: the newest tested one that is found)
-# VENV=...       where the environment lives (default: .venv)
+# PYTHON=...     another interpreter, with an environment of its own beside .venv: make test PYTHON=python3.13
+# VENV=...       where the environment lives (default: .venv, or .venv-NAME for PYTHON=NAME)
 # BPKIT_LAB_ARGS arguments for JupyterLab, as "--no-browser"
 # BPKIT_NO_BROWSER=1  leaves the browser tests out, knowingly
 
-VENV ?= .venv
+VENV ?= .venv$(addprefix -,$(notdir $(PYTHON)))
+export PYTHON
 PY := $(VENV)/bin/python
 MAKEFLAGS += --no-print-directory
 BPKIT_LAB_ARGS ?=
@@ -22,7 +23,7 @@ BENCH := $(VENV)/.bpkit-bench
 help:
 	@echo "make setup    the environment, in $(VENV)"
 	@echo "make lab      JupyterLab on the course"
-	@echo "make test     everything that CI checks (T=\"unit book\" for some of: lint unit chapters widgets book browser)"
+	@echo "make test     everything that CI checks (T=\"unit book\" for some of: lint unit slow chapters book browser)"
 	@echo "make book     the book, into build/book (open build/book/index.html)"
 	@echo "make execute  run the chapters anew and save their outputs (NOTEBOOKS=chapters/x.ipynb for one)"
 	@echo "make bench    the benchmarks against peers, results in build/bench"

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import _gpu_device  # noqa: E402
 import _gpu_peers as peers  # noqa: E402
+
 import gpu  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -40,7 +40,7 @@ def tracked(*patterns: str) -> list[Path]:
     try:
         names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):
-        return [path for pattern in patterns for path in ROOT.rglob(pattern) if ".venv" not in path.parts]
+        return [path for pattern in patterns for path in ROOT.rglob(pattern) if "/.venv" not in path.as_posix()]
     return [ROOT / name for name in names if name and (ROOT / name).is_file()]
 
 

@@ -21,8 +21,8 @@ from nbformat import v4
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import check_widget_state  # noqa: E402
 import find_browser  # noqa: E402
+import nbval_widgets  # noqa: E402
 import notebooks  # noqa: E402
 
 MODEL, LAYOUT, STRAY = "a" * 32, "b" * 32, "c" * 32
@@ -61,27 +61,27 @@ def test_cells_get_different_ids() -> None:
 
 
 def test_widget_states_that_agree() -> None:
-    assert check_widget_state.faults(notebooks.normalise(shown()), notebooks.normalise(shown())) == []
+    assert nbval_widgets.faults(notebooks.normalise(shown()), notebooks.normalise(shown())) == []
 
 
 def test_widget_states_that_differ_name_the_field() -> None:
     committed, fresh = notebooks.normalise(shown(n=3)), notebooks.normalise(shown(n=4))
-    (fault,) = check_widget_state.faults(committed, fresh)
+    (fault,) = nbval_widgets.faults(committed, fresh)
     assert "field n is 3, in a fresh run 4" in fault
 
 
 def test_measured_fields_are_masked_only_where_named() -> None:
     committed, fresh = notebooks.normalise(shown(measured=1.0)), notebooks.normalise(shown(measured=2.0))
-    assert len(check_widget_state.faults(committed, fresh)) == 1
+    assert len(nbval_widgets.faults(committed, fresh)) == 1
     committed.metadata["bpkit"] = {"measured": ["own"]}
-    assert check_widget_state.faults(committed, fresh) == []
+    assert nbval_widgets.faults(committed, fresh) == []
 
 
 def test_a_view_without_a_saved_state_is_a_fault() -> None:
     """This is what JupyterLab's own Save leaves."""
     committed = notebooks.normalise(shown())
     del committed.metadata["widgets"]
-    faults = check_widget_state.faults(committed, notebooks.normalise(shown()))
+    faults = nbval_widgets.faults(committed, notebooks.normalise(shown()))
     assert any("never save from JupyterLab" in fault for fault in faults)
 
 
@@ -165,3 +165,31 @@ def test_lab_answers_with_its_token_and_not_without() -> None:
         process.send_signal(signal.SIGTERM)
         process.wait(30)
         watchdog.cancel()
+
+
+CELL = "import ipywidgets\nslider = ipywidgets.IntSlider(value={value})\nprint('shown')\nslider"
+
+
+def chapter(tmp_path: Path, run: int, saved: int, said: str = "shown\n") -> subprocess.CompletedProcess:
+    """A notebook whose cell shows a slider at `run`, with the state of one at `saved`, as `make test` checks it."""
+    path = tmp_path / "chapter.ipynb"
+    book = v4.new_notebook(cells=[v4.new_code_cell(CELL.format(value=saved))])
+    path.write_text(nbformat.writes(book))
+    book = notebooks.execute(path)
+    book.cells[0]["source"] = CELL.format(value=run)
+    book.cells[0].outputs[0]["text"] = said
+    notebooks.write(book, path)
+    environment = dict(os.environ, PYTHONPATH=str(ROOT / "tools"))
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "nbval_widgets", str(path)], cwd=tmp_path,
+                          env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("run", "saved", "said", "outcome"), [
+    (3, 3, "shown\n", "2 passed"),
+    (4, 3, "shown\n", "field value is 3, in a fresh run 4"),
+    (3, 3, "hidden\n", "Cell outputs differ"),
+])
+def test_a_chapter_runs_once_for_outputs_and_widgets(tmp_path: Path, run: int, saved: int, said: str,
+                                                     outcome: str) -> None:  # fmt: skip
+    assert outcome in chapter(tmp_path, run, saved, said).stdout

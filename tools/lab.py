@@ -16,11 +16,9 @@ MAP = "/lab/tree/chapters/README.md"
 
 
 def arguments(given: list[str], root: bool) -> list[str]:
-    """The arguments of JupyterLab; what the user gives comes last, so it wins."""
+    """The arguments of JupyterLab; what may be given again, such as a port, stands in lab_config/ as a default."""
     return [
-        f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url={MAP}", "--ServerApp.ip=127.0.0.1", "--port=8888",
-        # Of the server's log, the address and what is wrong.
-        "--Application.log_level=WARN",
+        f"--ServerApp.root_dir={ROOT}", f"--LabApp.default_url={MAP}",
         # Show Markdown rendered, and ask no other host for news.
         f"--LabApp.app_settings_dir={ROOT / 'tools' / 'lab_settings'}",
         *(["--allow-root"] if root else []), *given,
@@ -30,6 +28,8 @@ def arguments(given: list[str], root: bool) -> list[str]:
 def main(given: list[str]) -> None:
     """Become JupyterLab."""
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    searched = [str(ROOT / "tools" / "lab_config"), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, searched))
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     print("JupyterLab starts. Its address follows; Ctrl+C twice ends it.", flush=True)
     command = [sys.executable, "-m", "jupyterlab", *arguments(given, root)]

@@ -1,6 +1,9 @@
 """Run every stage of `make test`, whatever fails, then say what failed.
 
-    python tools/test.py [lint] [unit] [chapters] [widgets] [book] [browser]
+    python tools/test.py [lint] [unit] [slow] [chapters] [book] [browser]
+
+`unit` is the fast half of the library's tests, `slow` those that are marked so.  Each chapter is executed once: nbval
+compares its outputs, a plugin of ours its widgets.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "test"
-STAGES = ("lint", "unit", "chapters", "widgets", "book", "browser")
+STAGES = ("lint", "unit", "slow", "chapters", "book", "browser")
 PYTEST = [sys.executable, "-m", "pytest", "-q"]
 #: Seconds after which a stage is ended, so that one that hangs does not hide the others.
 LONGEST = 1500
@@ -27,13 +30,14 @@ LONGEST = 1500
 def commands(stage: str) -> list[list[str]]:
     """The commands of one stage; all are run, even when the first fails."""
     junit = f"--junitxml={RESULTS / stage}.xml"
-    nbval = [*PYTEST, junit, "-p", "no:cacheprovider", "--nbval", "--nbval-cell-timeout=300",
+    library = [*PYTEST, junit, "--ignore=tests/book", "--continue-on-collection-errors", "tests", "-m"]
+    nbval = [*PYTEST, junit, "-p", "nbval_widgets", "-p", "no:cacheprovider", "--nbval-cell-timeout=300",
              "--nbval-sanitize-with=chapters/sanitize.cfg"]
     return {
         "lint": [[sys.executable, "-m", "ruff", "check", "--quiet", "."], [sys.executable, "-m", "mypy"]],
-        "unit": [[*PYTEST, junit, "--ignore=tests/book", "--continue-on-collection-errors", "tests"]],
+        "unit": [[*library, "not slow"]],
+        "slow": [[*library, "slow"]],
         "chapters": [[*nbval, *chapters()]] if chapters() else [],
-        "widgets": [[sys.executable, "tools/check_widget_state.py"]],
         "book": [[sys.executable, "tools/book.py"]],
         "browser": [[*PYTEST, junit, "tests/book"]],
     }[stage]
@@ -77,7 +81,10 @@ def count_tests(stages: list[str]) -> Counter[str]:
 def prepare(stages: list[str]) -> tuple[dict[str, str], str]:
     """The environment of the stages, and what is missing ("" when nothing is)."""
     # One thread a process: the tests start workers, and results must not depend on the number of cores.
-    environment = dict(os.environ, OMP_NUM_THREADS="1", BPKIT_PROGRESS="0", PYDEVD_DISABLE_FILE_VALIDATION="1")
+    # Pytest finds its plugin in tools/.
+    path = os.pathsep.join(filter(None, [str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
+    environment = dict(os.environ, OMP_NUM_THREADS="1", BPKIT_PROGRESS="0", PYDEVD_DISABLE_FILE_VALIDATION="1",
+                       PYTHONPATH=path)  # fmt: skip
     if "browser" not in stages:
         return environment, ""
     if os.environ.get("BPKIT_NO_BROWSER") == "1":
