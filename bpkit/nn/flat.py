@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bpkit.nn.layer import Shape
@@ -60,3 +62,17 @@ def views(flat: Tensor, offsets: Sequence[int], shapes: Sequence[Shape]) -> tupl
     """Return the tensors that lie in a flat buffer."""
     return tuple(flat[start : start + math.prod(shape)].view(shape)
                  for start, shape in zip(offsets, shapes, strict=True))  # fmt: skip
+
+
+def check_flat(name: str, flat: Tensor, size: int, dtype: torch.dtype) -> None:
+    """Refuse a buffer that is not 1-D of `size` elements of `dtype`, on a 64-byte boundary."""
+    if flat.shape != (size,) or flat.dtype is not dtype:
+        raise ValueError(f"flat {name} must be 1-D with {size} elements of {dtype}, not {tuple(flat.shape)} of "
+                         f"{flat.dtype}")  # fmt: skip
+    if size and (flat.data_ptr() % ALIGNMENT or not flat.is_contiguous()):
+        raise ValueError(f"flat {name} must be contiguous and start on a {ALIGNMENT}-byte boundary")
+
+
+def as_bytes(flat: Tensor) -> NDArray[np.uint8]:
+    """Return a flat buffer as bytes on the CPU: of any dtype, also those that NumPy lacks."""
+    return flat.cpu().view(torch.uint8).numpy()

@@ -135,6 +135,13 @@ class Layer:
         """Return the indices of the parameters in the order in which backward produces their gradients."""
         return list(range(len(self.parameter_shapes(shape))))
 
+    def check(self, x: Tensor) -> None:
+        """Refuse, as the first layer, inputs whose values it cannot take (ValueError); their form fits already."""
+
+    def least_rows(self, shape: Shape) -> int:
+        """Return how many samples of `shape` training takes at least, where it has any."""
+        return 1
+
     def cost(self, shape: Shape) -> StageCost:
         """Return FLOPs, edges and parameters for one sample of `shape`."""
         raise NotImplementedError

@@ -37,6 +37,11 @@ class Loss:
         """Compute the sum with torch's own functions; `gradcheck` differentiates it with autograd."""
         raise NotImplementedError
 
+    def _refuse(self, y: Tensor, targets: Tensor) -> None:
+        """Say why targets do not fit outputs."""
+        self.check(targets, tuple(y.shape[1:]))
+        raise ValueError(f"outputs of shape {tuple(y.shape)} do not fit targets of shape {tuple(targets.shape)}")
+
 
 @dataclass(frozen=True)
 class CrossEntropy(Loss):
@@ -60,7 +65,12 @@ class CrossEntropy(Loss):
         if self.ignore_index >= 0:
             raise ValueError(f"ignore_index must be negative, to be no class, and not {self.ignore_index}")
 
+    def _fit(self, y: Tensor, targets: Tensor) -> None:
+        if y.shape[:-1] != targets.shape or targets.dtype is not torch.int64:
+            self._refuse(y, targets)
+
     def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        self._fit(y, targets)
         flat = targets.reshape(-1)
         log_p = torch.log_softmax(y.reshape(flat.numel(), y.shape[-1]), 1)
         value = F.nll_loss(log_p, flat, ignore_index=self.ignore_index, reduction="sum")
@@ -76,6 +86,7 @@ class CrossEntropy(Loss):
         return not targets.is_cpu or (targets.numel() > 0 and int(targets.min()) < 0)
 
     def terms(self, targets: Tensor) -> int:
+        self._refuse_dtype(targets)
         return int(torch.count_nonzero(targets != self.ignore_index))
 
     def check(self, targets: Tensor, output_shape: Shape) -> None:
@@ -88,8 +99,7 @@ class CrossEntropy(Loss):
         ValueError
             If the shape does not fit, or a label is neither a class nor `ignore_index`.
         """
-        if targets.dtype is not torch.int64:
-            raise TypeError(f"cross-entropy takes class numbers as torch.int64, not {targets.dtype}")
+        self._refuse_dtype(targets)
         if tuple(targets.shape[1:]) != tuple(output_shape[:-1]):
             raise ValueError(f"outputs of {output_shape} a sample take targets of {output_shape[:-1]} a sample, "
                              f"not {tuple(targets.shape[1:])}")  # fmt: skip
@@ -101,7 +111,12 @@ class CrossEntropy(Loss):
             raise ValueError(f"label {int(targets[tuple(where)])} at position {position} is out of range: "
                              f"the network has {classes} classes, so labels run from 0 to {classes - 1}")  # fmt: skip
 
+    def _refuse_dtype(self, targets: Tensor) -> None:
+        if targets.dtype is not torch.int64:
+            raise TypeError(f"cross-entropy takes class numbers as torch.int64, not {targets.dtype}")
+
     def reference(self, y: Tensor, targets: Tensor) -> Tensor:
+        self._fit(y, targets)
         flat = targets.reshape(-1)
         logits = y.reshape(flat.numel(), y.shape[-1])
         return F.cross_entropy(logits, flat, ignore_index=self.ignore_index, reduction="sum")
@@ -128,6 +143,7 @@ class VocabularyCrossEntropy(CrossEntropy):
     def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.reduce is None:
             raise RuntimeError("VocabularyCrossEntropy needs `reduce`, which sums over the tensor ranks")
+        self._fit(y, targets)
         flat, rows = y.reshape(targets.numel(), -1), targets.reshape(-1, 1)
         valid, own = rows != self.ignore_index, (rows >= self.low) & (rows < self.high)
         top = self.reduce(flat.amax(1, keepdim=True), "max")
@@ -148,10 +164,18 @@ class VocabularyCrossEntropy(CrossEntropy):
 
 @dataclass(frozen=True)
 class MSE(Loss):
-    """Squared error: the sum over elements of (y - target)^2, with gradient 2 (y - target)."""
+    """Squared error: the sum over elements of (y - target)^2, with gradient 2 (y - target).
+
+    Targets of any floating dtype are taken, and rounded to that of the outputs.
+    """
+
+    def _fitted(self, y: Tensor, targets: Tensor) -> Tensor:
+        if y.shape != targets.shape or not targets.is_floating_point():
+            self._refuse(y, targets)
+        return targets.to(y.dtype)
 
     def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        difference = y - targets
+        difference = y - self._fitted(y, targets)
         value = difference.square().sum()
         return value, difference.mul_(2)
 
@@ -167,7 +191,7 @@ class MSE(Loss):
                              f"{tuple(targets.shape[1:])}")  # fmt: skip
 
     def reference(self, y: Tensor, targets: Tensor) -> Tensor:
-        return F.mse_loss(y, targets, reduction="sum")
+        return F.mse_loss(y, self._fitted(y, targets), reduction="sum")
 
 
 def make_loss(loss: str | Loss) -> Loss:

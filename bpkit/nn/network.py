@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate as running_sums
 from typing import Any
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from bpkit.nn.costs import StageCost, balanced_cuts
-from bpkit.nn.flat import ALIGNMENT, added, aligned, lay_out, owners, views
+from bpkit.nn.flat import added, aligned, as_bytes, check_flat, lay_out, owners, views
 from bpkit.nn.layer import START, Chain, Context, Layer, Shape, Site, output_shapes, produced
 from bpkit.nn.layers.containers import Sequential, opened
-from bpkit.nn.layers.dropout import Dropout
-from bpkit.nn.layers.linear import GELU, Linear, ReLU, Sigmoid, Tanh
 from bpkit.nn.losses import Loss, make_loss
+from bpkit.nn.words import check_form, title
 
 
 @dataclass(frozen=True)
@@ -147,20 +146,22 @@ class Network:
         partial = [share for layer, s in self._placed() for share in layer.partial(s)]
         return [g.view(-1) for g, share in zip(self._gradients, partial, strict=True) if share]
 
-    def load(self, tensors: Sequence[Tensor]) -> None:
-        """Copy values into the parameters, given in the order of `parameters`.
+    def load(self, tensors: Iterable[Tensor]) -> None:
+        """Copy values into the parameters, given in the order of `parameters`, for instance ``module.parameters()``.
 
         Raises
         ------
         ValueError
-            If their number or a shape does not fit.
+            If their number or a shape does not fit; nothing has been changed then.
         """
+        tensors = list(tensors)
         if len(tensors) != len(self._parameters):
             raise ValueError(f"the network has {len(self._parameters)} parameter tensors, not {len(tensors)}")
         for i, (own, given) in enumerate(zip(self._parameters, tensors, strict=True)):
             if own.shape != given.shape:
                 raise ValueError(f"parameter {i} has shape {tuple(own.shape)}, not {tuple(given.shape)}")
-            own.copy_(given)
+        for own, given in zip(self._parameters, tensors, strict=True):
+            own.copy_(given.detach())
 
     def bind(self, parameters: Tensor | None = None, gradients: Tensor | None = None) -> None:
         """Move onto the given flat buffers, for instance shared memory, copying the present values into them.
@@ -173,15 +174,10 @@ class Network:
             If a buffer is not 1-D of `flat_size` elements, of the network's dtype, on a 64-byte boundary.
         """
         for name, flat in (("parameters", parameters), ("gradients", gradients)):
-            if flat is None:
-                continue
-            if flat.shape != (self.flat_size,) or flat.dtype is not self.dtype:
-                raise ValueError(f"flat {name} must be 1-D with {self.flat_size} elements of {self.dtype}, "
-                                 f"not {tuple(flat.shape)} of {flat.dtype}")  # fmt: skip
-            if self.flat_size and (flat.data_ptr() % ALIGNMENT or not flat.is_contiguous()):
-                raise ValueError(f"flat {name} must be contiguous and start on a {ALIGNMENT}-byte boundary")
-            flat.copy_(getattr(self, f"flat_{name}"))
-            setattr(self, f"flat_{name}", flat)
+            if flat is not None:
+                check_flat(name, flat, self.flat_size, self.dtype)
+                flat.copy_(getattr(self, f"flat_{name}"))
+                setattr(self, f"flat_{name}", flat)
         self._make_views()
 
     # Running.
@@ -192,7 +188,7 @@ class Network:
         Parameters
         ----------
         x : Tensor, shape (rows, *input_shape)
-            Kept by reference until the slot's backward is done. It may have no rows.
+            Kept by reference until the slot's backward is done. It may have no rows. Autograd does not follow it.
         slot : hashable
             Names the microbatch in flight; a slot's buffers are used again while shapes stay equal.
         context : Context
@@ -207,6 +203,8 @@ class Network:
         ValueError, TypeError
             If the input's shape, dtype or device is not the network's.
         """
+        if x.requires_grad:
+            x = x.detach()
         run = self._runs.get(slot)
         if run is None or run.shape != x.shape or run.dtype is not x.dtype:
             run = self._prepare(slot, x)
@@ -226,14 +224,14 @@ class Network:
         need_input : bool
             Also return the gradient of the input; None otherwise.
         """
-        return self._run(slot).chain.backward(dy, accumulate, need_input)
+        return self._run(slot).chain.backward(dy.detach(), accumulate, need_input)
 
     def backward_input(self, dy: Tensor, slot: Hashable = 0, need_input: bool = True) -> Tensor | None:
         """Run the input half (I): return the input's gradient and keep what `backward_weight` needs.
 
         With ``need_input=False`` (the first stage) the input's gradient is left out and None is returned.
         """
-        return self._run(slot).chain.backward_input(dy, need_input)
+        return self._run(slot).chain.backward_input(dy.detach(), need_input)
 
     def backward_weight(self, slot: Hashable = 0, accumulate: bool = False) -> None:
         """Run the weight half (W) of the microbatch in `slot`, after its input half."""
@@ -245,23 +243,41 @@ class Network:
             raise RuntimeError(f"backward of slot {slot!r} without a forward before it")
         return run
 
+    def check_inputs(self, x: Tensor) -> None:
+        """Refuse samples that the network cannot take; who runs it on others' data calls this once, before the start.
+
+        Parameters
+        ----------
+        x : Tensor, shape (samples, *input_shape)
+            Training or test samples, all of them: their shape, dtype and device are checked, and of tokens that each
+            is in the vocabulary (the whole one, also where this is a tensor rank's part). Targets are for `Loss.check`.
+
+        Raises
+        ------
+        ValueError, TypeError
+            With what is wrong, and what would be right.
+        """
+        check_form(x, self.input_shape, self.input_dtype, self.device)
+        self.layers[0].check(x)
+
+    @property
+    def least_rows(self) -> int:
+        """Samples that a microbatch must have in training, if any: 2 for batch norm of one value a channel and sample.
+
+        With statistics over data ranks it is the microbatch of all these together.
+        """
+        return max(layer.least_rows(s) for layer, s in self._placed())
+
     def _prepare(self, slot: Hashable, x: Tensor) -> _Run:
-        """Check an input and bind a chain for its shape."""
-        if tuple(x.shape[1:]) != self.input_shape or x.ndim == 0:
-            raise ValueError(f"the network takes inputs of shape {('rows', *self.input_shape)}, not {tuple(x.shape)}")
-        if x.dtype is not self.input_dtype:
-            raise TypeError(f"the network takes inputs of {self.input_dtype} and got inputs of {x.dtype}")
-        if x.device.type != self.device.type:
-            raise ValueError(f"the network is on {self.device} and got inputs on {x.device}")
-        run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
-        self._runs[slot] = run
+        """Check an input's form and bind a chain for its shape."""
+        check_form(x, self.input_shape, self.input_dtype, self.device)
+        self._runs[slot] = run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
         return run
 
     def site(self, rows: int) -> Site:
         """Return the site of the whole network for a batch of `rows`."""
         return Site(self._parameters, self._gradients, (rows, *self.input_shape), self.dtype, self.device,
-                    self._first_leaf, self.seed, buffers=self._buffers,
-                    added=self._added, skips=self._skips)  # fmt: skip
+                    self._first_leaf, self.seed, buffers=self._buffers, added=self._added, skips=self._skips)
 
     def release(self) -> None:
         """Drop the buffers of all slots."""
@@ -352,22 +368,22 @@ class Network:
         """Return a network with the same values in buffers of its own (on `device`, in `dtype`; float32 and bfloat16
         are laid out alike), without kept activations."""
         other = self.like(self.layers, self.loss, device, dtype=dtype)
-        other.flat_parameters.copy_(self.flat_parameters)
-        other.flat_gradients.copy_(self.flat_gradients)
-        other.flat_buffers.copy_(self.flat_buffers)
+        for flat, own in zip(other._flats(), self._flats(), strict=True):
+            flat.copy_(own)
         return other
+
+    def _flats(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.flat_parameters, self.flat_gradients, self.flat_buffers
 
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
         define = (self.layers, self.input_shape, self.loss, self.seed, self.dtype, self.device, self._first_leaf)
-        return {"define": define, "parameters": self.flat_parameters.cpu().numpy(),
-                "gradients": self.flat_gradients.cpu().numpy(), "buffers": self.flat_buffers.cpu().numpy()}  # fmt: skip
+        return {"define": define, "flats": [as_bytes(flat) for flat in self._flats()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._define(*state["define"])
-        self.flat_parameters.copy_(torch.from_numpy(state["parameters"]))
-        self.flat_gradients.copy_(torch.from_numpy(state["gradients"]))
-        self.flat_buffers.copy_(torch.from_numpy(state["buffers"]))
+        for flat, held in zip(self._flats(), state["flats"], strict=True):
+            flat.copy_(torch.from_numpy(held).view(self.dtype))
 
     # Describing.
 
@@ -378,12 +394,7 @@ class Network:
     def describe(self) -> str:
         """Return a short text, such as ``mlp 64-512-512-10, 301,066 parameters``."""
         count = sum(math.prod(self._parameter_shapes[i]) for i in set(self.owners))
-        small = (Linear, ReLU, Tanh, Sigmoid, GELU, Dropout)
-        if all(isinstance(layer, small) for layer in self.layers) and len(self.input_shape) == 1:
-            linear = [layer for layer in self.layers if isinstance(layer, Linear)]
-            sizes = [self.input_shape[0], *(layer.outputs for layer in linear)]
-            return f"mlp {'-'.join(map(str, sizes))}, {count:,} parameters"
-        return f"network of {len(self.layers)} layers, {count:,} parameters"
+        return f"{title(self.layers, self.input_shape)}, {count:,} parameters"
 
     def __repr__(self) -> str:
         return f"<Network: {self.describe()}>"

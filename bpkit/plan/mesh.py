@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from bpkit.given import whole_fields
+
 
 class Coordinate(NamedTuple):
     """Where a rank stands on the mesh."""
@@ -31,10 +33,7 @@ class Mesh:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("data", "pipeline", "tensor"):
-            size = getattr(self, axis)
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"the {axis} axis of a mesh needs at least 1 rank, not {size!r}")
+        whole_fields(self, "data", "pipeline", "tensor")
 
     @property
     def size(self) -> int:

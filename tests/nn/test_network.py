@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -86,6 +88,21 @@ def test_copy_and_pickle_keep_values_and_masks_and_share_nothing() -> None:
     again = pickle.loads(pickle.dumps(stage))
     assert torch.equal(stage.forward(y, context=here), again.forward(y, context=here))
     assert len(pickle.dumps(net)) < 3 * 8 * net.flat_size + 4000  # no buffers of slots
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, D])
+@pytest.mark.parametrize("make", [nn.Network.copy, copy.copy, copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))],
+                         ids=["own", "copy", "deepcopy", "pickle"])  # fmt: skip
+def test_every_dtype_is_copied_and_pickled(dtype: torch.dtype, make: Callable[[nn.Network], nn.Network]) -> None:
+    layers = [nn.Linear(6, 3), nn.BatchNorm(3), nn.Tanh(), nn.Linear(3, 4)]
+    net = nn.Network(layers, 6, dtype=dtype)
+    x, t = torch.randn(5, 6).to(dtype), torch.tensor([0, 1, 2, 3, 0])
+    by_hand(net, x, t)
+    other = make(net)
+    assert other.dtype is dtype and torch.equal(other.predict(x), net.predict(x))
+    for own, flat in zip(net._flats(), other._flats(), strict=True):
+        assert torch.equal(flat, own) and flat.dtype is dtype and flat.any() and flat.data_ptr() != own.data_ptr()
+    assert other.flat_parameters.data_ptr() % 64 == 0
 
 
 def test_load_takes_the_layout_of_torch() -> None:

@@ -1,9 +1,10 @@
 """The plan as a value: text, mesh, grid, and what does not fit."""
 
+import numpy as np
 import pytest
 
 import bpkit as bp
-from bpkit.plan import Action, Mesh, Plan, grid
+from bpkit.plan import Action, Mesh, Plan, data_parallel, grid
 from bpkit.plan.checker.hazards import hazards
 
 from .hand_written import PIPELINE_1F1B, plans
@@ -68,7 +69,7 @@ def test_mesh_ranks_and_groups():
     assert mesh.group(0, "data") == (0, 2)
     assert mesh.group(0, "pipeline") == (0, 4, 8)
     assert mesh.group(7, "data") == (5, 7)
-    with pytest.raises(ValueError, match="tensor axis of a mesh needs at least 1"):
+    with pytest.raises(ValueError, match="Mesh: tensor must be a whole number of at least 1"):
         Mesh(tensor=0)
 
 
@@ -97,3 +98,13 @@ def test_parts_that_do_not_overlap_do_not_wait():
     assert 0 in waits[2]
     assert waits[3] == ()
     assert set(waits[4]) >= {1, 2}
+
+
+def test_whole_numbers_of_numpy_are_taken() -> None:
+    two = np.int64(2)
+    plan = data_parallel(two, microbatches=two)
+    assert plan == data_parallel(2, microbatches=2) and "np" not in str(plan.name)
+    assert Plan.parse(str(plan)) == plan
+    for wrong in (2.0, True, "2", np.float64(2)):
+        with pytest.raises(ValueError, match="workers must be a whole number of at least 1"):
+            data_parallel(wrong)

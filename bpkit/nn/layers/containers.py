@@ -63,6 +63,12 @@ class Sequential(Layer):
     def produced(self, shape: Shape) -> list[int]:
         return produced(self.layers, output_shapes(self.layers, shape))
 
+    def check(self, x: Tensor) -> None:
+        self.layers[0].check(x)
+
+    def least_rows(self, shape: Shape) -> int:
+        return max(layer.least_rows(s) for layer, s in self._inner(shape))
+
     def cost(self, shape: Shape) -> StageCost:
         return StageCost.merge([layer.cost(s) for layer, s in self._inner(shape)])
 

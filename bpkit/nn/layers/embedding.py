@@ -61,6 +61,14 @@ class Embedding(_Normal):
         tokens, size = math.prod(shape), math.prod(self.parameter_shapes(shape)[0])
         return StageCost(tokens * self.width, 0, tokens * self.width, tokens, tokens * self.width, size)
 
+    def check(self, x: Tensor) -> None:
+        """Refuse tokens outside the vocabulary, of which `rows` may be a part."""
+        outside = (x < 0) | (x >= self.vocabulary)
+        if outside.any():
+            place = tuple(outside.nonzero()[0].tolist())
+            raise ValueError(f"token {int(x[place])} at position {place} is outside the vocabulary of {self!r}: tokens "
+                             f"run from 0 to {self.vocabulary - 1}")  # fmt: skip
+
     def at(self, site: Site) -> Pass:
         return _EmbeddingPass(self, site)
 
@@ -71,6 +79,7 @@ class Embedding(_Normal):
 
 class _EmbeddingPass(Pass):
     def __init__(self, layer: Embedding, site: Site) -> None:
+        self._check = layer.check
         self._low, self._high = layer.bounds
         self._part, self._width = layer.rows is not None, layer.width
         (self._weight,), (self._dweight,) = site.parameters, site.gradients
@@ -84,7 +93,11 @@ class _EmbeddingPass(Pass):
             self._outside = (self._tokens < self._low) | (self._tokens >= self._high)
             self._tokens = (self._tokens - self._low).masked_fill_(self._outside, 0)
         y = self._y.view(-1, self._width)
-        torch.index_select(self._weight, 0, self._tokens, out=y)
+        try:
+            torch.index_select(self._weight, 0, self._tokens, out=y)
+        except IndexError:
+            self._check(x)
+            raise
         if self._outside is not None:
             y.masked_fill_(self._outside.unsqueeze(1), 0.0)
         return self._y

@@ -135,6 +135,10 @@ class BatchNorm(_ChannelNorm):
         """Return running mean and running variance."""
         return self.initial(shape, torch.Generator())[::-1]
 
+    def least_rows(self, shape: Shape) -> int:
+        """Return 2 where a sample has one value a channel."""
+        return 2 if math.prod(shape[1:]) == 1 else 1
+
     def at(self, site: Site) -> Pass:
         return _BatchNormPass(self, site)
 
@@ -176,12 +180,21 @@ class _BatchNormPass(Pass):
         sums = torch.cat([*(v.sum((0, 2)) for v in values), count])
         if self._context.sum_over_data is not None:
             sums = self._context.sum_over_data(sums)
+            self._refuse_one(int(sums[-1]) if sums.is_cpu else 0)  # a GPU is not waited for
         self._count = sums[-1]
         means = sums[:-1] / self._count.clamp(min=1)
         return means.view(len(values), 1, -1, 1).unbind(0)
 
+    def _refuse_one(self, values: int) -> None:
+        if values == 1:
+            raise ValueError(f"layer {self._site.layer}, {self._layer!r}: expected more than 1 value per channel when "
+                             "training, and this microbatch has one, from which nothing is learned: give more samples "
+                             "to each rank and microbatch, or sync_batch_norm=True")  # fmt: skip
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._context, x = context, x.reshape(self._view)
+        if context.training and context.sum_over_data is None:
+            self._refuse_one(self._view[0] * self._view[2])
         mean, variance = (b.view(1, -1, 1) for b in self._site.buffers)
         if context.training:
             (mean,) = self._means(x)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Integral
 
 from bpkit.given import whole_number
 from bpkit.plan.action import Action
@@ -70,6 +71,8 @@ def data_parallel(workers: int, buckets: int | Sequence[int] = 1, merge: str = "
 def call_text(function: str, *args: int, **options: object) -> str:
     """The call that makes a plan, without the options that are at their defaults."""
     defaults = {"merge": "mean", "prefetch": True, "reshard": True, "recompute": False}
+    options = {key: int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+               for key, value in options.items()}  # NumPy's print otherwise
     words = [str(arg) for arg in args]
     words += [f"{key}={value!r}" for key, value in options.items() if value != defaults.get(key, 1)]
     return f"{function}({', '.join(words)})"
