@@ -383,7 +383,7 @@ class Network:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._define(*state["define"])
         for flat, held in zip(self._flats(), state["flats"], strict=True):
-            flat.copy_(torch.from_numpy(held).view(self.dtype))
+            flat.view(torch.uint8).copy_(torch.from_numpy(held))
 
     # Describing.
 
