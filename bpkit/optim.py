@@ -64,9 +64,22 @@ class cosine:
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """Return what gradients of global `norm` are multiplied by so that it is at most `max_norm`.
 
-    min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``, on the norm's device.
+    min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_``, on the norm's device; but of a norm that is
+    not finite NaN, where torch gives 0: a step that cannot be right must show, and not pass for one of size zero.
     """
-    return (max_norm / (norm + 1e-6)).clamp_(max=1.0)
+    return (max_norm / (norm + 1e-6)).clamp_(max=1.0).add_(norm * 0.0)
+
+
+def square_sum(flat: Tensor) -> Tensor:
+    """Return the sum of squares (0-d, float64), also where squares, but not elements, are beyond a float32.
+
+    On the CPU in one pass over memory, and another one only where the first overflowed.
+    """
+    if flat.is_cpu:
+        total = torch.dot(flat, flat).double()
+        if math.isfinite(total):
+            return total
+    return torch.linalg.vector_norm(flat, dtype=torch.float64).square_()
 
 
 class Optimizer:

@@ -107,6 +107,25 @@ def test_clipping_equals_torch() -> None:
         assert torch.allclose(g * optim.clip_factor(norm, limit), leaf.grad, rtol=1e-12)
 
 
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e20, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_squares_beyond_a_float32_are_summed(size: float, dtype: torch.dtype) -> None:
+    flat = torch.randn(1000).clamp(-1, 1).to(dtype) * size
+    found = optim.square_sum(flat)
+    assert found.dtype is D and found.ndim == 0
+    if size > 1e-30:  # whose squares count for nothing in float32, and are not clipped
+        assert math.isclose(found, float(flat.double().square().sum()), rel_tol=1e-5)
+        clipped = flat * optim.clip_factor(found.sqrt(), 1.0)
+        assert clipped.dtype is dtype and math.isclose(clipped.double().norm(), 1.0, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_norm_that_is_not_finite_is_no_step_of_zero(bad: float) -> None:
+    flat = torch.tensor([1.0, bad, 2.0])
+    assert not optim.square_sum(flat).isfinite()
+    assert (flat * optim.clip_factor(optim.square_sum(flat).sqrt(), 1.0)).isnan().all()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [

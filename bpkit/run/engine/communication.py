@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from bpkit.optim import square_sum
 from bpkit.plan.action import Action, Buffer, buffer
 from bpkit.run.engine.compression import reducer
 from bpkit.run.engine.host import Runner, StepData
@@ -100,7 +101,7 @@ class Communication:
         def norm() -> Handle | None:
             for stage in buffers.stages:
                 buffers.clean(stage)
-            parts = [torch.dot(g, g if mask is None else g * mask) / times for g, mask, times in gradients]
+            parts = [square_sum(g if mask is None else g * mask) / times for g, mask, times in gradients]
             squares.copy_(torch.stack(parts).sum())
             return buffers.groups.world.post_all_reduce(squares) if summed else None
 

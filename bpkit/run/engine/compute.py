@@ -200,4 +200,4 @@ class Verbs(Communication):
         clip = self.buffers.optimizer.clip
         if clip is None:
             return gradient
-        return gradient * clip_factor(self.buffers.squares.sqrt() * self.step.scale, clip)
+        return gradient * clip_factor(self.buffers.squares[0].sqrt() * self.step.scale, clip)
