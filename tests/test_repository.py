@@ -17,8 +17,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 # From the ground up; a room imports only from floors below its own, or from within itself.
 FLOORS = [
-    {"lazy", "given"}, {"nn", "optim", "data", "compress"}, {"plan"}, {"trace"}, {"run", "simulate"}, {"measure"},
-    {"show"}, {"course"},
+    {"lazy", "given", "description"}, {"nn", "optim", "data", "compress"}, {"plan"}, {"trace"}, {"run", "simulate"},
+    {"measure"}, {"show"}, {"course"},
 ]  # fmt: skip
 LONGEST_FILE = 400
 # Code lines (without blank lines, comments and docstrings) that may stand in rooms together.
@@ -249,10 +249,48 @@ def test_import_loads_torch_and_numpy_only() -> None:
     banned = ["matplotlib", "IPython", "ipykernel", "ipywidgets", "anywidget", "cloudpickle", "tqdm", "traitlets",
               "pandas", "sklearn", "jupyter_client"]
     script = "import sys, json; import torch, numpy; before = set(sys.modules); import bpkit; " \
+             "[getattr(bpkit, name) for name in set(bpkit.__all__) - {'course', 'exercises'}]; " \
              "print(json.dumps(sorted({name.split('.')[0] for name in set(sys.modules) - before})))"
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert sorted(set(json.loads(run.stdout)) & set(banned)) == []
+
+
+def test_plans_and_descriptions_import_the_standard_library_alone() -> None:
+    """So the checker also runs where there is no torch: in a browser."""
+    files = tracked("bpkit/plan/*.py", "bpkit/description/*.py", "bpkit/lazy.py", "bpkit/given.py", "bpkit/__init__.py")
+    allowed = {*sys.stdlib_module_names, "bpkit"}
+    found = {(str(path.relative_to(ROOT)), top) for path in files for node in ast.walk(ast.parse(path.read_text()))
+             for top in ([alias.name.split(".")[0] for alias in node.names] if isinstance(node, ast.Import)
+                         else [(node.module or "").split(".")[0]] if isinstance(node, ast.ImportFrom) else [])}
+    assert {(path, top) for path, top in found if top not in allowed} == {("bpkit/plan/interchange.py", "torch")}
+    script = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "numpy"):
+            raise ModuleNotFoundError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+from bpkit.description import Description, layers
+from bpkit.plan import Plan, check, compile, one_f_one_b
+
+plan = one_f_one_b(8, 32)
+check(plan)
+described = Description((layers.Linear(64, 64), layers.ReLU()) * 8, (64,))
+print(compile(plan, described).sizes)
+row = list(plan.rows[3])
+row.remove(next(action for action in row if action.kind == "SEND_F"))
+try:
+    check(Plan.parse(str(plan.with_rows([*map(list, plan.rows[:3]), row, *map(list, plan.rows[4:])]))))
+except ValueError as error:
+    print(error)
+assert not {"torch", "numpy"} & set(sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f"{(64 * 64 + 64,) * 8}") and ">>" in run.stdout and "row 7" in run.stdout
 
 
 # Chapters

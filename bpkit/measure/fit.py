@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from bpkit.plan import Plan
 from bpkit.plan.messages import messages
@@ -88,5 +87,5 @@ def collective_time(plan: Plan, size_bytes: int, fit: AlphaBeta) -> float:
         Size of each rank's buffer.
     fit : AlphaBeta
     """
-    program = compile_collective(plan, size_bytes, torch.uint8)
+    program = compile_collective(plan, size_bytes, 1)
     return max((m.end for m in messages(program, lambda source, to, size: fit.predicted(size))), default=0.0)

@@ -1,6 +1,7 @@
 """Layers, losses and networks with hand-written forward and backward; no autograd outside `gradcheck`."""
 
-from bpkit.nn.costs import StageCost, balanced_cuts
+from bpkit.description.costs import StageCost, balanced_cuts
+from bpkit.description.tensor import TensorLayout, tensor_layout
 from bpkit.nn.gradcheck import GradCheck, gradcheck
 from bpkit.nn.layer import Context, Layer, Pass, Site
 from bpkit.nn.layers.attention import Attention, Heads, block
@@ -13,7 +14,7 @@ from bpkit.nn.layers.normalisation import BatchNorm, GroupNorm, LayerNorm
 from bpkit.nn.losses import MSE, CrossEntropy, Loss, VocabularyCrossEntropy
 from bpkit.nn.models import convnet, gpt, mlp
 from bpkit.nn.network import Network
-from bpkit.nn.tensor import TensorLayout, merge, shard, tensor_layout
+from bpkit.nn.tensor import merge, shard
 
 __all__ = ["GELU", "MSE", "AddSkip", "Attention", "AveragePool2d", "BatchNorm", "Context", "Conv2d", "CrossEntropy",
            "Dropout", "Embedding", "Flatten", "GradCheck", "GroupNorm", "Heads", "Layer", "LayerNorm", "Linear", "Loss",

@@ -7,17 +7,16 @@ The input half carries the gradient to the layer below, the weight half gives th
 A `Chain` is a pass made of passes; a network's forward and backward are a chain's.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost
-
-Shape = tuple[int, ...]
+from bpkit.description import layers as description
+from bpkit.description.flat import Shape
+from bpkit.description.layers import output_shapes, spans
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Pass:
         """Write (or add, with `accumulate`) the gradients of the parameters."""
 
 
-class Layer:
+class Layer(description.Layer):
     """Base of all layers. Subclasses are frozen dataclasses of hyperparameters.
 
     A layer with parameters overrides `parameter_shapes` and `initial`; every layer overrides `at`, `cost` and
@@ -104,36 +103,15 @@ class Layer:
 
     keeps_output: bool = False
     fresh_gradient: bool = True
-    leaves: int = 1
     input_dtype: torch.dtype | None = None
-
-    def output_shape(self, shape: Shape) -> Shape:
-        """Return the shape of one output sample for input samples of `shape`; ValueError if it can't be."""
-        return shape
-
-    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        """Return the shapes of the parameters, in the order weight, bias."""
-        return ()
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw initial parameters in float64 on the CPU."""
         return []
 
     def buffers(self, shape: Shape) -> list[Tensor]:
-        """Return the first values, in float64, of what is kept but not trained."""
+        """Return the first values, in float64, of what is kept but not trained, of `buffer_shapes`."""
         return []
-
-    def ties(self, shape: Shape) -> tuple[str, ...]:
-        """Return a name for each parameter: parameters of one name (not "") are one tensor."""
-        return ("",) * len(self.parameter_shapes(shape))
-
-    def partial(self, shape: Shape) -> tuple[bool, ...]:
-        """Say of each parameter's gradient whether it is only a tensor rank's share, to be summed over them."""
-        return (False,) * len(self.parameter_shapes(shape))
-
-    def produced(self, shape: Shape) -> list[int]:
-        """Return the indices of the parameters in the order in which backward produces their gradients."""
-        return list(range(len(self.parameter_shapes(shape))))
 
     def check(self, x: Tensor) -> None:
         """Refuse, as the first layer, inputs whose values it cannot take (ValueError); their form fits already."""
@@ -141,10 +119,6 @@ class Layer:
     def least_rows(self, shape: Shape) -> int:
         """Return how many samples of `shape` training takes at least, where it has any."""
         return 1
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Return FLOPs, edges and parameters for one sample of `shape`."""
-        raise NotImplementedError
 
     def at(self, site: Site) -> Pass:
         """Bind the layer to a site."""
@@ -155,33 +129,8 @@ class Layer:
         raise NotImplementedError
 
 
-class Elementwise(Layer):
+class Elementwise(description.Elementwise, Layer):
     """A layer without parameters that treats each element alone."""
-
-    flops: ClassVar[int] = 1  # a forward element, and a backward one, each counted as one operation
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count `flops` for each element, forward and backward; there is no weight half."""
-        size = math.prod(shape)
-        return StageCost(self.flops * size, self.flops * size, 0, size, size, 0)
-
-
-def output_shapes(layers: Sequence[Layer], shape: Shape) -> list[Shape]:
-    """Return the shape in front of each layer and, last, the output's.
-
-    Raises
-    ------
-    ValueError
-        Where two layers do not fit: it names both and both shapes.
-    """
-    shapes = [shape]
-    for i, layer in enumerate(layers):
-        try:
-            shapes.append(tuple(layer.output_shape(shapes[-1])))
-        except ValueError as error:
-            source = f"layer {i - 1} ({layers[i - 1]!r}) gives" if i else "the network's input has"
-            raise ValueError(f"{source} samples of shape {shapes[-1]}, but layer {i}: {error}") from None
-    return shapes
 
 
 def put_sum(gradient: Tensor, values: Tensor, over: int | tuple[int, ...], accumulate: bool) -> None:
@@ -192,27 +141,11 @@ def put_sum(gradient: Tensor, values: Tensor, over: int | tuple[int, ...], accum
         torch.sum(values, over, out=gradient)
 
 
-def spans(counts: Sequence[int]) -> Iterator[slice]:
-    """Yield consecutive slices of the given lengths."""
-    start = 0
-    for count in counts:
-        yield slice(start, start + count)
-        start += count
-
-
-def produced(layers: Sequence[Layer], shapes: Sequence[Shape]) -> list[int]:
-    """Return the parameter indices of layers in a chain, given the shapes in front of them, in the order of their
-    gradients: last layer first."""
-    orders = [layer.produced(s) for layer, s in zip(layers, shapes, strict=False)]
-    places = list(spans([len(order) for order in orders]))
-    return [place.start + i for order, place in zip(orders[::-1], places[::-1], strict=True) for i in order]
-
-
 def sites(layers: Sequence[Layer], site: Site) -> list[Site]:
     """Return one site for each layer of a chain that works at `site`."""
     shapes = output_shapes(layers, site.shape[1:])
     counts = [len(layer.parameter_shapes(s)) for layer, s in zip(layers, shapes, strict=False)]
-    kept = spans([len(layer.buffers(s)) for layer, s in zip(layers, shapes, strict=False)])
+    kept = spans([len(layer.buffer_shapes(s)) for layer, s in zip(layers, shapes, strict=False)])
     result, leaf = [], site.layer
     for i, (layer, span, own) in enumerate(zip(layers, spans(counts), kept, strict=True)):
         reuse_input = not layers[i - 1].keeps_output if i else site.reuse_input

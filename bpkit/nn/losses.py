@@ -6,16 +6,19 @@ global batch (`terms`), whatever the number of workers and microbatches.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpkit.nn.layer import Shape
+from bpkit.description.flat import Shape
 
 
 class Loss:
-    """Base of all losses; subclasses are frozen and hold options only."""
+    """Base of all losses; subclasses are frozen and hold options only. `name` stands in a network's description."""
+
+    name: ClassVar[str] = ""
 
     def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sum of the loss terms (0-d) and its gradient with respect to `y`."""
@@ -60,6 +63,7 @@ class CrossEntropy(Loss):
     """
 
     ignore_index: int = -100
+    name = "cross_entropy"
 
     def __post_init__(self) -> None:
         if self.ignore_index >= 0:
@@ -173,6 +177,8 @@ class MSE(Loss):
         if y.shape != targets.shape or not targets.is_floating_point():
             self._refuse(y, targets)
         return targets.to(y.dtype)
+
+    name = "mse"
 
     def value_and_gradient(self, y: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         difference = y - self._fitted(y, targets)

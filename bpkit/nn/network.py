@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import accumulate as running_sums
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost, balanced_cuts
-from bpkit.nn.flat import added, aligned, as_bytes, check_flat, lay_out, owners, views
-from bpkit.nn.layer import START, Chain, Context, Layer, Shape, Site, output_shapes, produced
-from bpkit.nn.layers.containers import Sequential, opened
+from bpkit.description.costs import StageCost, balanced_cuts
+from bpkit.description.flat import Shape
+from bpkit.description.network import Description
+from bpkit.nn.flat import aligned, as_bytes, check_flat, views
+from bpkit.nn.layer import START, Chain, Context, Layer, Site
 from bpkit.nn.losses import Loss, make_loss
-from bpkit.nn.words import check_form, title
+from bpkit.nn.words import check_form
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Network:
         multiple of 64 bytes; the padding in between is zero.
     flat_size : int
         Elements of a flat buffer, padding included.
+    description : bpkit.description.Description
+        The network without a number in it.
     flat_buffers : Tensor
         What is kept but not trained, such as batch norm's running statistics.
     input_dtype : torch.dtype
@@ -72,40 +75,36 @@ class Network:
     def __init__(self, layers: Sequence[Layer], input_shape: int | Sequence[int], *, loss: str | Loss = "cross_entropy",
                  seed: int = 0, dtype: torch.dtype = torch.float32,
                  device: str | torch.device = "cpu") -> None:  # fmt: skip
+        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise TypeError(f"a network computes in torch.float32, torch.float64 or torch.bfloat16, not {dtype}")
+        for i, layer in enumerate(layers):
+            if not isinstance(layer, Layer):
+                raise TypeError(f"layer {i} is {layer!r}, not a bp.nn layer")
         shape = (input_shape,) if isinstance(input_shape, int) else tuple(int(n) for n in input_shape)
-        self._define(tuple(layers), shape, make_loss(loss), seed, dtype, torch.device(device), 0)
+        made = make_loss(loss)
+        description = Description(tuple(layers), shape, made.name, _name(dtype))
+        description.skips()  # refuses those with one end
+        self._define(description, made, seed, torch.device(device))
         generator = torch.Generator().manual_seed(seed)
         drawn = [p for layer, s in self._placed() for p in layer.initial(s, generator)]
         self.load([drawn[i] for i in self.owners])
 
-    def _define(self, layers: tuple[Layer, ...], input_shape: Shape, loss: Loss, seed: int, dtype: torch.dtype,
-                device: torch.device, first_leaf: int, shapes: list[Shape] | None = None) -> None:  # fmt: skip
-        """Check, lay out and allocate; parameters are zero afterwards."""
-        if dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise TypeError(f"a network computes in torch.float32, torch.float64 or torch.bfloat16, not {dtype}")
-        if not layers:
-            raise ValueError("a network needs at least one layer")
-        for i, layer in enumerate(layers):
-            if not isinstance(layer, Layer):
-                raise TypeError(f"layer {i} is {layer!r}, not a bp.nn layer")
-        self.layers, self.input_shape, self.loss = layers, input_shape, loss
-        self.seed, self.dtype, self.device, self._first_leaf = seed, dtype, device, first_leaf
-        self.shapes = output_shapes(layers, input_shape) if shapes is None else shapes
-        self.output_shape = self.shapes[-1]
-        self.input_dtype = layers[0].input_dtype or dtype
-        self._parameter_shapes = [p for layer, s in self._placed() for p in layer.parameter_shapes(s)]
-        self._names = [name for layer, s in self._placed() for name in layer.ties(s)]
-        self.owners = owners(self._names, self._parameter_shapes)
-        order = produced(layers, self.shapes)
-        self._added = added(order, self.owners)
-        self._offsets, self.flat_size = lay_out(order, self.owners, self._parameter_shapes, max(4, dtype.itemsize))
+    def _define(self, description: Description, loss: Loss, seed: int, device: torch.device) -> None:
+        """Allocate what is described; parameters are zero afterwards."""
+        self.description, self.loss, self.seed, self.device = description, loss, seed, device
+        self.layers, self.input_shape = cast("tuple[Layer, ...]", description.layers), description.input_shape
+        self.dtype: torch.dtype = getattr(torch, description.dtype)
+        self.shapes, self.output_shape = description.shapes, description.output_shape
+        self.flat_size = description.flat_size
+        self.input_dtype = self.layers[0].input_dtype or self.dtype
+        self.owners = [parameter.owner for parameter in description.parameters]
         self._runs: dict[Hashable, _Run] = {}
         self._skips: dict[tuple[str, int, int], Tensor] = {}
-        self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, dtype, device) for _ in range(2))
-        kept = [b for layer, s in self._placed() for b in layer.buffers(s)]
-        self.flat_buffers = torch.cat([torch.zeros(0), *(b.flatten() for b in kept)]).to(device, dtype)
-        parts = self.flat_buffers.split([b.numel() for b in kept]) if kept else ()
-        self._buffers = tuple(part.view(b.shape) for part, b in zip(parts, kept, strict=True))
+        self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, self.dtype, device) for _ in range(2))
+        kept, shapes = [b for layer, s in self._placed() for b in layer.buffers(s)], description.buffer_shapes
+        self.flat_buffers = torch.cat([torch.zeros(0), *(b.flatten() for b in kept)]).to(device, self.dtype)
+        parts = self.flat_buffers.split(list(map(math.prod, shapes))) if shapes else ()
+        self._buffers = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
         self._make_views()
 
     def _placed(self) -> Iterator[tuple[Layer, Shape]]:
@@ -113,7 +112,8 @@ class Network:
 
     def _make_views(self) -> None:
         flats = (self.flat_parameters, self.flat_gradients)
-        self._parameters, self._gradients = (views(flat, self._offsets, self._parameter_shapes) for flat in flats)
+        offsets, shapes = ([getattr(p, what) for p in self.description.parameters] for what in ("offset", "shape"))
+        self._parameters, self._gradients = (views(flat, offsets, shapes) for flat in flats)
         self._runs.clear()  # their passes hold the old views
 
     # Tensors.
@@ -133,13 +133,12 @@ class Network:
     @property
     def ties(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Pairs of (layer, number among its parameters) that are one tensor."""
-        places = [(i, j) for i, (layer, s) in enumerate(self._placed()) for j in range(len(layer.parameter_shapes(s)))]
-        return [(places[own], places[i]) for i, own in enumerate(self.owners) if i != own]
+        found = self.description.parameters
+        return [(found[p.owner][:2], p[:2]) for i, p in enumerate(found) if p.owner != i]
 
     def tied_slices(self) -> dict[str, slice]:
         """Return where each parameter with a name lies in the flat buffers; other stages may hold copies of it."""
-        parts = zip(self._names, self._offsets, self._parameter_shapes, strict=True)
-        return {name: slice(start, start + math.prod(shape)) for name, start, shape in parts if name}
+        return self.description.tied_slices()
 
     def shares(self) -> list[Tensor]:
         """Return flat views of the gradients that are only a tensor rank's share: to be summed over the ranks."""
@@ -277,7 +276,8 @@ class Network:
     def site(self, rows: int) -> Site:
         """Return the site of the whole network for a batch of `rows`."""
         return Site(self._parameters, self._gradients, (rows, *self.input_shape), self.dtype, self.device,
-                    self._first_leaf, self.seed, buffers=self._buffers, added=self._added, skips=self._skips)
+                    self.description.first_leaf, self.seed, buffers=self._buffers,
+                    added=tuple(p.added for p in self.description.parameters), skips=self._skips)  # fmt: skip
 
     def release(self) -> None:
         """Drop the buffers of all slots."""
@@ -319,36 +319,26 @@ class Network:
         ValueError
             If the network cannot be cut so.
         """
-        n = len(self.layers)
         if isinstance(stages, int):
-            cuts = balanced_cuts([cost.total for cost in self.costs()], stages)
-        else:
-            cuts = list(stages)
-            if any(b <= a for a, b in zip([0, *cuts], [*cuts, n], strict=True)):
-                raise ValueError(f"cuts of {n} layers increase strictly from 1 to {n - 1}, not {cuts}")
-        return tuple(self._stage(a, b) for a, b in zip([0, *cuts], [*cuts, n], strict=True))
+            stages = balanced_cuts([cost.total for cost in self.costs()], stages)
+        bounds = (0, *self.description.checked(stages), len(self.layers))
+        return tuple(self._stage(a, b) for a, b in pairwise(bounds))
 
     def _stage(self, start: int, stop: int) -> Network:
         """Return layers `start` to `stop` as a network of their own."""
-        placed = list(self._placed())
-        counts = list(running_sums((len(la.parameter_shapes(s)) for la, s in placed), initial=0))
-        leaf = self._first_leaf + sum(layer.leaves for layer in self.layers[:start])
-        stage = Network.__new__(Network)
-        stage._define(self.layers[start:stop], self.shapes[start], self.loss, self.seed, self.dtype, self.device, leaf)
-        stage.load(self._parameters[counts[start] : counts[stop]])
-        kept = [sum(b.numel() for la, s in run for b in la.buffers(s)) for run in (placed[:start], placed[:stop])]
+        stage = self.like(self.description.part(start, stop), self.loss)
+        held = zip(self._parameters, self.description.parameters, strict=True)
+        stage.load([tensor for tensor, place in held if start <= place.layer < stop])
+        kept = [sum(math.prod(b) for la, s in run for b in la.buffer_shapes(s))
+                for run in (list(self._placed())[:start], list(self._placed())[:stop])]  # fmt: skip
         stage.flat_buffers.copy_(self.flat_buffers[kept[0] : kept[1]])
         stage._skips = self._skips
         return stage
 
-    def like(self, layers: tuple[Layer, ...], loss: Loss, device: str | torch.device | None = None,
-             shapes: list[Shape] | None = None, dtype: torch.dtype | None = None) -> Network:  # fmt: skip
-        """Return a network of these layers at the same place in its whole, its parameters zero.
-
-        `shapes`, in front of each layer and behind the last, are given where they do not follow from each other.
-        """
-        other, at = Network.__new__(Network), torch.device(device or self.device)
-        other._define(layers, self.input_shape, loss, self.seed, dtype or self.dtype, at, self._first_leaf, shapes)
+    def like(self, description: Description, loss: Loss, device: str | torch.device | None = None) -> Network:
+        """Return a network of this description, with this one's seed and on its device, its parameters zero."""
+        other = Network.__new__(Network)
+        other._define(description, loss, self.seed, torch.device(device or self.device))
         return other
 
     def opened(self) -> Network:
@@ -357,9 +347,9 @@ class Network:
         It computes the same, dropout masks included, and its `parameters` are the same in the same order. Stages must
         run together in one process where a skip goes from one to another.
         """
-        if not any(isinstance(layer, Sequential) for layer in self.layers):
+        if self.description.is_open:
             return self
-        other = self.like(tuple(opened(self.layers)), self.loss)
+        other = self.like(self.description.opened(), self.loss)
         other.load(self.parameters())
         other.flat_buffers.copy_(self.flat_buffers)
         return other
@@ -367,7 +357,7 @@ class Network:
     def copy(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Network:
         """Return a network with the same values in buffers of its own (on `device`, in `dtype`; float32 and bfloat16
         are laid out alike), without kept activations."""
-        other = self.like(self.layers, self.loss, device, dtype=dtype)
+        other = self.like(replace(self.description, dtype=_name(dtype or self.dtype)), self.loss, device)
         for flat, own in zip(other._flats(), self._flats(), strict=True):
             flat.copy_(own)
         return other
@@ -377,7 +367,7 @@ class Network:
 
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
-        define = (self.layers, self.input_shape, self.loss, self.seed, self.dtype, self.device, self._first_leaf)
+        define = (self.description, self.loss, self.seed, self.device)
         return {"define": define, "flats": [as_bytes(flat) for flat in self._flats()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -389,12 +379,16 @@ class Network:
 
     def costs(self) -> tuple[StageCost, ...]:
         """Return the cost of each layer for one sample."""
-        return tuple(layer.cost(shape) for layer, shape in self._placed())
+        return self.description.costs()
 
     def describe(self) -> str:
         """Return a short text, such as ``mlp 64-512-512-10, 301,066 parameters``."""
-        count = sum(math.prod(self._parameter_shapes[i]) for i in set(self.owners))
-        return f"{title(self.layers, self.input_shape)}, {count:,} parameters"
+        return self.description.text
 
     def __repr__(self) -> str:
         return f"<Network: {self.describe()}>"
+
+
+def _name(dtype: torch.dtype) -> str:
+    """A dtype's name in a description."""
+    return str(dtype).removeprefix("torch.")

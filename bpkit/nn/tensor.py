@@ -1,260 +1,26 @@
 """Tensor parallelism: the network of one tensor rank, and the whole from the ranks' parts.
 
-A product x W^T is split by the rows of W (by columns of the mathematicians' W^T: each rank has some outputs), the next
-one by its columns (each rank has some inputs), so that two products need one sum over the ranks forward and one
-backward (Shoeybi et al. 2019, arXiv:1909.08053, section 3). The sum over the ranks of the shards' outputs, given the
-whole input, is the whole's output; the sum of their input gradients, given the whole output gradient, is the whole's.
-So the second bias belongs to rank 0 alone. What stands between such pairs (norms, dropout, skips) every rank computes
-whole; or, with sequence parallelism, for its own tokens only (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2).
+How a network is split `bpkit.description.tensor` says; here its tensors are.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from bpkit.nn.layer import Elementwise, Layer, Shape, output_shapes
-from bpkit.nn.layers.attention import Heads
-from bpkit.nn.layers.containers import AddSkip, StashSkip
-from bpkit.nn.layers.dropout import Dropout
-from bpkit.nn.layers.embedding import Embedding, Positions
-from bpkit.nn.layers.linear import Linear
-from bpkit.nn.layers.normalisation import LayerNorm
+from bpkit.description import tensor as description
+from bpkit.description.flat import Shape, part_bounds
+from bpkit.description.layers import Layer
+from bpkit.description.tensor import NONE, Piece, cut, tensor_layout
 from bpkit.nn.losses import CrossEntropy, VocabularyCrossEntropy
 from bpkit.nn.network import Network
 
-Range = tuple[int, int]
 
-
-@dataclass(frozen=True)
-class Piece:
-    """What a tensor rank holds of a parameter: these ranges along `dim`, or nothing, or (None) all of it."""
-
-    ranges: tuple[Range, ...] | None = None
-    dim: int = 0
-
-    def index(self, shape: Shape) -> Tensor:
-        """Return the places along `dim`."""
-        ranges = ((0, shape[self.dim]),) if self.ranges is None else self.ranges
-        return torch.cat([torch.arange(low, high) for low, high in ranges] or [torch.arange(0)])
-
-
-Cut = tuple[Layer, list[Piece]]
-ALL, NONE = Piece(), Piece(())
-#: Layers that treat each token alone and whose parameters, if any, know how to be shared or cut by tokens.
-BY_TOKEN = (Elementwise, LayerNorm, Positions, StashSkip, AddSkip)
-
-
-def _part(size: int, index: int, of: int, what: str) -> Range:
-    if size < of:
-        raise ValueError(f"{what} {size} cannot be divided among {of} tensor ranks")
-    return index * size // of, (index + 1) * size // of
-
-
-def _first(layer: Linear, index: int, of: int, behind: Sequence[Layer]) -> Cut:
-    """A product of which each rank has some outputs; in front of `Heads` those of whole heads, of q, k and v."""
-    heads = next((la.heads for la in behind[:1] if isinstance(la, Heads)), 0)
-    if not heads:
-        ranges = [_part(layer.outputs, index, of, "a width of")]
-    else:
-        if heads % of:
-            raise ValueError(f"{heads} heads cannot be divided among {of} tensor ranks")
-        third, part = layer.outputs // 3, layer.outputs // (3 * of)
-        ranges = [(i * third + index * part, i * third + (index + 1) * part) for i in range(3)]
-    piece = Piece(tuple(ranges))
-    return replace(layer, outputs=sum(high - low for low, high in ranges)), [piece] * (1 + layer.bias)
-
-
-def _second(layer: Linear, index: int, of: int) -> Cut:
-    """A product of which each rank has some inputs; the bias is rank 0's."""
-    low, high = _part(layer.inputs, index, of, "a width of")
-    bias = [ALL if index == 0 else NONE] * layer.bias
-    return replace(layer, inputs=high - low, bias=layer.bias and index == 0), [Piece(((low, high),), 1), *bias]
-
-
-def _pairs(layers: Sequence[Layer]) -> list[Range]:
-    """Return the bounds [first, second] of each product-then-product with elementwise layers or heads between."""
-    found, start = [], None
-    for i, layer in enumerate(layers):
-        if isinstance(layer, Linear):
-            if start is None:
-                start = i
-            else:
-                found.append((start, i))
-                start = None
-        elif not isinstance(layer, Elementwise | Heads):
-            start = None
-    return found
-
-
-def _by_token(layer: Layer, shape: Shape, index: int, of: int) -> Cut:
-    """A layer for this rank's tokens only."""
-    own = shape[0] // of
-    if isinstance(layer, Positions):
-        return replace(layer, length=own), [Piece(((index * own, (index + 1) * own),))]
-    if isinstance(layer, LayerNorm):
-        return replace(layer, shared=True), [ALL, ALL]
-    if isinstance(layer, Dropout):
-        return replace(layer, start=index * own * shape[1]), []
-    return layer, []
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """Where a network is cut for the tensor axis: what `bpkit.plan.tensor_parallel` asks for.
-
-    Parameters
-    ----------
-    cuts : tuple of int
-        Layers at which stages 1, 2, ... start, of the network with its containers opened (`Network.opened`).
-    partial_outputs, partial_inputs : tuple of int
-        Stages whose output (gradient of input) is to be summed over the tensor ranks.
-    own_tokens : tuple of int
-        Stages that each tensor rank computes for its own tokens only (sequence parallelism).
-    skips : tuple of pairs of int
-        Stages at which a skip connection starts and ends, which must stand on one rank.
-    costs : tuple of int
-        FLOPs of each stage's F, I and W a sample.
-    vocabulary : bool
-        The last stage gives each rank's scores of its classes only, for `VocabularyCrossEntropy`.
-    """
-
-    cuts: tuple[int, ...]
-    partial_outputs: tuple[int, ...]
-    partial_inputs: tuple[int, ...]
-    own_tokens: tuple[int, ...]
-    skips: tuple[tuple[int, int], ...]
-    costs: tuple[int, ...]
-    vocabulary: bool
-
-    def joined(self, cuts: Collection[int]) -> TensorLayout:
-        """Return the layout with fewer cuts: between two stages that are not split only those in `cuts` stay."""
-        split = {*self.partial_outputs, *self.partial_inputs}
-        stays = [i in split or i - 1 in split or cut in cuts for i, cut in enumerate(self.cuts, 1)]
-        number = [0, *accumulate(map(int, stays))]  # of the joined stage, for each stage
-
-        def joined(stages: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(sorted({number[stage] for stage in stages}))
-
-        ends = sorted({(number[start], number[end]) for start, end in self.skips})
-        costs = [sum(c for n, c in zip(number, self.costs, strict=True) if n == i) for i in range(number[-1] + 1)]
-        return TensorLayout(tuple(cut for cut, stay in zip(self.cuts, stays, strict=True) if stay),
-                            joined(self.partial_outputs), joined(self.partial_inputs), joined(self.own_tokens),
-                            tuple((start, end) for start, end in ends if start < end), tuple(costs),
-                            self.vocabulary)  # fmt: skip
-
-
-Group = tuple[str, int, int]
-
-
-def _groups(network: Network, sequence: bool) -> list[Group]:
-    """Return (kind, start, stop) of runs of layers: "vocabulary", "pair" or "classes", which are split over the ranks,
-    "whole" (every rank has all), or "tokens" (each rank has its own)."""
-    layers, n, i = network.layers, len(network.layers), 0
-    result: list[Group] = []
-    pairs = dict(_pairs(layers))
-    scores = isinstance(layers[-1], Linear) and n - 1 not in pairs.values() and isinstance(network.loss, CrossEntropy)
-    while i < n:
-        kind, stop = "whole", i + 1
-        if i == n - 1 and scores:
-            kind = "classes"
-        elif isinstance(layers[i], Embedding):
-            kind = "vocabulary"
-        elif i in pairs:
-            kind, stop = "pair", pairs[i] + 1
-        between_skips = isinstance(layers[i], StashSkip) and i > 0 and isinstance(layers[i - 1], AddSkip)
-        if kind == "whole" and result and result[-1][0] == "whole" and not between_skips:  # there a pipeline may be cut
-            result[-1] = ("whole", result[-1][1], stop)
-        else:
-            result.append((kind, i, stop))
-        i = stop
-    return [_of_tokens(network, result, i) for i in range(len(result))] if sequence else result
-
-
-def _of_tokens(network: Network, groups: list[Group], index: int) -> Group:
-    """Make a group one of own tokens, where all between two split groups treats each token alone."""
-    low = high = index
-    while low >= 0 and groups[low][0] == "whole":
-        low -= 1
-    while high < len(groups) and groups[high][0] == "whole":
-        high += 1
-    kind, start, stop = groups[index]
-    if kind != "whole" or low < 0 or high == len(groups):
-        return groups[index]
-    between = range(groups[low][2], groups[high][1])
-    alone = all(isinstance(network.layers[i], BY_TOKEN) and len(network.shapes[i]) == 2 for i in between)
-    return ("tokens" if alone else "whole", start, stop)
-
-
-def tensor_layout(network: Network, sequence: bool = False) -> TensorLayout:
-    """Return where a network is cut for the tensor axis, for any number of ranks.
-
-    Parameters
-    ----------
-    network : Network
-    sequence : bool
-        Sequence parallelism: what stands between split products each rank computes for its own tokens only.
-
-    Raises
-    ------
-    ValueError
-        If `sequence` finds nothing that could be computed token by token.
-    """
-    network = network.opened()
-    groups, costs = _groups(network, sequence), [cost.total for cost in network.costs()]
-    if sequence and not any(kind == "tokens" for kind, _, _ in groups):
-        raise ValueError("sequence=True asks for layers that treat each token alone between split products, and "
-                         f"{network!r} has none")  # fmt: skip
-    kinds = [kind for kind, _, _ in groups]
-
-    def stages(*wanted: str) -> tuple[int, ...]:
-        return tuple(i for i, kind in enumerate(kinds) if kind in wanted)
-
-    def ends(which: type) -> list[int]:
-        held = [network.layers[start:stop] for _, start, stop in groups]
-        found = {la.number: i for i, layers in enumerate(held) for la in layers if isinstance(la, which)}  # type: ignore
-        return [found[number] for number in sorted(found)]
-
-    skips = zip(ends(StashSkip), ends(AddSkip), strict=True)
-
-    return TensorLayout(tuple(start for _, start, _ in groups[1:]), stages("vocabulary", "pair"),
-                        stages("pair", "classes"), stages("tokens"),
-                        tuple((start, end) for start, end in skips if start < end),
-                        tuple(sum(costs[start:stop]) for _, start, stop in groups),
-                        kinds[-1] == "classes")  # fmt: skip
-
-
-def _cut(network: Network, index: int, of: int, sequence: bool) -> list[Cut]:
-    """Return each layer of one tensor rank, with what it holds of each parameter of the whole's layer."""
-    result: list[Cut] = []
-    layers, shapes = network.layers, network.shapes
-    for kind, start, stop in _groups(network, sequence):
-        for i in range(start, stop):
-            layer = layers[i]
-            if kind == "tokens":
-                if shapes[i][0] % of:
-                    raise ValueError(f"sequence parallelism gives each of {of} tensor ranks as many tokens, which "
-                                     f"samples of {shapes[i][0]} tokens do not allow")  # fmt: skip
-                result.append(_by_token(layer, shapes[i], index, of))
-            elif isinstance(layer, Embedding):
-                rows = _part(layer.vocabulary, index, of, "a vocabulary of")
-                result.append((replace(layer, rows=rows), [Piece((rows,))]))
-            elif isinstance(layer, Linear) and kind in ("pair", "classes"):
-                cut = _first(layer, index, of, layers[i + 1 : stop]) if i == start else _second(layer, index, of)
-                result.append(cut)
-            elif kind == "pair" and isinstance(layer, Heads):
-                result.append((replace(layer, heads=layer.heads // of), []))
-            elif kind == "pair" and isinstance(layer, Dropout):
-                raise ValueError(f"layer {i} of the opened network: Dropout between two split products: put it behind "
-                                 "the second one, where every rank has all features")  # fmt: skip
-            else:
-                result.append((layer, [ALL] * len(layer.parameter_shapes(shapes[i]))))
-    return result
+def _index(piece: Piece, tensor: Tensor) -> Tensor:
+    """Return the places of a piece along its dimension of a whole tensor."""
+    ranges = piece.places(tensor.shape[piece.dim])
+    return torch.cat([torch.arange(low, high) for low, high in ranges] or [torch.arange(0)]).to(tensor.device)
 
 
 def shard(network: Network, index: int, of: int, sequence: bool = False) -> Network:
@@ -270,33 +36,16 @@ def shard(network: Network, index: int, of: int, sequence: bool = False) -> Netw
         uses of a tied tensor would be cut in different ways.
     """
     network = network.opened()
-    cuts = _cut(network, index, of, sequence)
-    pieces = [piece for _, own in cuts for piece in own]
-    for i, owner in enumerate(network.owners):
-        if pieces[i] != pieces[owner]:
-            raise ValueError(f"parameters {owner} and {i} are tied, one tensor, but tensor rank {index} of {of} would "
-                             "hold other parts of it in each use: use a plan without a tensor axis, or do not tie "
-                             "these two")  # fmt: skip
-    loss = network.loss
-    if isinstance(loss, CrossEntropy) and _groups(network, False)[-1][0] == "classes":
-        low, high = _part(network.output_shape[-1], index, of, "a vocabulary of")
-        loss = VocabularyCrossEntropy(loss.ignore_index, low, high, network.output_shape[-1])
-    layers = tuple(layer for layer, _ in cuts)
-    made = network.like(layers, loss, shapes=_shapes(network, layers, of, sequence))
+    form, loss = network.description, network.loss
+    if isinstance(loss, CrossEntropy) and tensor_layout(form).vocabulary:
+        classes = form.output_shape[-1]
+        loss = VocabularyCrossEntropy(loss.ignore_index, *part_bounds(classes, of, index), classes)
+    made = network.like(description.shard(form, index, of, sequence), loss)
+    pieces = [piece for _, own in cut(form, index, of, sequence) for piece in own]
     held = zip(network.parameters(), pieces, strict=True)
-    made.load([p.index_select(x.dim, x.index(tuple(p.shape)).to(p.device)) for p, x in held if x != NONE])
+    made.load([p.index_select(x.dim, _index(x, p)) for p, x in held if x != NONE])
     made.flat_buffers.copy_(network.flat_buffers)
     return made
-
-
-def _shapes(network: Network, layers: Sequence[Layer], of: int, sequence: bool) -> list[Shape]:
-    """Return the shapes in front of a rank's layers, and the last output's; collectives change them between groups."""
-    result: list[Shape] = []
-    for kind, start, stop in _groups(network, sequence):
-        shape = network.shapes[start]
-        shape = (shape[0] // of, *shape[1:]) if kind == "tokens" else shape
-        result[start:] = output_shapes(layers[start:stop], shape)
-    return result
 
 
 def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = False, sequence: bool = False,
@@ -325,13 +74,13 @@ def merge(network: Network, shards: Sequence[Sequence[Tensor]], add: bool = Fals
     network = network.opened()
     result = [torch.zeros_like(p) for p in network.parameters()]
     for index, tensors in enumerate(shards):
-        cuts, given = _cut(network, index, len(shards), sequence), iter(tensors)
+        cuts, given = cut(network.description, index, len(shards), sequence), iter(tensors)
         shares = [share for (la, own), s in zip(cuts, network.shapes, strict=False) for share in _partial(la, own, s)]
         pieces = [piece for _, own in cuts for piece in own]
         for number, (out, piece, share) in enumerate(zip(result, pieces, shares, strict=True)):
             if piece == NONE:
                 continue
-            value, where = next(given), piece.index(tuple(out.shape)).to(out.device)
+            value, where = next(given), _index(piece, out)
             if piece.ranges is None and index and not (add and share):
                 if (value - out).norm() > within * out.norm():
                     raise RuntimeError(f"tensor rank {index} holds other values of parameter {number} than rank 0")

@@ -1,13 +1,9 @@
-"""What a network says: its title, and why inputs do not fit it."""
-
-from collections.abc import Sequence
+"""What a network says of inputs that do not fit it."""
 
 import torch
 from torch import Tensor
 
-from bpkit.nn.layer import Layer, Shape
-from bpkit.nn.layers.dropout import Dropout
-from bpkit.nn.layers.linear import GELU, Linear, ReLU, Sigmoid, Tanh
+from bpkit.description.flat import Shape
 
 
 def check_form(x: Tensor, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -18,12 +14,3 @@ def check_form(x: Tensor, shape: Shape, dtype: torch.dtype, device: torch.device
         raise TypeError(f"the network takes inputs of {dtype} and got inputs of {x.dtype}")
     if x.device.type != device.type:
         raise ValueError(f"the network is on {device} and got inputs on {x.device}")
-
-
-def title(layers: Sequence[Layer], input_shape: Shape) -> str:
-    """Return ``mlp 64-512-10`` for a multilayer perceptron, else the number of layers."""
-    small = (Linear, ReLU, Tanh, Sigmoid, GELU, Dropout)
-    if all(isinstance(layer, small) for layer in layers) and len(input_shape) == 1:
-        sizes = [input_shape[0], *(layer.outputs for layer in layers if isinstance(layer, Linear))]
-        return f"mlp {'-'.join(map(str, sizes))}"
-    return f"network of {len(layers)} layers"

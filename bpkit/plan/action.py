@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, NamedTuple
 
+from bpkit.description.flat import part_bounds
+
 
 class Part(NamedTuple):
     """Parts ``lo`` to ``hi`` (exclusive) of a flat buffer cut into ``of`` parts, counted from 0.
@@ -31,7 +33,7 @@ class Part(NamedTuple):
 
     def bounds(self, size: int) -> tuple[int, int]:
         """Element bounds of this part in a buffer of `size` elements."""
-        return self.lo * size // self.of, self.hi * size // self.of
+        return part_bounds(size, self.of, self.lo, self.hi)
 
     def fractions(self) -> tuple[Fraction, Fraction]:
         """The bounds as fractions of the buffer, for reasoning without a size."""

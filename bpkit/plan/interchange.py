@@ -12,8 +12,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
-import torch
-
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import complete
@@ -93,12 +91,13 @@ def torch_schedule(plan: Plan, stages: Sequence[Any], loss: Callable[..., Any], 
     if batch % plan.microbatches:
         raise ValueError(f"{plan.name}: PyTorch needs equal microbatches, but {plan.microbatches} do not divide "
                          f"a batch of {batch}: it would give the mean of unequal means")  # fmt: skip
+    import torch
+    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+
     version = ".".join(torch.__version__.split(".")[:2])
     if version not in TESTED:
         raise RuntimeError(f"the schedule runtime of PyTorch is private and was tested on {', '.join(TESTED)}, "
                            f"not on {torch.__version__}: its meaning may have changed")  # fmt: skip
-    from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
-
     runtime = _PipelineScheduleRuntime(list(stages), plan.microbatches, loss_fn=loss, scale_grads=True)
     with tempfile.NamedTemporaryFile("w", suffix=".csv") as file:
         file.write(text)

@@ -5,10 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from bpkit.nn import Network, TensorLayout, shard, tensor_layout
-from bpkit.nn.costs import balanced_cuts
+from bpkit.description.costs import balanced_cuts
+from bpkit.description.network import Described, Description
+from bpkit.description.tensor import TensorLayout, shard, tensor_layout
 from bpkit.plan.action import ON_EDGES, PARTNERS, Action, buffer
 from bpkit.plan.checker.check import check
 from bpkit.plan.checker.hazards import hazards
@@ -71,10 +70,6 @@ class Program:
         """The instructions of the rank at a coordinate."""
         return self.rows[self.plan.row_index(at)]
 
-    def form(self, network: Network) -> Network:
-        """The network as its stages are cut: its containers opened, where the plan says so."""
-        return network.opened() if self.plan.opened else network
-
     def payload(self, at: Coordinate) -> int:
         """Bytes of gradients that a rank gives to reductions and sends of parts in one step."""
         return sum(step.payload for step in self.row(at) if step.action.kind in _GRADIENT_KINDS)
@@ -86,20 +81,14 @@ _PARAMETER_KINDS = frozenset({"UNSHARD", "AVERAGE", "SEND_P"})
 COUNTED = frozenset({*PARTNERS, "SWAP_G"})
 
 
-def rank_network(plan: Plan, network: Network, tensor: int) -> Network:
-    """The network that a tensor rank computes, as its stages are cut."""
-    network = network.opened() if plan.opened else network
-    return shard(network, tensor, plan.mesh.tensor, bool(plan.own_tokens)) if plan.mesh.tensor > 1 else network
-
-
-def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[int] | None = None) -> Program:
+def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequence[int] | None = None) -> Program:
     """Check a plan and resolve it for a network.
 
     Parameters
     ----------
     plan : Plan
-    network : Network
-        Gives the layers; stages are balanced by their cost where the plan holds no cuts.
+    network : Network or Description
+        Gives the layers, but no tensor; stages are balanced by their cost where the plan holds no cuts.
     clip : bool
         Whether gradients are clipped by their global norm: a NORM is put before the first UPDATE.
     weights : sequence of int, optional
@@ -113,6 +102,7 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
         If the network has fewer layers than the plan has stages, there is not one weight a layer, or the network
         cannot be split over the plan's tensor ranks.
     """
+    network = network.description
     network = network.opened() if plan.opened else network
     if weights is not None and len(weights) != len(network.layers):
         raise ValueError(f"compile takes one weight a layer: {len(network.layers)}, not {len(weights)}")
@@ -120,32 +110,35 @@ def compile(plan: Plan, network: Network, clip: bool = False, weights: Sequence[
         raise ValueError(f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} "
                          "layers: use fewer stages or buckets")  # fmt: skip
     _same_layout(plan, network)
-    cuts = plan.cuts if weights is None or plan.cuts is not None else balanced_cuts(weights, plan.stages)
-    parts = network.split(cuts if cuts is not None else plan.stages)
+    weights = [cost.total for cost in network.costs()] if weights is None else weights
+    cuts = network.checked(plan.cuts if plan.cuts is not None else balanced_cuts(weights, plan.stages))
+    parts = network.split(cuts)
     for name in sorted({name for part in parts for name in part.tied_slices()}):
         holders = [stage for stage, part in enumerate(parts) if name in part.tied_slices()]
         plan = tie(plan, holders) if len(holders) > 1 and not plan.tied else plan
     normed = any(action.kind == "NORM" for row in plan.rows for action in row)
     plan = _with_norm(plan) if clip and not normed else plan
     check(plan)
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part.layers))
-    sizes = _sizes(plan, network, starts[1:-1])
+    sizes = _sizes(plan, network, cuts)
     edges = (*(math.prod(part.input_shape) for part in parts), math.prod(network.output_shape))
-    itemsize = network.dtype.itemsize
-    rows = tuple(_instructions(row, plan, sizes, edges, itemsize) for row in plan.rows)
-    return Program(plan, tuple(starts[1:-1]), sizes, rows, tuple(map(slots, plan.rows)),
+    rows = tuple(_instructions(row, plan, sizes, edges, network.itemsize) for row in plan.rows)
+    return Program(plan, cuts, sizes, rows, tuple(map(slots, plan.rows)),
                    tuple(map(peak_activations, plan.rows)))  # fmt: skip
 
 
-def _sizes(plan: Plan, network: Network, cuts: Sequence[int]) -> tuple[int, ...]:
+def of_rank(plan: Plan, network: Description, tensor: int) -> Description:
+    """What a tensor rank computes, as its stages are cut."""
+    network = network.opened() if plan.opened else network
+    return shard(network, tensor, plan.mesh.tensor, bool(plan.own_tokens)) if plan.mesh.tensor > 1 else network
+
+
+def _sizes(plan: Plan, network: Description, cuts: Sequence[int]) -> tuple[int, ...]:
     """Elements of each stage's flat buffers; of the tensor rank that has most of them."""
-    ranks = [rank_network(plan, network, index).split(cuts) for index in range(plan.mesh.tensor)]
+    ranks = [of_rank(plan, network, index).split(cuts) for index in range(plan.mesh.tensor)]
     return tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
 
 
-def _same_layout(plan: Plan, network: Network) -> None:
+def _same_layout(plan: Plan, network: Description) -> None:
     """Refuse a plan with a tensor axis that was made for another network."""
     if plan.mesh.tensor > 1:
         layout = tensor_layout(network, bool(plan.own_tokens)).joined(plan.cuts or ())
@@ -158,14 +151,14 @@ def _tensor_stages(of: Plan | TensorLayout) -> tuple[object, ...]:
     return of.cuts, of.partial_outputs, of.partial_inputs, of.own_tokens, of.skips
 
 
-def compile_collective(plan: Plan, size: int, dtype: torch.dtype) -> Program:
-    """Check a collective by itself and resolve it for a buffer of `size` elements."""
+def compile_collective(plan: Plan, size: int, itemsize: int) -> Program:
+    """Check a collective by itself and resolve it for a buffer of `size` elements of `itemsize` bytes."""
     check(plan)
-    rows = tuple(_instructions(row, plan, (size,), (), dtype.itemsize) for row in plan.rows)
+    rows = tuple(_instructions(row, plan, (size,), (), itemsize) for row in plan.rows)
     return Program(plan, (), (size,), rows, tuple({} for _ in rows), (0,) * len(rows))
 
 
-def bucket_cuts(network: Network, megabytes: float) -> tuple[int, ...]:
+def bucket_cuts(network: Described, megabytes: float) -> tuple[int, ...]:
     """Cuts that give buckets of at most so many megabytes of gradients, filled from the last layer.
 
     A layer that is larger has a bucket to itself.  Backward produces the last layer's gradient first, so the first
@@ -179,9 +172,9 @@ def bucket_cuts(network: Network, megabytes: float) -> tuple[int, ...]:
     if megabytes <= 0:
         raise ValueError(f"a bucket has a positive size in megabytes, not {megabytes}")
     cuts: list[int] = []
-    filled = 0.0
-    for index in range(len(network.layers) - 1, -1, -1):
-        size = network.costs()[index].parameters * network.dtype.itemsize / 1e6
+    filled, network = 0.0, network.description
+    for index, cost in reversed([*enumerate(network.costs())]):
+        size = cost.parameters * network.itemsize / 1e6
         if filled and size and filled + size > megabytes:
             cuts.append(index + 1)
             filled = 0.0

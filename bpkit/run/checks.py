@@ -180,4 +180,4 @@ def checked_collective(plan: Plan, tensors: Sequence[Tensor], workers: int) -> P
     size = len(tensors[0])
     if plan.purpose == "all_to_all" and size % workers:
         raise ValueError(f"{plan.name} exchanges equal parts: {workers} ranks do not divide {size} elements")
-    return compile_collective(plan, size, tensors[0].dtype)
+    return compile_collective(plan, size, tensors[0].dtype.itemsize)

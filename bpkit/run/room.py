@@ -10,7 +10,7 @@ from bpkit.optim import Optimizer
 from bpkit.plan import Plan, Program
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import scatters
-from bpkit.plan.program import rank_network
+from bpkit.plan.program import of_rank
 from bpkit.run.transports.shared.files import megabytes
 
 
@@ -31,7 +31,7 @@ def predicted(program: Program, at: Coordinate, network: Network, optimizer: Opt
     count = (plan.gradient_buffers, plan.parameter_buffers if gathered else 0)
     gradients, parameters = (_buffers(program.sizes, buffers) if buffers else sum(own.values()) for buffers in count)
     half = 2 * 2 * sum(own.values()) if precision == "bf16" else 0
-    costs, bounds = rank_network(plan, network, at.tensor).costs(), (0, *program.cuts, None)
+    costs, bounds = of_rank(plan, network.description, at.tensor).costs(), (0, *program.cuts, None)
     kept = [cost for stage in stages for cost in costs[bounds[stage] : bounds[stage + 1]]]
     saved = sum(cost.inputs + cost.outputs for cost in kept) * program.peak[plan.row_index(at)] // len(stages)
     return {"parameters": size * (parameters + updated * gathered) + half,

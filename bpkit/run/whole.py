@@ -1,4 +1,4 @@
-"""Whole networks and whole gradients, put together from what ranks hold."""
+"""What a rank holds of a network, and whole networks and gradients from what ranks hold."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,11 +6,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bpkit.nn import Network, merge
+from bpkit.nn import Network, merge, shard
 from bpkit.plan.plan import Plan
-from bpkit.plan.program import Program, rank_network
+from bpkit.plan.program import Program
 
 Held = Mapping[int, tuple[Tensor, Tensor]]  # by stage: flat parameters, and what is kept beside them
+
+
+def rank_network(plan: Plan, network: Network, tensor: int) -> Network:
+    """The network that a tensor rank computes, as its stages are cut."""
+    if plan.mesh.tensor > 1:
+        return shard(network, tensor, plan.mesh.tensor, bool(plan.own_tokens))
+    return network.opened() if plan.opened else network
 
 
 def gathered(network: Network, program: Program, held: Sequence[Held]) -> Network:

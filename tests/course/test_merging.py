@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("anywidget")
 
@@ -23,7 +22,7 @@ ACTION = re.compile(r"0(SEND|ADD|RECV)_G(?:\[(\d+)(?::(\d+))?/(\d+)\])?[<>](\d)"
 
 def compiled(name: str, n: int, size: int = SIZE) -> Program:
     options = {"hosts": 2} if name == "hierarchical" else {}
-    return compile_collective(collective(name, n, **options), size, torch.float32)
+    return compile_collective(collective(name, n, **options), size, 4)
 
 
 def read(text: str) -> tuple[str, range, int]:
@@ -122,7 +121,7 @@ def test_the_numbers_of_steps() -> None:
 def test_a_wrong_plan_is_never_shown() -> None:
     text = str(collective("ring", 3)).replace("0ADD_G", "0RECV_G", 1)
     with pytest.raises(PlanError, match="end as"):
-        compile_collective(Plan.parse(text), SIZE, torch.float32)
+        compile_collective(Plan.parse(text), SIZE, 4)
 
 
 def test_it_opens_as_asked_with_the_answer_hidden() -> None:

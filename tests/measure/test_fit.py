@@ -7,7 +7,6 @@ import json
 import platform
 
 import pytest
-import torch
 
 from bpkit.measure import alpha_beta, machine
 from bpkit.measure.fit import AlphaBeta, collective_time
@@ -73,7 +72,7 @@ def test_ranks_that_fold_take_two_steps_more() -> None:
 
 def test_links_between_hosts_may_be_slower() -> None:
     """By the two-link formula of the hierarchy, L = 4 ranks a host."""
-    program = compile_collective(collective("hierarchical", 8, hosts=2), 840, torch.uint8)
+    program = compile_collective(collective("hierarchical", 8, hosts=2), 840, 1)
     slow = messages(program, lambda source, to, size: 100 + 7 * size if source // 4 != to // 4 else 2 + size / 2)
     assert max(m.end for m in slow) == 2 * 3 * (2 + 210 / 2) + 2 * (100 + 7 * 105)
 

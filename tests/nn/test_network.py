@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bpkit import nn
-from bpkit.nn.costs import balanced_cuts
+from bpkit.description import balanced_cuts
 
 from .cases import LAYERS, D, batch, by_hand, network
 

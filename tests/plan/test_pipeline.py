@@ -99,9 +99,9 @@ def test_reductions_come_after_the_last_weight_half_and_its_send():
 def test_layers_of_a_stage_are_balanced_or_given():
     network = bp.nn.mlp([4, 64, 64, 4, 4], seed=0)
     program = bp.plan.compile(one_f_one_b(2, 2), network)
-    assert program.cuts == tuple(bp.nn.costs.balanced_cuts([c.total for c in network.costs()], 2))
+    assert program.cuts == tuple(bp.nn.balanced_cuts([c.total for c in network.costs()], 2))
     given = bp.plan.compile(one_f_one_b(2, 2), network, weights=[1] * len(network.layers))
-    assert given.cuts == tuple(bp.nn.costs.balanced_cuts([1] * len(network.layers), 2)) != program.cuts
+    assert given.cuts == tuple(bp.nn.balanced_cuts([1] * len(network.layers), 2)) != program.cuts
     with pytest.raises(ValueError, match="one weight a layer"):
         bp.plan.compile(one_f_one_b(2, 2), network, weights=[1])
 

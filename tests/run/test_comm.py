@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bpkit.description.flat import part_bounds
 from bpkit.run.processes.pool import Pool
-from bpkit.run.transports.comm import Comm, part_bounds
+from bpkit.run.transports.comm import Comm
 
 from .pools import shared_pool
 

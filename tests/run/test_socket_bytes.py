@@ -94,7 +94,7 @@ def test_the_kernel_sent_our_payload_and_two_headers_a_message(cluster, header, 
 @pytest.mark.parametrize("name", ["ring", "server", "halving_doubling"])
 def test_the_kernel_sent_what_a_collective_counted(cluster, header, name):
     """Less the three headers of a message (two at its sender, one at its receiver) only barriers are left."""
-    program = compile_collective(collective(name, 2), 20_011, torch.float32)
+    program = compile_collective(collective(name, 2), 20_011, 4)
     found = cluster.call(collectives, program, [torch.ones(20_011)] * 2)
     for rank, (kernel, ours, count) in enumerate(found):
         arrived = found[1 - rank][2]

@@ -6,7 +6,6 @@ from itertools import groupby
 from typing import Any
 
 import anywidget
-import torch
 import traitlets
 
 from bpkit.course.figures.explorers import bundle, stylesheet
@@ -122,7 +121,7 @@ def merging(algorithm: str = "ring", workers: int = 4, *, elements: int = 840, r
     options = {name: {"hosts": HOSTS} if name == "hierarchical" else {} for name in ALGORITHMS}
     films = [
         {"name": name, "workers": n,
-         **frames(compile_collective(collective(name, n, **options[name]), elements, torch.float32))}
+         **frames(compile_collective(collective(name, n, **options[name]), elements, 4))}
         for name in ALGORITHMS for n in WORKERS if n % options[name].get("hosts", 1) == 0
     ]  # fmt: skip
     if (algorithm, workers) not in [(film["name"], film["workers"]) for film in films]:

@@ -2,22 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Layer, Pass, Shape, Site
+from bpkit.description import layers as description
+from bpkit.nn.layer import Context, Layer, Pass, Site
 from bpkit.nn.layers.containers import Residual, Sequential
 from bpkit.nn.layers.dropout import Dropout
 from bpkit.nn.layers.linear import GELU, Linear
 from bpkit.nn.layers.normalisation import LayerNorm
 
 
-@dataclass(frozen=True)
-class Heads(Layer):
+class Heads(description.Heads, Layer):
     """y = softmax(q k^T / sqrt(d) + mask) v in each head (Vaswani et al. 2017, arXiv:1706.03762), on samples of shape
     (tokens, 3 heads d): all queries, all keys, all values, each head by head. Output (tokens, heads d).
 
@@ -34,22 +32,7 @@ class Heads(Layer):
         float64. None: on the CPU yes, elsewhere no.
     """
 
-    heads: int
-    causal: bool = True
-    fused: bool | None = None
     keeps_output = True
-
-    def output_shape(self, shape: Shape) -> Shape:
-        if len(shape) != 2 or shape[1] % (3 * self.heads):
-            raise ValueError(f"{self!r} takes samples of shape (tokens, 3 x {self.heads} heads x width of a head)")
-        return (shape[0], shape[1] // 3)
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count 2 x tokens^2 x heads x d for each of 2 products forward and 4 backward (mask not deducted), and 5 and
-        4 FLOPs for each element of the softmax."""
-        tokens, width = self.output_shape(shape)
-        product, scores = 2 * tokens * tokens * width, self.heads * tokens * tokens
-        return StageCost(2 * product + 5 * scores, 4 * product + 4 * scores, 0, 3 * tokens * width, tokens * width, 0)
 
     def at(self, site: Site) -> Pass:
         cpu = site.device.type == "cpu"

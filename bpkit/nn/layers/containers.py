@@ -1,21 +1,22 @@
 """Layers made of layers: `Sequential` runs them in order, `Residual` adds its input to their output.
 
 A skip connection over several layers of a network, even over stages of one rank, is a pair of `StashSkip` and
-`AddSkip`; `opened` writes containers out so.
+`AddSkip`; `bpkit.description.layers.opened` writes containers out so.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import count
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Chain, Context, Layer, Pass, Shape, Site, output_shapes, produced, sites, spans
+from bpkit.description import layers as description
+from bpkit.description.flat import Shape
+from bpkit.description.layers import output_shapes, spans
+from bpkit.nn.layer import Chain, Context, Layer, Pass, Site, sites
 
 
-class Sequential(Layer):
+class Sequential(description.Sequential, Layer):
     """Layers one after another, treated as one layer: a network is never cut inside it.
 
     Parameters
@@ -24,53 +25,28 @@ class Sequential(Layer):
         At least one.
     """
 
+    layers: tuple[Layer, ...]
+
     def __init__(self, *layers: Layer) -> None:
-        if not layers:
-            raise ValueError(f"{type(self).__name__} needs at least one layer")
-        self.layers = layers
-        self.leaves = sum(layer.leaves for layer in layers)
+        super().__init__(*layers)
         self.keeps_output = layers[-1].keeps_output
         self.fresh_gradient = layers[0].fresh_gradient
         self.input_dtype = layers[0].input_dtype
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self.layers))})"
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.layers == other.layers  # type: ignore[attr-defined]
-
-    def __hash__(self) -> int:
-        return hash((type(self), self.layers))
-
-    def output_shape(self, shape: Shape) -> Shape:
-        return output_shapes(self.layers, shape)[-1]
-
-    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        return tuple(p for layer, s in self._inner(shape) for p in layer.parameter_shapes(s))
+    def inner(self, shape: Shape) -> list[tuple[Layer, Shape]]:  # type: ignore[override]
+        return list(zip(self.layers, output_shapes(self.layers, shape), strict=False))
 
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
-        return [p for layer, s in self._inner(shape) for p in layer.initial(s, generator)]
+        return [p for layer, s in self.inner(shape) for p in layer.initial(s, generator)]
 
     def buffers(self, shape: Shape) -> list[Tensor]:
-        return [b for layer, s in self._inner(shape) for b in layer.buffers(s)]
-
-    def ties(self, shape: Shape) -> tuple[str, ...]:
-        return tuple(name for layer, s in self._inner(shape) for name in layer.ties(s))
-
-    def partial(self, shape: Shape) -> tuple[bool, ...]:
-        return tuple(share for layer, s in self._inner(shape) for share in layer.partial(s))
-
-    def produced(self, shape: Shape) -> list[int]:
-        return produced(self.layers, output_shapes(self.layers, shape))
+        return [b for layer, s in self.inner(shape) for b in layer.buffers(s)]
 
     def check(self, x: Tensor) -> None:
         self.layers[0].check(x)
 
     def least_rows(self, shape: Shape) -> int:
-        return max(layer.least_rows(s) for layer, s in self._inner(shape))
-
-    def cost(self, shape: Shape) -> StageCost:
-        return StageCost.merge([layer.cost(s) for layer, s in self._inner(shape)])
+        return max(layer.least_rows(s) for layer, s in self.inner(shape))
 
     def at(self, site: Site) -> Pass:
         return Chain(self.layers, site)
@@ -81,11 +57,8 @@ class Sequential(Layer):
             x = layer.reference(x, parameters[span], context, place)
         return x
 
-    def _inner(self, shape: Shape) -> list[tuple[Layer, Shape]]:
-        return list(zip(self.layers, output_shapes(self.layers, shape), strict=False))
 
-
-class Residual(Sequential):
+class Residual(description.Residual, Sequential):
     """y = x + f(x), f the given layers in order (He et al. 2016, arXiv:1512.03385); dx = dy + f's dx.
 
     Raises
@@ -98,18 +71,6 @@ class Residual(Sequential):
         super().__init__(*layers)
         self.keeps_output = False
         self.fresh_gradient = True
-
-    def output_shape(self, shape: Shape) -> Shape:
-        out = super().output_shape(shape)
-        if out != shape:
-            raise ValueError(f"{self!r} must keep the shape to add its input, and gives {out} for {shape}")
-        return out
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count the layers and one addition an element, forward and backward."""
-        inner, size = super().cost(shape), torch.Size(shape).numel()
-        add = StageCost(size, size, 0, size, size, 0)
-        return StageCost.merge([inner, add])
 
     def at(self, site: Site) -> Pass:
         return _ResidualPass(self.layers, site)
@@ -137,34 +98,7 @@ class _ResidualPass(Pass):
         self._inner.backward_weight(accumulate)
 
 
-def opened(layers: Sequence[Layer], numbers: Iterator[int] | None = None) -> Iterator[Layer]:
-    """Yield the layers with containers written out, a `Residual` as its layers between `StashSkip` and `AddSkip`."""
-    numbers = count() if numbers is None else numbers
-    for layer in layers:
-        if isinstance(layer, Residual):
-            number = next(numbers)
-            yield from (StashSkip(number), *opened(layer.layers, numbers), AddSkip(number))
-        elif isinstance(layer, Sequential):
-            yield from opened(layer.layers, numbers)
-        else:
-            yield layer
-
-
-@dataclass(frozen=True)
-class _Skip(Layer):
-    """One end of the skip connection of a number, unique in its network."""
-
-    number: int
-    leaves = 0  # not counted, so that masks of dropout are those of the closed container
-    fresh_gradient = False
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count one FLOP an element for F and for I: an addition or a copy."""
-        size = torch.Size(shape).numel()
-        return StageCost(size, size, 0, size, size, 0)
-
-
-class StashSkip(_Skip):
+class StashSkip(description.StashSkip, Layer):
     """y = x, and keeps x for the `AddSkip` of the same number; dx = dy + the gradient that one has kept."""
 
     keeps_output = True  # its output is its input
@@ -178,8 +112,10 @@ class StashSkip(_Skip):
         return x
 
 
-class AddSkip(_Skip):
+class AddSkip(description.AddSkip, Layer):
     """y = x + what the `StashSkip` of the same number has kept of this microbatch; dx = dy, kept for it in turn."""
+
+    fresh_gradient = False
 
     def at(self, site: Site) -> Pass:
         return _AddPass(self.number, site)
@@ -223,3 +159,6 @@ class _AddPass(_SkipPass):
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         self._keep("dx", dy)
         return dy
+
+
+Residual.ends = (StashSkip, AddSkip)

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Layer, Pass, Shape, Site
+from bpkit.description.costs import StageCost
+from bpkit.description.flat import Shape
+from bpkit.nn.layer import Context, Layer, Pass, Site
 from bpkit.nn.layers.linear import uniform
 
 

@@ -8,12 +8,13 @@ the same bits on the CPU and on a GPU.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bpkit.nn.layer import Context, Elementwise, Layer, Pass, Shape, Site
+from bpkit.description import layers as description
+from bpkit.description.flat import Shape
+from bpkit.nn.layer import Context, Elementwise, Layer, Pass, Site
 
 _LOW = 0xFFFFFFFF
 _M1 = 0x7FEB352D
@@ -70,22 +71,15 @@ def dropout_mask(p: float, shape: Shape, *, seed: int, step: int, layer: int, fi
     return keep.to(dtype).mul_(1 / (1 - p)).view(shape)
 
 
-@dataclass(frozen=True)
-class Dropout(Elementwise):
+class Dropout(description.Dropout, Elementwise):
     """y = mask x in training, y = x otherwise (Srivastava et al. 2014, JMLR 15, with inverted scaling).
 
     dx = mask dy. The mask is `dropout_mask` at the network's seed, the context's step and first sample, and
     the layer's index among all layers; with `start`, from that feature on.
     """
 
-    p: float = 0.5
-    start: int = 0
     keeps_output = True  # outside training the output is the input
     fresh_gradient = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.p < 1:
-            raise ValueError(f"Dropout's p is a probability from 0 to below 1, not {self.p}")
 
     def at(self, site: Site) -> Pass:
         return _DropoutPass(self, site)

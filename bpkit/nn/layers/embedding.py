@@ -1,15 +1,14 @@
 """Tokens to vectors and back: `Embedding`, learned `Positions`, and `Unembedding`, which may share a matrix."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Layer, Pass, Shape, Site, put_sum
+from bpkit.description import layers as description
+from bpkit.description.flat import Shape
+from bpkit.nn.layer import Context, Layer, Pass, Site, put_sum
 from bpkit.nn.layers.linear import Linear
 
 
@@ -21,8 +20,7 @@ class _Normal(Layer):
                 for s in self.parameter_shapes(shape)]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Embedding(_Normal):
+class Embedding(description.Embedding, _Normal):
     """y = W[token], W (vocabulary, width), for int64 tokens of any shape.
 
     Backward: row t of dW is the sum of dy over the places of token t, added in their order; there is no dx.
@@ -36,30 +34,7 @@ class Embedding(_Normal):
         Hold these rows of W only; other tokens give zeros (a tensor rank's share).
     """
 
-    vocabulary: int
-    width: int
-    tied: str = ""
-    rows: tuple[int, int] | None = None
     input_dtype = torch.int64
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """The rows of W that are held."""
-        return self.rows or (0, self.vocabulary)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        return (*shape, self.width)
-
-    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        return ((self.bounds[1] - self.bounds[0], self.width),)
-
-    def ties(self, shape: Shape) -> tuple[str, ...]:
-        return (self.tied,)
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count one FLOP for each element moved: F reads them, W adds them; I does nothing."""
-        tokens, size = math.prod(shape), math.prod(self.parameter_shapes(shape)[0])
-        return StageCost(tokens * self.width, 0, tokens * self.width, tokens, tokens * self.width, size)
 
     def check(self, x: Tensor) -> None:
         """Refuse tokens outside the vocabulary, of which `rows` may be a part."""
@@ -115,26 +90,10 @@ class _EmbeddingPass(Pass):
         self._dweight.index_add_(0, self._tokens, dy)
 
 
-@dataclass(frozen=True)
-class Positions(_Normal):
+class Positions(description.Positions, _Normal):
     """y = x + P, P (length, width) learned; dx = dy, dP = sum of dy over rows."""
 
-    length: int
-    width: int
     fresh_gradient = False
-
-    def output_shape(self, shape: Shape) -> Shape:
-        if shape != (self.length, self.width):
-            raise ValueError(f"{self!r} takes samples of shape ({self.length}, {self.width})")
-        return shape
-
-    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        return ((self.length, self.width),)
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count one FLOP an element for F and for W; I passes the gradient on."""
-        size = self.length * self.width
-        return StageCost(size, 0, size, size, size, size)
 
     def at(self, site: Site) -> Pass:
         return _PositionsPass(site)
@@ -159,16 +118,8 @@ class _PositionsPass(Pass):
         put_sum(self._site.gradients[0], self._dy, 0, accumulate)
 
 
-@dataclass(frozen=True)
-class Unembedding(_Normal, Linear):
+class Unembedding(description.Unembedding, _Normal, Linear):
     """Scores of the tokens, y = x W^T, by the matrix of the `Embedding` of the same `tied` name (Press and Wolf 2017,
     arXiv:1608.05859): its gradient is the sum of both layers' parts. Written ``Unembedding(width, vocabulary)``.
     Where the embedding lies in the same network, the embedding's first values count.
     """
-
-    bias: bool = False
-    tied: str = "embedding"
-
-    def ties(self, shape: Shape) -> tuple[str, ...]:
-        return (self.tied, "") if self.bias else (self.tied,)
-

@@ -8,54 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Elementwise, Layer, Pass, Shape, Site, put_sum
+from bpkit.description import layers as description
+from bpkit.description.flat import Shape
+from bpkit.nn.layer import Context, Elementwise, Layer, Pass, Site, put_sum
 
 #: One kernel does in one pass over memory what a formula, written with torch's operators, does in several.
 _ATEN = torch.ops.aten
 
 
-@dataclass(frozen=True)
-class Linear(Layer):
+class Linear(description.Linear, Layer):
     """y = x W^T + b over the last dimension; leading dimensions are free.
 
     Backward: dx = dy W (input half), dW = dy^T x and db = sum of dy over rows (weight half).
     """
 
-    inputs: int
-    outputs: int
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        if self.inputs < 1 or self.outputs < 1:
-            raise ValueError(f"Linear needs at least 1 input and 1 output, not {self.inputs}, {self.outputs}")
-
-    def output_shape(self, shape: Shape) -> Shape:
-        if not shape or shape[-1] != self.inputs:
-            raise ValueError(f"{self!r} takes samples of shape {(*shape[:-1], self.inputs)}")
-        return (*shape[:-1], self.outputs)
-
-    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        weight: Shape = (self.outputs, self.inputs)
-        return (weight, (self.outputs,)) if self.bias else (weight,)
-
     def initial(self, shape: Shape, generator: torch.Generator) -> list[Tensor]:
         """Draw from U(-1/sqrt(inputs), 1/sqrt(inputs)), as ``torch.nn.Linear`` does."""
         return uniform(self.parameter_shapes(shape), self.inputs, generator)
-
-    def cost(self, shape: Shape) -> StageCost:
-        """Count 2 x inputs x outputs for each product; the bias adds `outputs` to F and W."""
-        rows = math.prod(shape[:-1])
-        product, bias = 2 * rows * self.inputs * self.outputs, rows * self.outputs * self.bias
-        size = self.outputs * (self.inputs + self.bias)
-        return StageCost(product + bias, product, product + bias, rows * self.inputs, rows * self.outputs, size)
 
     def at(self, site: Site) -> Pass:
         return _LinearPass(self, site)
@@ -167,40 +142,33 @@ class _GELUPass(_ActivationPass):
         return _ATEN.gelu_backward.grad_input(dy, self._kept, grad_input=self._into(dy))
 
 
-@dataclass(frozen=True)
-class ReLU(_Activation):
+class ReLU(description.ReLU, _Activation):
     """y = max(x, 0); dx = dy where y > 0, else 0."""
 
     keeps_output = True
     function, passage = staticmethod(torch.relu), _ReLUPass
 
 
-@dataclass(frozen=True)
-class Tanh(_Activation):
+class Tanh(description.Tanh, _Activation):
     """y = tanh(x); dx = dy (1 - y^2). Counted as 4 FLOPs an element."""
 
     keeps_output = True
-    flops = 4
     function, passage = staticmethod(torch.tanh), _TanhPass
 
 
-@dataclass(frozen=True)
-class Sigmoid(_Activation):
+class Sigmoid(description.Sigmoid, _Activation):
     """y = 1 / (1 + exp(-x)); dx = dy (y - y^2). Counted as 4 FLOPs an element."""
 
     keeps_output = True
-    flops = 4
     function, passage = staticmethod(torch.sigmoid), _SigmoidPass
 
 
-@dataclass(frozen=True)
-class GELU(_Activation):
+class GELU(description.GELU, _Activation):
     """y = x P(x), P the normal distribution function, by erf (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 
     dx = dy (P(x) + x p(x)) with p the normal density. Counted as 8 FLOPs an element.
     """
 
-    flops = 8
     function, passage = staticmethod(F.gelu), _GELUPass
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bpkit.nn.costs import StageCost
-from bpkit.nn.layer import Context, Layer, Pass, Shape, Site, put_sum
+from bpkit.description import layers as description
+from bpkit.description.flat import Shape
+from bpkit.nn.layer import Context, Layer, Pass, Site, put_sum
 
 
-class _Norm(Layer):
+class _Norm(description.Norm, Layer):
     """What has a weight, at first 1, and a bias, at first 0, of one size."""
 
     eps: float
@@ -21,34 +22,13 @@ class _Norm(Layer):
         (size, *_), _ = self.parameter_shapes(shape)
         return [torch.ones(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)]
 
-    def cost(self, shape: Shape) -> StageCost:
-        """Count 8 FLOPs an element for F and for I (two means and three elementwise steps each), 3 for W."""
-        size, parameters = math.prod(shape), sum(n for (n, *_) in self.parameter_shapes(shape))
-        return StageCost(8 * size, 8 * size, 3 * size, size, size, parameters)
 
-
-@dataclass(frozen=True)
-class LayerNorm(_Norm):
+class LayerNorm(description.LayerNorm, _Norm):
     """y = w n + b, n = (x - mean) / sqrt(variance + eps), over the last dimension (Ba et al., 1607.06450).
 
     Backward: with g = w dy, dx = (g - mean(g) - n mean(g n)) / sqrt(variance + eps); dw = sum of dy n, db =
     sum of dy, both over rows.
     """
-
-    features: int
-    eps: float = 1e-5
-    shared: bool = False  # on a tensor rank that has some of the tokens: its gradient is a share
-
-    def partial(self, shape: Shape) -> tuple[bool, ...]:
-        return (self.shared, self.shared)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        if not shape or shape[-1] != self.features:
-            raise ValueError(f"{self!r} takes samples of shape {(*shape[:-1], self.features)}")
-        return shape
-
-    def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
-        return ((self.features,), (self.features,))
 
     def at(self, site: Site) -> Pass:
         return _LayerNormPass(self, site)
@@ -130,6 +110,9 @@ class BatchNorm(_ChannelNorm):
     """
 
     momentum: float = 0.1
+
+    def buffer_shapes(self, shape: Shape) -> tuple[Shape, ...]:
+        return ((self.channels,), (self.channels,))
 
     def buffers(self, shape: Shape) -> list[Tensor]:
         """Return running mean and running variance."""

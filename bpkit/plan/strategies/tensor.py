@@ -3,8 +3,8 @@
 from dataclasses import replace
 from itertools import pairwise
 
-from bpkit.nn import TensorLayout
-from bpkit.nn.costs import balanced_cuts
+from bpkit.description.costs import balanced_cuts
+from bpkit.description.tensor import TensorLayout
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import complete

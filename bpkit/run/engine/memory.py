@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from bpkit.compress import Compressor
+from bpkit.description.flat import part_bounds
 from bpkit.nn import Loss, Network, VocabularyCrossEntropy
 from bpkit.optim import Optimizer
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, scatters
-from bpkit.plan.program import Program, rank_network
+from bpkit.plan.program import Program
 from bpkit.run.engine.groups import Groups
 from bpkit.run.transports.comm import Channel, Edges, Handle, Then
+from bpkit.run.whole import rank_network
 
 
 @dataclass
@@ -147,7 +149,8 @@ class Buffers:
 
         Rows of data replicas may differ in how far they receive ahead: a rank lends to the row that it sends to.
         """
-        parts = self.program.form(self.network).split(self.program.cuts)
+        form = self.network.description
+        parts = (form.opened() if plan.opened else form).split(self.program.cuts)
         channels: dict[Coordinate, dict[Channel, tuple[int, int]]] = {at: {} for at in plan.mesh.coordinates()}
         for at in channels:
             for (kind, stage), count in self.program.slots[plan.row_index(at)].items():
@@ -189,8 +192,7 @@ class Buffers:
 
     def own_bounds(self, size: int) -> tuple[int, int]:
         """This rank's part of a flat buffer."""
-        data, index = self.program.plan.mesh.data, self.at.data
-        return index * size // data, (index + 1) * size // data
+        return part_bounds(size, self.program.plan.mesh.data, self.at.data)
 
     def _own_part(self, stage: int, net: Network) -> None:
         """What this rank updates, and where its part of a scattered gradient goes."""

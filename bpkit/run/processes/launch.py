@@ -94,7 +94,7 @@ class Workers:
     def _start(self, ranks: int, method: str) -> None:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
-            context.set_forkserver_preload(["torch", "bpkit.run.processes.worker"])
+            context.set_forkserver_preload(["torch", "bpkit.run.processes.worker", "bpkit.run.cluster"])
         with _without_main():
             for rank in range(ranks):
                 ours, theirs = context.Pipe()

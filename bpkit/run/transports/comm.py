@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bpkit.description.flat import part_bounds
 from bpkit.run.transports.shared.semaphores import Block
 
 # Types that travel in a message's header, by position.
@@ -20,11 +21,6 @@ MAX_DIMS = 8
 Channel = tuple[str, int]  # kind of the send, and stage
 Slots = Mapping[Channel, tuple[int, int]]  # slots of a channel, and elements of one
 Taker = Callable[[torch.Tensor], object]
-
-
-def part_bounds(size: int, parts: int, index: int) -> tuple[int, int]:
-    """First and last-plus-one element of part `index` of `parts` of `size` elements."""
-    return index * size // parts, (index + 1) * size // parts
 
 
 class Handle(abc.ABC):

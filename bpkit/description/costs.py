@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -56,7 +57,7 @@ class StageCost:
 def balanced_cuts(weights: Sequence[int], parts: int) -> list[int]:
     """Cut `weights` into `parts` non-empty runs so that the heaviest run is as light as can be.
 
-    Dynamic programming over prefixes, O(parts x n^2); of equal solutions the one with the earliest last cut.
+    Dynamic programming over prefixes, O(parts x n); of equal solutions the one with the earliest last cut.
 
     Returns
     -------
@@ -72,8 +73,21 @@ def balanced_cuts(weights: Sequence[int], parts: int) -> list[int]:
     if not 1 <= parts <= n:
         raise ValueError(f"{n} layers can be cut into 1 to {n} stages, not {parts}")
     prefix = list(accumulate(weights, initial=0))
-    best: list[tuple[int, list[int]]] = [(prefix[i], []) for i in range(n + 1)]  # the first i in one run
+    best, starts = prefix, []  # the heaviest run of the first i weights; of each last run where it starts
     for k in range(2, parts + 1):
-        best = [min(((max(best[j][0], prefix[i] - prefix[j]), [*best[j][1], j]) for j in range(k - 1, i)),
-                    key=lambda found: found[0], default=(prefix[n] + 1, [])) for i in range(n + 1)]  # fmt: skip
-    return best[n][1]
+        heaviest, where, j = [prefix[n] + 1] * (n + 1), [0] * (n + 1), k - 1
+        for i in range(k, n + 1):
+            while j < i and best[j] < prefix[i] - prefix[j]:  # up to there the last run is the heaviest, and less so
+                j += 1
+            if j > k - 1 and (j == i or prefix[i] - prefix[j - 1] <= best[j]):
+                heaviest[i] = prefix[i] - prefix[j - 1]
+                where[i] = max(k - 1, bisect_left(prefix, prefix[j - 1]))
+            else:
+                heaviest[i], where[i] = best[j], j
+        best = heaviest
+        starts.append(where)
+    cuts, end = [], n
+    for where in reversed(starts):
+        end = where[end]
+        cuts.append(end)
+    return cuts[::-1]
