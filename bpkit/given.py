@@ -1,19 +1,56 @@
-"""What callers give, taken or refused by name: whole numbers are Python's, NumPy's, or a tensor of one element."""
+"""What callers give: taken where its value is clear, else refused by name."""
 
+import math
 import operator
+from numbers import Real
 from typing import Any
+
+
+def integer(what: str, value: Any, least: float | None = None, floats: bool = True) -> int:
+    """Return a whole number as an int: Python's, NumPy's, a tensor of one element, or (with `floats`) a float without
+    a fraction.
+
+    Raises
+    ------
+    ValueError
+        If it is something else (True and False are no numbers), or below `least`.
+    """
+    found = None
+    if not isinstance(value, bool):
+        real = floats and isinstance(value, Real) and math.isfinite(value) and value == math.floor(value)
+        try:
+            found = int(value) if real else operator.index(value)
+        except TypeError:
+            pass
+    if found is None or (least is not None and found < least):
+        at_least = "" if least is None else f" of at least {least}"
+        raise ValueError(f"{what} must be a whole number{at_least}, not {value!r}")
+    return found
+
+
+def number(what: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
+    """Return a finite number as a float, at least `least` and above `above`; NumPy's numbers are taken.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value) or value < least or value <= above:
+        beyond = f" above {above:g}" if above > -math.inf else f" of at least {least:g}" if least > -math.inf else ""
+        raise ValueError(f"{what} must be a finite number{beyond}, not {value!r}")
+    return float(value)
+
+
+def integers(caller: str, least: float = 1, **values: Any) -> list[int]:
+    """Return whole numbers as ints, or refuse one by name (see `integer`)."""
+    return [integer(f"{caller}: {name}", value, least) for name, value in values.items()]
 
 
 def whole(caller: str, name: str, value: Any, least: int | None = 1) -> int:
     """Return a whole number as an int; ValueError for a float, a bool, or what is below `least`, by name."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or (least is not None and number < least):
-        at_least = "" if least is None else f" of at least {least}"
-        raise ValueError(f"{caller}: {name} must be a whole number{at_least}, not {value!r}")
-    return number
+    return integer(f"{caller}: {name}", value, least, floats=False)
 
 
 def whole_number(caller: str, least: int = 1, **values: Any) -> None:

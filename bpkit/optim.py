@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bpkit.given import number
+
 Schedule = Callable[[int], float]
 State = tuple[Tensor, ...]
 
@@ -100,10 +102,14 @@ class Optimizer:
     clip: float | None
 
     def __post_init__(self) -> None:
-        if not callable(self.lr) and not self.lr >= 0:
-            raise ValueError(f"a learning rate is not negative, as {self.lr} is")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip is a positive norm or None, not {self.clip}")
+        if not callable(self.lr):
+            self._number("lr", "a learning rate", least=0)
+        self._number("weight_decay", "weight_decay", least=0)
+        if self.clip is not None:
+            self._number("clip", "clip, the largest norm of a gradient,", above=0)
+
+    def _number(self, name: str, what: str, **bounds: float) -> None:
+        object.__setattr__(self, name, number(what, getattr(self, name), **bounds))
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step."""
@@ -145,6 +151,7 @@ class SGD(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._number("momentum", "momentum", least=0)
         if self.nesterov and not self.momentum > 0:
             raise ValueError("nesterov needs a momentum above 0")
 
@@ -181,6 +188,13 @@ class Adam(Optimizer):
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._number("eps", "eps", least=0)
+        object.__setattr__(self, "betas", tuple(number("each of the two betas", b, least=0) for b in self.betas))
+        if len(self.betas) != 2 or max(self.betas) >= 1:
+            raise ValueError(f"betas are two numbers from 0 to below 1, not {self.betas}")
 
     def state(self, flat: Tensor) -> State:
         return torch.zeros_like(flat), torch.zeros_like(flat)

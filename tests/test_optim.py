@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +77,11 @@ def test_padding_stays_zero() -> None:
         assert not p.any()
 
 
+def test_numbers_of_numpy_are_taken() -> None:
+    made = optim.SGD(np.float32(0.5), momentum=np.float64(0.25), clip=np.int64(2))
+    assert made == optim.SGD(0.5, momentum=0.25, clip=2.0) and type(made.lr) is float
+
+
 def test_empty_buffers_update() -> None:
     for ours, _, _ in CASES:
         p = torch.zeros(0)
@@ -129,9 +135,17 @@ def test_a_norm_that_is_not_finite_is_no_step_of_zero(bad: float) -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: optim.SGD(lr=-1.0), "not negative"),
+        (lambda: optim.SGD(lr=-1.0), "a learning rate must be a finite number of at least 0, not -1.0"),
+        (lambda: optim.SGD(lr="0.1"), "finite number of at least 0, not '0.1'"),
+        (lambda: optim.SGD(lr=math.nan), "finite number of at least 0, not nan"),
+        (lambda: optim.SGD(lr=torch.ones(2)), "a learning rate must be"),
+        (lambda: optim.SGD(momentum=None), "momentum must be a finite number"),
+        (lambda: optim.SGD(weight_decay=-0.1), "weight_decay must be"),
+        (lambda: optim.Adam(betas=(0.9, 1.0)), "two numbers from 0 to below 1"),
+        (lambda: optim.Adam(betas=(0.9,)), "two numbers"),
+        (lambda: optim.Adam(eps="small"), "eps must be"),
         (lambda: optim.SGD(nesterov=True), "momentum above 0"),
-        (lambda: optim.Adam(clip=0.0), "positive norm"),
+        (lambda: optim.Adam(clip=0.0), "clip, the largest norm of a gradient, must be .* above 0, not 0.0"),
         (lambda: optim.cosine(1.0, 5, warmup=5), "0 <= warmup < steps"),
     ],
 )

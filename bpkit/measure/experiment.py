@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 
 from bpkit.data import Dataset
-from bpkit.given import whole_number
+from bpkit.given import number, integers
 from bpkit.measure.host import machine
 from bpkit.measure.measurement import Event, Point, Scaling
 from bpkit.measure.reports import Report, summarize
 from bpkit.measure.steps import Steps
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
-from bpkit.plan import Plan, compile, data_parallel, serial
+from bpkit.plan import Plan, data_parallel, serial
+from bpkit.run import checks
 from bpkit.run.cluster import Cluster, TrainResult
 from bpkit.run.errors import Stopped
+from bpkit.run.job import Job
 from bpkit.run.processes.devices import choose
 from bpkit.run.progress import Bar, Tell
 from bpkit.trace import Trace
@@ -77,7 +79,8 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
         If a worker fails.
     """
     counts = _counts(workers)
-    _check(scaling, batch, steps, warmup, repetitions, target, target_steps, evaluate_every)
+    batch, repetitions, target_steps, evaluate_every, steps, warmup = _numbers(
+        scaling, batch, steps, warmup, repetitions, target, target_steps, evaluate_every)  # fmt: skip
     largest = batch * (counts[-1] if scaling == "weak" else 1)
     if largest > len(data):
         raise ValueError(f"a global batch of {largest} ({scaling} scaling, {counts[-1]} workers) is larger than "
@@ -86,8 +89,6 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
         raise ValueError("scaling takes either lr=... or optimizer=..., not both")
     plans = {n: _plan(plan, n) for n in counts}
     optimizer = optimizer or (SGD(0.1, momentum=0.9) if lr is None else SGD(lr))
-    for made in plans.values():
-        compile(made, network)  # refuses a plan that does not fit, before anything starts
 
     def job(n: int, what: str, **settings: Any) -> tuple[str, Plan, dict[str, Any]]:
         size = batch * (n if scaling == "weak" else 1)
@@ -113,8 +114,16 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
 def train_in_turn(network: Network, data: Dataset, jobs: Sequence[tuple[str, Plan, dict[str, Any]]],
                   progress: Tell | None, stop: threading.Event | None,
                   cluster: tuple[str, int, float] = ("auto", 1, 60.0)) -> list[TrainResult]:  # fmt: skip
-    """Train by each job's plan and settings, from the same weights; `cluster`: backend, threads, timeout."""
+    """Train by each job's plan and settings, from the same weights; `cluster`: backend, threads, timeout.
+
+    All jobs are checked before anything starts.
+    """
     results = []
+    checks.watchers(progress, stop)
+    for plan, settings in {(plan.digest, settings["steps"]): (plan, settings) for _, plan, settings in jobs}.values():
+        optimizer = checks.made_optimizer(settings.get("lr"), settings.get("optimizer"))
+        rest = {name: value for name, value in settings.items() if name not in ("lr", "optimizer")}
+        checks.checked(Job(plan, network, data, optimizer, **rest), plan.workers, cluster[0])
     with ExitStack() as stack:
         bar = stack.enter_context(Bar(progress))
         counts = dict.fromkeys(plan.workers for _, plan, _ in jobs)
@@ -180,21 +189,18 @@ def _counts(workers: Sequence[int]) -> list[int]:
         raise TypeError(f"workers must be a list of counts, for example [1, 2, 4], not {workers!r}") from None
     if not counts:
         raise ValueError("workers is empty: name at least one count, for example [1, 2, 4]")
-    for n in counts:
-        whole_number("scaling", workers=n)
-    return sorted({1, *counts})
+    return sorted({1, *(integers("scaling", workers=n)[0] for n in counts)})
 
 
-def _check(scaling: str, batch: int, steps: int, warmup: int, repetitions: int, target: float | None, cap: int,
-           every: int) -> None:  # fmt: skip
+def _numbers(scaling: str, batch: int, steps: int, warmup: int, repetitions: int, target: float | None, cap: int,
+             every: int) -> list[int]:  # fmt: skip
     if scaling not in ("strong", "weak"):
         raise ValueError('scaling must be "strong" (fixed global batch) or "weak" (fixed batch a worker), '
                          f'not {scaling!r}')  # fmt: skip
-    whole_number("scaling", batch=batch, repetitions=repetitions, target_steps=cap, evaluate_every=every)
-    whole_number("scaling", 2, steps=steps)
-    whole_number("scaling", 0, warmup=warmup)
-    if target is not None and not 0 < target <= 1:
+    if target is not None and number("target, an accuracy,", target, above=0) > 1:
         raise ValueError(f"target is an accuracy above 0 and at most 1, or None, not {target!r}")
+    return [*integers("scaling", batch=batch, repetitions=repetitions, target_steps=cap, evaluate_every=every),
+            *integers("scaling", 2, steps=steps), *integers("scaling", 0, warmup=warmup)]  # fmt: skip
 
 
 def _plan(plan: Callable[[int], Plan], n: int) -> Plan:

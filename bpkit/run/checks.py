@@ -1,47 +1,125 @@
 """What is checked before anything starts, with a sentence for what does not fit."""
 
+import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bpkit import plan as plans
 from bpkit.compress import Compressor, PowerSGD
 from bpkit.data import Dataset
+from bpkit.given import integer, number
+from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program, compile
 from bpkit.plan.program import compile_collective
-from bpkit.run.job import Job
+from bpkit.run.job import Job, Shards
 from bpkit.run.transports.shared import files as memory
+
+STRATEGIES = "bpkit.plan.strategies."  # where the functions stand that make plans
 
 
 def checked(job: Job, workers: int, backend: str) -> Job:
     """The job with its plan compiled, once everything that it was given fits; every job comes by here.
+
+    What can be taken is taken: NumPy's numbers, floats without a fraction, shares in an array.
 
     Raises
     ------
     ValueError, TypeError, PlanError
         If something does not fit: the sentence says what, and what would.
     """
+    kinds(job)
+    job = replace(numbers(job), data=tensors(job.data))
     run_length(job)
     for_the_workers(job.plan, workers)
     batch(job)
-    samples(job)
+    samples(job.network, job.data.inputs, job.data.targets, "training")
+    test_samples(job)
     shards(job)
     precision(job)
     clipping(job)
+    batch_norm(job)
     program = compile(job.plan, job.network, clip=job.optimizer.clip is not None)
     job = replace(job, plan=program.plan, compiled=program)
     room(job, backend)
     return replace(job, compress=compressor(job))
 
 
+def kinds(job: Job) -> None:
+    """Refuse what is of another kind than it should be."""
+    this_plan(job.plan)
+    for name, value, kind, right in (
+        ("network", job.network, Network, "a bp.nn.Network, for example bp.nn.mlp([64, 32, 10])"),
+        ("data", job.data, Dataset, "a bp.data.Dataset(name, inputs, targets, test_inputs, test_targets)"),
+        ("optimizer", job.optimizer, Optimizer, "one of bpkit's own, for example bp.optim.SGD(0.1, momentum=0.9)"),
+    ):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {right}, not {_named(value)}")
+
+
+def this_plan(plan: Any) -> None:
+    """Refuse what is no plan."""
+    if not isinstance(plan, Plan):
+        call = f"{plan!r} is a name" if isinstance(plan, str) else f"{_named(plan)} is none"
+        call = f"{plan.__name__} is the function that makes one" if inspect.isfunction(plan) else call
+        made = [name for name, one in vars(plans).items() if getattr(one, "__module__", "").startswith(STRATEGIES)]
+        raise TypeError(f"plan must be a plan, and {call}: call what makes one, for example bp.plan.gpipe(workers, "
+                        f"microbatches); there are {', '.join(sorted(made))}")  # fmt: skip
+
+
+def _named(value: object) -> str:
+    """A value in a few words, for a sentence."""
+    kind, text = type(value), " ".join(repr(value).split())
+    return text if len(text) < 60 and "object at" not in text else f"a {kind.__module__}.{kind.__qualname__}"
+
+
+def numbers(job: Job) -> Job:
+    """The job with its numbers as Python's own; what is no number, or none that makes sense, is refused."""
+    wanted = {"batch": 1, "steps": 1, "record": 1, "evaluate_every": 0, "seed": None}
+    found: dict[str, Any] = {name: integer(name, getattr(job, name), least) for name, least in wanted.items()}
+    if job.target is not None:
+        found["target"] = number("target, a test accuracy,", job.target, above=0)
+        if found["target"] > 1:
+            raise ValueError(f"target, a test accuracy, is at most 1, not {job.target!r}")
+    for step in {0, found["steps"] // 2, found["steps"] - 1}:
+        number(f"the learning rate of step {step}", job.optimizer.rate(step), 0)
+    if job.sync_batch_norm not in (True, False):
+        raise TypeError(f"sync_batch_norm is True or False, not {_named(job.sync_batch_norm)}")
+    return replace(job, **found, shards=None if job.shards is None else _shares(job.shards))
+
+
+def _shares(given: Any) -> Shards:
+    """Shares of the data ranks as tuples of numbers."""
+    given = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise TypeError("shards takes a number for each data rank, or a list of such lists, one a step, not "
+                        f"{_named(given)}")  # fmt: skip
+    if any(isinstance(one, Sequence) or hasattr(one, "__len__") for one in given):
+        return tuple(map(_shares, given))  # type: ignore[return-value]
+    return tuple(int(n) if n == int(n) else n for n in (number("a share of the samples", one, 0) for one in given))
+
+
+def tensors(data: Dataset) -> Dataset:
+    """The data as tensors that autograd does not follow; arrays are taken."""
+    own = ("inputs", "targets", "test_inputs", "test_targets")
+    return Dataset(data.name, *(_tensor(f"{data.name}: {name}", getattr(data, name)) for name in own))
+
+
+def _tensor(name: str, given: Any) -> Tensor:
+    try:
+        return torch.as_tensor(given).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a tensor or an array, not {_named(given)}") from None
+
+
 def run_length(job: Job) -> None:
-    """Refuse lengths of a run that make no sense, or not for this plan."""
+    """Refuse lengths of a run that do not fit each other or the plan."""
     plan = job.plan
-    if job.steps < 1 or job.record < 1:
-        raise ValueError("train needs at least one step and one recorded step, not "
-                         f"{job.steps} and {job.record}")  # fmt: skip
     if job.target is not None and job.evaluate_every < 1:
         raise ValueError("a target accuracy needs evaluate_every=N: how many steps between evaluations")
     if plan.servers and (job.steps != plan.microbatches or job.evaluate_every):
@@ -50,7 +128,9 @@ def run_length(job: Job) -> None:
 
 
 def for_the_workers(plan: Plan, workers: int) -> None:
-    """Refuse a plan for others."""
+    """Refuse a plan for others, and one that does not train."""
+    if plan.purpose != "train":
+        raise ValueError(f"{plan.name} is a collective by itself: run it by Cluster.collective")
     if plan.workers != workers:
         raise ValueError(f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), but this "
                          f"cluster has {workers}")  # fmt: skip
@@ -70,19 +150,35 @@ def enough(data: Dataset, workers: int) -> None:
         raise ValueError(f"{data.name} has {len(data)} training samples for {workers} workers: use fewer workers")
 
 
-def samples(job: Job) -> None:
-    """Refuse samples that do not fit the network."""
-    network, inputs = job.network, job.data.inputs
-    if tuple(inputs.shape[1:]) != tuple(network.input_shape):
-        raise ValueError(f"samples of shape {tuple(inputs.shape[1:])} do not fit the network, "
-                         f"which takes {tuple(network.input_shape)}")  # fmt: skip
-    if inputs.dtype != network.input_dtype:
-        raise TypeError(f"inputs are {inputs.dtype} but the network takes {network.input_dtype}: load the data with "
-                        "the same dtype")  # fmt: skip
-    for what, place in (("the network", network.device), ("the data", inputs.device)):
+def samples(network: Network, inputs: Tensor, targets: Tensor, what: str) -> None:
+    """Refuse samples that do not fit the network, or hold what is no number."""
+    for owner, place in (("the network", network.device), ("the data", inputs.device), ("the data", targets.device)):
         if place.type != "cpu":
-            raise ValueError(f"{what} lies on {place}: give it on the CPU, workers copy it to their own device")
-    network.loss.check(job.data.targets, network.output_shape)
+            raise ValueError(f"{owner} lies on {place}: give it on the CPU, workers copy it to their own device")
+    try:
+        network.check_inputs(inputs)
+        network.loss.check(targets, network.output_shape)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{what} samples: {error}") from None
+    for name, tensor in (("input", inputs), ("target", targets)):
+        # One sum shows whether all are finite: it is exact where it is itself not finite only by its size.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not (finite := tensor.isfinite()).all():
+            first = int((~finite.flatten(1).all(1) if tensor.ndim > 1 else ~finite).nonzero()[0])
+            raise ValueError(f"{what} {name} {first} holds what is not finite (inf or nan): leave such samples out")
+
+
+def test_samples(job: Job) -> None:
+    """Refuse evaluations without test samples that fit."""
+    if not job.evaluate_every:
+        return
+    data = job.data
+    if len(data.test_inputs) == 0:
+        raise ValueError(f"{data.name} has no test samples, but evaluate_every={job.evaluate_every} asks for their "
+                         "accuracy")  # fmt: skip
+    samples(job.network, data.test_inputs, data.test_targets, "test")
+    if data.test_targets.is_floating_point():
+        raise TypeError("an accuracy is the share of right classes, but the test targets are "
+                        f"{data.test_targets.dtype}: train without evaluate_every")  # fmt: skip
 
 
 def shards(job: Job) -> None:
@@ -107,6 +203,22 @@ def precision(job: Job) -> None:
     if name == "bf16" and (job.plan.holds != "all" or len(network.flat_buffers)):
         raise ValueError(f"{job.plan.name}: bf16 takes a plan with one gradient, and a network without running "
                          "statistics, such as batch norm's")  # fmt: skip
+
+
+def batch_norm(job: Job) -> None:
+    """Refuse microbatches that give batch norm one value a channel, and statistics of ranks that do not run in step."""
+    plan, network, m = job.plan, job.network, job.plan.microbatches
+    if job.sync_batch_norm and plan.holds == "one":
+        raise ValueError(f"{plan.name}: sync_batch_norm takes a plan whose data ranks run in step, which those of "
+                         "an asynchronous one do not")  # fmt: skip
+    for step in job.different_steps if network.least_rows > 1 else ():
+        sizes = job.shard_sizes(step)
+        parts = [[size // m + (mb < size % m) for mb in range(m)] for size in sizes]
+        parts = [[sum(part) for part in zip(*parts, strict=True)]] if job.sync_batch_norm else parts
+        if any(0 < rows < network.least_rows for part in parts for rows in part):
+            raise ValueError(f"{plan.name}: batch norm expects more than 1 value per channel when training, and a "
+                             f"microbatch would have one: shards of {sizes} samples in {m} microbatches; give more "
+                             "samples, fewer microbatches, or sync_batch_norm=True")  # fmt: skip
 
 
 def clipping(job: Job) -> None:
@@ -153,9 +265,11 @@ def made_optimizer(lr: float | None, optimizer: Optimizer | None) -> Optimizer:
     return SGD(lr) if optimizer is None else optimizer  # type: ignore[arg-type]
 
 
-def one_batch(plan: Plan, inputs: Tensor, targets: Tensor) -> Dataset:
-    """A batch of which a plan gives the gradient, as the data of a job."""
-    if len(inputs) == 0:
+def one_batch(plan: Plan, inputs: Any, targets: Any) -> Dataset:
+    """A batch of which a plan gives the gradient, as the data of a job; arrays are taken as tensors."""
+    this_plan(plan)
+    inputs, targets = (_tensor(name, given) for name, given in (("inputs", inputs), ("targets", targets)))
+    if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) == 0:
         raise ValueError("an empty batch has no gradient: give at least one sample")
     if len(inputs) != len(targets):
         raise ValueError(f"{len(inputs)} inputs but {len(targets)} targets")
@@ -165,13 +279,24 @@ def one_batch(plan: Plan, inputs: Tensor, targets: Tensor) -> Dataset:
     return Dataset("the batch", inputs, targets, inputs[:0], targets[:0])
 
 
+def watchers(progress: object, stop: object) -> None:
+    """Refuse what cannot be told of progress, or asked whether to stop."""
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must take (fraction done, text), as a function does, not be {_named(progress)}")
+    if stop is not None and not callable(getattr(stop, "is_set", None)):
+        raise TypeError(f"stop must be a threading.Event, not {_named(stop)}")
+
+
 def checked_collective(plan: Plan, tensors: Sequence[Tensor], workers: int) -> Program:
     """A collective by itself, compiled, once the tensors fit it and each other."""
+    this_plan(plan)
     if plan.purpose == "train" or plan.workers != workers:
         raise ValueError(f"{plan.name} is not a collective by itself for {workers} workers")
-    if len(tensors) != workers:
-        raise ValueError(f"a collective of {workers} ranks needs as many tensors, not {len(tensors)}")
+    if not isinstance(tensors, Sequence) or len(tensors) != workers:
+        raise ValueError(f"a collective of {workers} ranks needs a list of as many tensors, not {_named(tensors)}")
     for rank, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor) or not tensor.is_cpu:
+            raise TypeError(f"rank {rank} needs a tensor on the CPU, not {_named(tensor)}")
         if tensor.ndim != 1 or tensor.shape != tensors[0].shape or tensor.dtype != tensors[0].dtype:
             raise ValueError(
                 f"rank {rank} has {tuple(tensor.shape)} of {tensor.dtype}, rank 0 has "

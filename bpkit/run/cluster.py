@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bpkit.compress import Compressor
 from bpkit.data import Dataset
-from bpkit.given import whole_number
+from bpkit.given import integers
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program, asynchronous_server, compile, data_parallel
@@ -70,6 +70,7 @@ class Cluster:
     def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
                  start_method: str | None = None, device: str = "auto") -> None:  # fmt: skip
         # What depends on where workers come from stands in the pool: launched here now, later joined as well.
+        workers, threads_per_worker = integers("Cluster", workers=workers, threads_per_worker=threads_per_worker)
         self._pool = pool = Pool(workers, backend, threads_per_worker, timeout, start_method, device)
         self.workers, self.threads_per_worker, self.timeout = workers, threads_per_worker, timeout
         self.backend, self.backend_reason, self.device = pool.backend, pool.backend_reason, pool.device
@@ -128,8 +129,9 @@ class Cluster:
 
     def run(self, job: Job, progress: Tell | None = None, stop: threading.Event | None = None) -> TrainResult:
         """Train by a job, which is checked first; `train` makes one of its arguments (see there)."""
-        checks.enough(job.data, self.workers)
+        checks.watchers(progress, stop)
         job = self.check(job)
+        checks.enough(job.data, self.workers)
         outcomes = self._watched(rounds if job.plan.servers else train, job, progress, stop)
         return assemble(job, outcomes, self.backend)
 
@@ -231,12 +233,14 @@ class Cluster:
         if self.workers < 2 or self.backend == "nccl":
             raise ValueError("an asynchronous server needs rank 0 to serve and one more rank to train, on shm or gloo: "
                              f"this cluster has {self.workers} over {self.backend}")  # fmt: skip
-        whole_number("train_asynchronous", steps=steps)
+        (steps,) = integers("train_asynchronous", steps=steps)
+        (staleness,) = integers("train_asynchronous", 0, staleness=staleness)
         trainers = self.workers - 1
         nominal = asynchronous_server(trainers, [*range(1, self.workers)] * steps, staleness)
         job = Job(nominal, network, data, checks.made_optimizer(lr, optimizer), batch, steps, seed, shards)
-        checks.enough(data, self.workers)
+        checks.watchers(progress, stop)
         job = self.check(job)
+        checks.enough(data, self.workers)
         outcomes = self._watched(rounds, job, progress, stop, staleness)
         recorded = compile(asynchronous_server(trainers, outcomes[0].arrivals, staleness), network)
         return assemble(replace(job, plan=recorded.plan, compiled=recorded), outcomes, self.backend)
@@ -273,8 +277,10 @@ class Cluster:
             tensor ranks differ by more than rounding.
         """
         plan = data_parallel(self.workers) if plan is None else plan
-        job = self.check(Job(plan, network, checks.one_batch(plan, inputs, targets), SGD(), len(inputs), shards=shards,
-                             compress=compress, sync_batch_norm=sync_batch_norm, precision=precision))  # fmt: skip
+        data = checks.one_batch(plan, inputs, targets)
+        (step,) = integers("gradients", 0, step=step)
+        job = self.check(Job(plan, network, data, SGD(), len(data), shards=shards, compress=compress,
+                             sync_batch_norm=sync_batch_norm, precision=precision))  # fmt: skip
         plan, program = job.plan, job.program
         found: list[dict[int, Tensor]] = self.call(gradients, job, step, describe=_describer(program))
         ranks = plan.mesh.tensor
@@ -301,6 +307,7 @@ class Cluster:
             If the tensors do not fit each other or the plan; a rank is named.
         """
         program = checks.checked_collective(plan, tensors, self.workers)
+        (repeat,) = integers("collective", repeat=repeat)
         found = self.call(collective, program, tensors, repeat, describe=_describer(program))
         rows = [[str(step.action) for step in program.row(at)] for at in plan.mesh.coordinates()]
         trace = Trace.collect([log for _, log, _ in found], rows)

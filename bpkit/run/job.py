@@ -18,7 +18,7 @@ from bpkit.trace import Log
 Shards = Sequence[float] | Sequence[Sequence[float]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A training run, as it is given and as it travels to the workers; it prints as text.
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import bpkit as bp
 from bpkit.measure import FORMAT, Scaling, experiment
@@ -198,6 +199,9 @@ def test_stop_ends_it_and_closes_the_workers(fake: type[FakeCluster]) -> None:
         ({"steps": 1}, "steps must be a whole number of at least 2"),
         ({"warmup": -1}, "warmup must be"),
         ({"target": 97}, "target is an accuracy"),
+        ({"target": "high"}, "target, an accuracy, must be a finite number"),
+        ({"seed": "s"}, "seed must be a whole number"),
+        ({"lr": "fast"}, "a learning rate must be a finite number"),
         ({"batch": 1000, "scaling": "weak"}, "global batch of 2000 .weak scaling, 2 workers. is larger than digits"),
         ({"lr": 0.1, "optimizer": bp.optim.SGD(0.1)}, "not both"),
         ({"plan": lambda n: bp.plan.data_parallel(n + 1)}, "a plan for 3 workers"),
@@ -217,6 +221,25 @@ def test_workers_that_are_no_list_and_plans_that_are_no_function(fake: type[Fake
         measure(workers=4)
     with pytest.raises(TypeError, match="function of the number of workers"):
         measure(plan=bp.plan.data_parallel(2))
+    with pytest.raises(TypeError, match="progress must take"):
+        measure(progress=1)
+    with pytest.raises(TypeError, match="stop must be a threading.Event"):
+        measure(stop=True)
+    with pytest.raises(TypeError, match="one of bpkit's own"):
+        measure(optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1))
+    assert not fake.calls
+
+
+def test_test_samples_are_checked_before_anything_starts(fake: type[FakeCluster]) -> None:
+    data = bp.data.digits(test=0)
+    with pytest.raises(ValueError, match="has no test samples"):
+        bp.scaling(bp.nn.mlp([64, 10]), data, [1, 2], batch=64, target=0.9)
+    assert not fake.calls
+
+
+def test_near_numbers_are_taken(fake: type[FakeCluster]) -> None:
+    found = measure(workers=np.array([1, 2]), batch=64.0, repetitions=np.int64(1), steps=np.int32(6))
+    assert found.experiment["batch"] == 64 and found.experiment["steps"] == 6
 
 
 def test_two_real_workers() -> None:

@@ -94,9 +94,9 @@ def test_it_learns_as_the_synchronous_server_does(clusters):
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ({"staleness": -1}, "a staleness is 0 iterations or more, not -1"),
+        ({"staleness": -1}, "staleness must be a whole number of at least 0, not -1"),
         ({"steps": 0}, "steps must be a whole number of at least 1, not 0"),
-        ({"batch": 0}, "at least one sample"),
+        ({"batch": 0}, "batch must be a whole number of at least 1"),
         ({"shards": [5, 30, 5]}, "data rank 0 only serves and takes no samples, not 5"),
         ({"optimizer": bp.optim.SGD(0.1, clip=1.0), "lr": None}, "no one gradient whose norm could be clipped"),
     ],

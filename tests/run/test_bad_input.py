@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,7 @@ import bpkit as bp
 from bpkit.data import Dataset
 from bpkit.plan import Action, Plan
 from bpkit.plan.strategies.pipeline import gpipe, interleaved
+from bpkit.run.job import Job
 from bpkit.run.transports.shared import files as memory
 from tests.plan.hand_written import TENSOR
 
@@ -17,15 +21,27 @@ from tests.plan.hand_written import TENSOR
 def cluster():
     with bp.Cluster(2, backend="shm") as made:
         yield made
-        assert made.pids == ()  # nothing was started
+        assert made.generation == 0 and made.pids == ()  # nothing was started
 
 
 NET = bp.nn.mlp([64, 16, 10])
 DATA = bp.data.digits()
+REGRESSION, NUMBERS = bp.nn.mlp([3, 1], loss="mse"), torch.ones(6, 3)
 
 
 def small(samples: int) -> Dataset:
     return Dataset("tiny", DATA.inputs[:samples], DATA.targets[:samples], DATA.test_inputs, DATA.test_targets)
+
+
+def with_(**tensors) -> Dataset:
+    """The digits with other tensors."""
+    return replace(DATA, **tensors)
+
+
+def spoiled(tensor: torch.Tensor, row: int, value: float) -> torch.Tensor:
+    tensor = tensor.clone()
+    tensor[row] = value
+    return tensor
 
 
 def few_labels(value: int) -> Dataset:
@@ -35,10 +51,10 @@ def few_labels(value: int) -> Dataset:
 
 
 CASES = {
-    "an empty batch": (dict(batch=0), "at least one sample, not 0"),
+    "an empty batch": (dict(batch=0), "batch must be a whole number of at least 1, not 0"),
     "a batch larger than the data": (dict(batch=5000), "larger than digits, which has 1437"),
     "a data set smaller than the workers": (dict(data=small(1), batch=1), "1 training samples for 2 workers"),
-    "no steps": (dict(steps=0), "at least one step"),
+    "no steps": (dict(steps=0), "steps must be a whole number of at least 1, not 0"),
     "neither rate nor optimizer": (dict(lr=None), "either lr="),
     "both rate and optimizer": (dict(optimizer=bp.optim.SGD(0.1)), "either lr="),
     "a plan for another cluster": (dict(plan=bp.plan.data_parallel(3)), "plan for 3 workers .* has 2"),
@@ -47,8 +63,61 @@ CASES = {
     "another dtype": (dict(network=bp.nn.mlp([64, 10], dtype=torch.float64)), "load the data with the same dtype"),
     "a label out of range": (dict(data=few_labels(10)), "10"),
     "shards that do not fit": (dict(shards=[1, 2, 3]), "2 sizes or weights, not 3"),
-    "a negative shard": (dict(shards=[-1, 2]), "not negative"),
+    "a negative shard": (dict(shards=[-1, 2]), "a share of the samples must be a finite number of at least 0, not -1"),
     "a target without evaluations": (dict(target=0.9), "evaluate_every"),
+    # Kinds and numbers.
+    "a fraction of a sample": (dict(batch=64.5), "batch must be a whole number of at least 1, not 64.5"),
+    "a batch in words": (dict(batch="64"), "batch must be a whole number of at least 1, not '64'"),
+    "a batch that is true": (dict(batch=True), "batch must be a whole number .* not True"),
+    "steps without end": (dict(steps=float("inf")), "steps must be a whole number .* not inf"),
+    "half a step": (dict(steps=2.5), "steps must be a whole number .* not 2.5"),
+    "a seed in words": (dict(seed="one"), "seed must be a whole number, not 'one'"),
+    "nothing recorded": (dict(record=0), "record must be a whole number of at least 1, not 0"),
+    "evaluations backwards": (dict(evaluate_every=-1), "evaluate_every must be a whole number of at least 0"),
+    "a target above 1": (dict(target=97, evaluate_every=1), "target, a test accuracy, is at most 1, not 97"),
+    "a target in words": (dict(target="good", evaluate_every=1), "target, a test accuracy, must be a finite number"),
+    "a rate in words": (dict(lr="0.1"), "a learning rate must be a finite number of at least 0, not '0.1'"),
+    "a schedule without rates": (dict(lr=lambda step: None), "the learning rate of step 0 must be a finite number"),
+    "a schedule that ends": (dict(lr=lambda step: (0.1, None)[step]), "the learning rate of step 1 must be"),
+    "another library's optimizer": (dict(lr=None, optimizer=torch.optim.SGD([torch.zeros(1, requires_grad=True)], 0.1)),
+                                    "optimizer must be one of bpkit's own, .* not a torch.optim.sgd.SGD"),
+    "an optimizer that was not made": (dict(lr=None, optimizer=bp.optim.SGD), "one of bpkit's own, .*bp.optim.SGD"),
+    "a plan's name": (dict(plan="gpipe"), "'gpipe' is a name: call what makes one.*there are .*data_parallel.*gpipe"),
+    "a plan not made": (dict(plan=bp.plan.gpipe), "gpipe is the function that makes one: call"),
+    "a collective by itself": (dict(plan=bp.plan.collective("ring", 2)), "run it by Cluster.collective"),
+    "another library's network": (dict(network=torch.nn.Linear(64, 10)), "network must be a bp.nn.Network.*not Linear"),
+    "tensors in place of data": (dict(data=(DATA.inputs, DATA.targets)), "data must be a bp.data.Dataset"),
+    "words in place of data": (dict(data=with_(inputs=["a"] * 1437)), "digits: inputs must be a tensor or an array"),
+    "progress that is no function": (dict(progress=3), "progress must take .* not be 3"),
+    "stop that is no event": (dict(stop=True), "stop must be a threading.Event, not True"),
+    "no shards": (dict(shards=[]), r"a number for each data rank, .* not \[\]"),
+    "shards in words": (dict(shards="ab"), "a number for each data rank, .* not 'ab'"),
+    "a shard that is no number": (dict(shards=[float("nan"), 1]), "a share of the samples must be .* not nan"),
+    "shards of two depths": (dict(shards=[[1, 2], 3]), "a number for each data rank, .* not 3"),
+    "shards of which one step is wrong": (dict(shards=[[16, 16], [1, 2, 3]]), "2 sizes or weights, not 3"),
+    "an unknown compressor": (dict(compress="topk"), "compress takes a compressor"),
+    "an unknown precision": (dict(precision=16), "unknown precision 16"),
+    "statistics in words": (dict(sync_batch_norm="yes"), "sync_batch_norm is True or False, not 'yes'"),
+    # Samples.
+    "an input that is no number": (dict(data=with_(inputs=spoiled(DATA.inputs, 7, float("nan")))),
+                                   "training input 7 holds what is not finite"),
+    "an infinite input": (dict(data=with_(inputs=spoiled(DATA.inputs, 9, float("-inf")))), "training input 9 holds"),
+    "labels in int32": (dict(data=with_(targets=DATA.targets.int())), "class numbers as torch.int64, not torch.int32"),
+    "a label below 0": (dict(data=few_labels(-1)), "label -1 at position 5"),
+    "no test samples": (dict(data=bp.data.digits(test=0), evaluate_every=300), "digits has no test samples, but"),
+    "test samples of another shape": (dict(data=with_(test_inputs=DATA.test_inputs[:, :60]), evaluate_every=1),
+                                      r"test samples of shape \(60,\) do not fit"),
+    "test samples in another dtype": (dict(data=with_(test_inputs=DATA.test_inputs.double()), evaluate_every=1),
+                                      "test inputs are torch.float64 but the network takes torch.float32"),
+    "a test label out of range": (dict(data=with_(test_targets=DATA.test_targets + 1), evaluate_every=1),
+                                  "label 10 .* is out of range"),
+    "a test input that is no number": (dict(data=with_(test_inputs=DATA.test_inputs.log()), evaluate_every=1),
+                                       "test input 0 holds what is not finite"),
+    "an accuracy of what has no classes": (dict(network=REGRESSION, evaluate_every=1, batch=6, data=Dataset(
+        "line", NUMBERS, NUMBERS[:, :1], NUMBERS, NUMBERS[:, :1])), "test targets are torch.float32"),
+    "a target that is no number": (dict(network=REGRESSION, batch=6, data=Dataset(
+        "line", NUMBERS, spoiled(NUMBERS[:, :1], 3, float("inf")), NUMBERS, NUMBERS[:, :1])),
+        "training target 3 holds what is not finite"),
 }  # fmt: skip
 
 
@@ -65,6 +134,86 @@ def test_gradients_refuses(cluster):
         cluster.gradients(NET, DATA.inputs[:0], DATA.targets[:0])
     with pytest.raises(ValueError, match="4 inputs but 3 targets"):
         cluster.gradients(NET, DATA.inputs[:4], DATA.targets[:3])
+
+
+    for inputs, why in ((object(), "inputs must be a tensor or an array, not a builtins.object"),
+                        (torch.tensor(1.0), "an empty batch")):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=why):
+            cluster.gradients(NET, inputs, DATA.targets[:4])
+    with pytest.raises(ValueError, match="gradients: step must be a whole number of at least 0, not -1"):
+        cluster.gradients(NET, DATA.inputs[:4], DATA.targets[:4], step=-1)
+    with pytest.raises(TypeError, match="'serial' is a name"):
+        cluster.gradients(NET, DATA.inputs[:4], DATA.targets[:4], "serial")
+
+
+def test_collective_refuses(cluster):
+    ring, ones = bp.plan.collective("ring", 2), torch.ones(4)
+    for plan, tensors, repeat, why in (
+        ("ring", [ones, ones], 1, "'ring' is a name"),
+        (bp.plan.data_parallel(2), [ones, ones], 1, "not a collective by itself"),
+        (ring, [ones], 1, "needs a list of as many tensors"),
+        (ring, (one for one in (ones, ones)), 1, "needs a list of as many tensors, not a builtins.generator"),
+        (ring, [ones, [1.0] * 4], 1, "rank 1 needs a tensor on the CPU"),
+        (ring, [ones, ones.double()], 1, "all must be 1-D and alike"),
+        (ring, [ones, ones], 0, "repeat must be a whole number of at least 1, not 0"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=why):
+            cluster.collective(plan, tensors, repeat)
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    (dict(steps=2.5), "steps must be a whole number of at least 1, not 2.5"),
+    (dict(staleness=0.5), "staleness must be a whole number of at least 0, not 0.5"),
+    (dict(batch="8"), "batch must be a whole number"),
+    (dict(progress=1), "progress must take"),
+    (dict(data=with_(inputs=spoiled(DATA.inputs, 7, float("nan")))), "training input 7"),
+])  # fmt: skip
+def test_train_asynchronous_refuses(cluster, change, why):
+    arguments = dict(network=NET, data=DATA, batch=32, steps=2, lr=0.1) | change
+    with pytest.raises((ValueError, TypeError), match=why):
+        cluster.train_asynchronous(arguments.pop("network"), arguments.pop("data"), **arguments)
+
+
+def test_statistics_over_ranks_that_run_apart(cluster):
+    network = bp.nn.convnet(8, (1, 4), norm="batch")
+    with pytest.raises(ValueError, match="sync_batch_norm takes a plan whose data ranks run in step"):
+        cluster.train(network, DATA, bp.plan.asynchronous_server(1, [1, 1]), batch=8, steps=2, lr=0.1,
+                      sync_batch_norm=True)  # fmt: skip
+
+
+def test_workers_are_counted():
+    for wrong in (2.5, "2", None, True, 0):
+        with pytest.raises(ValueError, match="Cluster: workers must be a whole number of at least 1"):
+            bp.Cluster(wrong)
+    assert bp.Cluster(np.int64(2)).workers == bp.Cluster(2.0).workers == 2
+
+
+def test_what_can_be_taken_is_taken():
+    """Numbers of NumPy and of PyTorch, floats without a fraction, arrays, and tensors that autograd follows."""
+    followed = with_(inputs=DATA.inputs.clone().requires_grad_() * 1.0)
+    arrays = Dataset("digits", *(t.numpy() for t in (DATA.inputs, DATA.targets, DATA.test_inputs, DATA.test_targets)))
+    same = dict(batch=64, steps=2, lr=0.1, seed=1, shards=[30, 34])
+    near = [dict(batch=np.int64(64), steps=np.int32(2), seed=np.int8(1)), dict(batch=64.0, steps=2.0, seed=1.0),
+            dict(batch=torch.tensor(64), lr=np.float64(0.1)), dict(shards=np.array([30, 34])),
+            dict(shards=(np.float64(30), 34.0)), dict(shards=torch.tensor([[30, 34]])),
+            dict(record=np.int64(1), evaluate_every=np.int64(2), target=np.float32(1)), dict(sync_batch_norm=np.True_),
+            dict(data=followed), dict(data=arrays)]  # fmt: skip
+    with bp.Cluster(np.int64(2)) as cluster:
+        right = cluster.train(NET, DATA, **same).network.flat_parameters
+        for change in near:
+            data, *_ = [change.pop("data", DATA)]
+            assert torch.equal(cluster.train(NET, data, **{**same, **change}).network.flat_parameters, right), change
+        found = [cluster.gradients(NET, x, t) for x, t in (
+            (DATA.inputs[:8], DATA.targets[:8]), (DATA.inputs[:8].numpy(), DATA.targets[:8].tolist()),
+            (followed.inputs[:8], DATA.targets[:8]))]  # fmt: skip
+        assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_large_finite_sum_is_no_fault(cluster):
+    """What overflows only in the sum of all is finite itself."""
+    job = Job(bp.plan.data_parallel(2), REGRESSION, Dataset(
+        "large", NUMBERS * 3e38, NUMBERS[:, :1], NUMBERS, NUMBERS[:, :1]), bp.optim.SGD(0.1), 6)  # fmt: skip
+    assert cluster.check(job).program.plan.workers == 2
 
 
 def test_a_wrong_plan_never_starts(cluster):
