@@ -1,5 +1,6 @@
 """What callers give: taken where its value is clear, else refused by name."""
 
+import contextlib
 import math
 import operator
 from numbers import Real
@@ -18,10 +19,8 @@ def integer(what: str, value: Any, least: float | None = None, floats: bool = Tr
     found = None
     if not isinstance(value, bool):
         real = floats and isinstance(value, Real) and math.isfinite(value) and value == math.floor(value)
-        try:
+        with contextlib.suppress(TypeError):
             found = int(value) if real else operator.index(value)
-        except TypeError:
-            pass
     if found is None or (least is not None and found < least):
         at_least = "" if least is None else f" of at least {least}"
         raise ValueError(f"{what} must be a whole number{at_least}, not {value!r}")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bpkit.data import Dataset
-from bpkit.given import number, integers
+from bpkit.given import integers, number
 from bpkit.measure.host import machine
 from bpkit.measure.measurement import Event, Point, Scaling
 from bpkit.measure.reports import Report, summarize

@@ -1,7 +1,6 @@
 """What is checked before anything starts, with a sentence for what does not fit."""
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -207,7 +206,8 @@ def precision(job: Job) -> None:
 
 def batch_norm(job: Job) -> None:
     """Refuse microbatches that give batch norm one value a channel, and statistics of ranks that do not run in step."""
-    plan, network, m = job.plan, job.network, job.plan.microbatches
+    plan, network = job.plan, job.network
+    m = 1 if plan.servers else plan.microbatches  # with servers each is a whole shard
     if job.sync_batch_norm and plan.holds == "one":
         raise ValueError(f"{plan.name}: sync_batch_norm takes a plan whose data ranks run in step, which those of "
                          "an asynchronous one do not")  # fmt: skip

@@ -59,8 +59,10 @@ CASES = {
     "both rate and optimizer": (dict(optimizer=bp.optim.SGD(0.1)), "either lr="),
     "a plan for another cluster": (dict(plan=bp.plan.data_parallel(3)), "plan for 3 workers .* has 2"),
     "more buckets than layers": (dict(plan=bp.plan.data_parallel(2, buckets=9)), "9 stages, but the network has only"),
-    "shapes that do not fit": (dict(network=bp.nn.mlp([60, 10])), r"\(64,\) do not fit the network"),
-    "another dtype": (dict(network=bp.nn.mlp([64, 10], dtype=torch.float64)), "load the data with the same dtype"),
+    "shapes that do not fit": (dict(network=bp.nn.mlp([60, 10])),
+                               r"training samples: the network takes inputs of shape \('rows', 60\), not \(1437, 64\)"),
+    "another dtype": (dict(network=bp.nn.mlp([64, 10], dtype=torch.float64)),
+                      "takes inputs of torch.float64 and got inputs of torch.float32"),
     "a label out of range": (dict(data=few_labels(10)), "10"),
     "shards that do not fit": (dict(shards=[1, 2, 3]), "2 sizes or weights, not 3"),
     "a negative shard": (dict(shards=[-1, 2]), "a share of the samples must be a finite number of at least 0, not -1"),
@@ -106,9 +108,9 @@ CASES = {
     "a label below 0": (dict(data=few_labels(-1)), "label -1 at position 5"),
     "no test samples": (dict(data=bp.data.digits(test=0), evaluate_every=300), "digits has no test samples, but"),
     "test samples of another shape": (dict(data=with_(test_inputs=DATA.test_inputs[:, :60]), evaluate_every=1),
-                                      r"test samples of shape \(60,\) do not fit"),
+                                      r"test samples: the network takes inputs of shape .*, not \(360, 60\)"),
     "test samples in another dtype": (dict(data=with_(test_inputs=DATA.test_inputs.double()), evaluate_every=1),
-                                      "test inputs are torch.float64 but the network takes torch.float32"),
+                                      "test samples: the network takes inputs of torch.float32 and got"),
     "a test label out of range": (dict(data=with_(test_targets=DATA.test_targets + 1), evaluate_every=1),
                                   "label 10 .* is out of range"),
     "a test input that is no number": (dict(data=with_(test_inputs=DATA.test_inputs.log()), evaluate_every=1),
@@ -179,6 +181,53 @@ def test_statistics_over_ranks_that_run_apart(cluster):
     with pytest.raises(ValueError, match="sync_batch_norm takes a plan whose data ranks run in step"):
         cluster.train(network, DATA, bp.plan.asynchronous_server(1, [1, 1]), batch=8, steps=2, lr=0.1,
                       sync_batch_norm=True)  # fmt: skip
+
+
+GPT, TOKENS = bp.nn.gpt(20, 8, width=16, heads=2, layers=1), torch.arange(32).view(4, 8) % 20
+NORM = bp.nn.Network([bp.nn.Linear(64, 8), bp.nn.BatchNorm(8), bp.nn.ReLU(), bp.nn.Linear(8, 10)], 64)
+
+
+@pytest.mark.parametrize("plan", [bp.plan.data_parallel(2), bp.plan.gpipe(2, 2), bp.plan.tensor_parallel(
+    bp.plan.serial(), 2, bp.nn.tensor_layout(GPT))], ids=lambda plan: plan.name)  # fmt: skip
+@pytest.mark.parametrize("token", [20, -1, 2**40])
+def test_tokens_outside_the_vocabulary(cluster, plan, token):
+    with pytest.raises(ValueError, match=rf"training samples: token {token} at position \(3, 2\) is outside the voc"):
+        cluster.gradients(GPT, spoiled(TOKENS, (3, 2), token), TOKENS, plan)
+    data = Dataset("words", TOKENS, TOKENS, spoiled(TOKENS, (0, 1), token), TOKENS)
+    with pytest.raises(ValueError, match=f"test samples: token {token} at position"):
+        cluster.train(GPT, data, plan, batch=4, steps=2, lr=0.1, evaluate_every=2)
+
+
+@pytest.mark.parametrize(("plan", "options"), [
+    (bp.plan.data_parallel(2), {}),
+    (bp.plan.data_parallel(2), dict(shards=[1, 7])),
+    (bp.plan.data_parallel(2), dict(shards=[[4, 4], [7, 1]])),
+    (bp.plan.data_parallel(2, microbatches=2), dict(shards=[3, 5])),
+    (bp.plan.data_parallel(2, microbatches=2), dict(shards=[2, 0], sync_batch_norm=True)),
+    (bp.plan.zero(2, 3), {}),
+    (bp.plan.gpipe(2, 2), {}),
+    (bp.plan.local_sgd(2, 2), dict(shards=[2, 6])),
+    (bp.plan.asynchronous_server(1, [1]), dict(shards=[0, 1])),
+])  # fmt: skip
+def test_batch_norm_of_one_value(cluster, plan, options):
+    sizes = options.get("shards", [1, 1])
+    samples = sum(sizes[0]) if isinstance(sizes[0], list) else sum(sizes)
+    with pytest.raises(ValueError, match="batch norm expects more than 1 value per channel when training"):
+        cluster.train(NORM, DATA, plan, batch=samples, steps=1, lr=0.1, **options)
+
+
+def test_batch_norm_of_two_values_runs():
+    with bp.Cluster(2) as cluster:
+        for options in (dict(shards=[2, 2]), dict(shards=[0, 2]), dict(shards=[1, 1], sync_batch_norm=True)):
+            assert cluster.gradients(NORM, DATA.inputs[:sum(options["shards"])], DATA.targets[:sum(options["shards"])],
+                                     **options).any()  # fmt: skip
+
+
+def test_float_targets_are_rounded_to_the_outputs_dtype():
+    targets = torch.linspace(0, 1, 6, dtype=torch.float64).view(6, 1)
+    with bp.Cluster(2) as cluster:
+        a, b = (cluster.gradients(REGRESSION, NUMBERS, t) for t in (targets, targets.float()))
+        assert torch.equal(a, b)
 
 
 def test_workers_are_counted():
