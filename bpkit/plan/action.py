@@ -128,6 +128,10 @@ VERBS: Final[dict[str, Verb]] = {
 #: Collectives of the tensor axis on an edge: a sum, or what brings together or takes apart the ranks' own tokens.
 ON_EDGES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.stream == "tensor" and verb.scope == "mb")
 
+#: Kinds that give an edge away: to another pipeline rank, or to a collective of the tensor axis.
+GIVES: Final = frozenset(kind for kind, verb in VERBS.items()
+                         if verb.axis and any(touch.letter in "AD" for touch in verb.reads))  # fmt: skip
+
 #: Which RECV takes what a SEND gives, with the step in stages from sender to receiver.
 PARTNERS: Final[dict[str, tuple[tuple[str, ...], int]]] = {
     "SEND_F": (("RECV_F",), 1),

@@ -1,7 +1,6 @@
 """``compile``: derive once, for run and simulate alike, what a plan leaves implicit."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ from bpkit.description.network import Described, Description
 from bpkit.description.tensor import TensorLayout, shard, tensor_layout
 from bpkit.plan.action import ON_EDGES, PARTNERS, Action, buffer
 from bpkit.plan.checker.check import check
-from bpkit.plan.checker.hazards import hazards
+from bpkit.plan.liveness import loans, peak_activations, waits
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.passes import tie
 from bpkit.plan.plan import Plan
@@ -52,9 +51,9 @@ class Program:
     sizes : tuple of int
         Elements of each stage's flat buffers, padding included.
     rows : tuple of tuples of Instruction
-    slots : tuple of dicts
-        For each row, the buffers each receive channel (kind, stage) needs, so that a receive can be posted
-        where the row posts it.
+    loans : tuple of dicts
+        For each row, the messages that each receive channel (kind, stage) holds at a time, so that a receive can be
+        posted where the row posts it.
     peak : tuple of int
         For each row, the largest number of saved forwards (stage, microbatch) held at a time.
     """
@@ -63,7 +62,7 @@ class Program:
     cuts: tuple[int, ...]
     sizes: tuple[int, ...]
     rows: tuple[tuple[Instruction, ...], ...]
-    slots: tuple[dict[tuple[str, int], int], ...]
+    loans: tuple[dict[tuple[str, int], int], ...]
     peak: tuple[int, ...]
 
     def row(self, at: Coordinate) -> tuple[Instruction, ...]:
@@ -122,7 +121,7 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
     sizes = _sizes(plan, network, cuts)
     edges = (*(math.prod(part.input_shape) for part in parts), math.prod(network.output_shape))
     rows = tuple(_instructions(row, plan, sizes, edges, network.itemsize) for row in plan.rows)
-    return Program(plan, cuts, sizes, rows, tuple(map(slots, plan.rows)),
+    return Program(plan, cuts, sizes, rows, tuple(map(loans, plan.rows)),
                    tuple(map(peak_activations, plan.rows)))  # fmt: skip
 
 
@@ -194,8 +193,8 @@ def _with_norm(plan: Plan) -> Plan:
 def _instructions(row: tuple[Action, ...], plan: Plan, sizes: Sequence[int], edges: Sequence[int],
                   itemsize: int) -> tuple[Instruction, ...]:  # fmt: skip
     result = []
-    for action, waits in zip(row, hazards(row, plan.shared), strict=True):
-        communication = tuple(i for i in waits if row[i].verb.stream != "compute")
+    for action, needs in zip(row, waits(row, plan.shared), strict=True):
+        communication = tuple(i for i in needs if row[i].verb.stream != "compute")
         elements = _payload(action, plan, sizes, edges)
         result.append(Instruction(action, communication, elements * itemsize, action.kind in COUNTED))
     return tuple(result)
@@ -214,32 +213,3 @@ def _payload(action: Action, plan: Plan, sizes: Sequence[int], edges: Sequence[i
         return high - low
     return 0
 
-
-def slots(row: Sequence[Action]) -> dict[tuple[str, int], int]:
-    """Buffers that each receive channel of a row needs: received and not yet freed, at most.
-
-    A receive starts after the compute before it, and compute frees buffers in order, so counting in the order
-    of the row is exact.
-    """
-    held: Counter[tuple[str, int]] = Counter()
-    most: dict[tuple[str, int], int] = {}
-    for action in row:
-        if action.kind in ("RECV_F", "RECV_B"):
-            channel = (action.kind, action.stage)
-            held[channel] += 1
-            most[channel] = max(most.get(channel, 0), held[channel])
-        elif action.kind in ("B", "W"):  # the last reader of the input and of the gradient of the output
-            for channel in (("RECV_F", action.stage), ("RECV_B", action.stage)):
-                held[channel] -= channel in most
-    return most
-
-
-def peak_activations(row: Sequence[Action]) -> int:
-    """The largest number of (stage, microbatch) whose forward is saved at a time in a row."""
-    again = {(action.stage, action.mb) for action in row if action.kind == "RECOMPUTE"}  # dropped after the forward
-    held = most = 0
-    for action in row:
-        saves = action.kind == ("RECOMPUTE" if (action.stage, action.mb) in again else "F")
-        held += saves - (action.kind in ("B", "W"))
-        most = max(most, held)
-    return most

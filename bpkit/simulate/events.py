@@ -7,7 +7,7 @@ from typing import NamedTuple
 from bpkit.plan import Plan, Program
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.check import order
-from bpkit.plan.checker.hazards import hazards
+from bpkit.plan.liveness import waits
 from bpkit.trace import Log, Trace
 
 Time = float | Sequence[float]
@@ -84,7 +84,7 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3) -
             raise ValueError(f"{plan.name} has {plan.stages} stages, but there are times for {len(value)}")
     together = order(plan)
     rows = [plan.row(at) for at in plan.mesh.coordinates()]
-    ranks = [_Rank(row, hazards(row, plan.shared), Log.empty(range(steps), len(row))) for row in rows]
+    ranks = [_Rank(row, waits(row, plan.shared), Log.empty(range(steps), len(row))) for row in rows]
     for step in range(steps):
         begun = [int(rank.log.end[step - 1].max(initial=0)) for rank in ranks]  # 0 for the first: nothing has ended
         for ends in together:

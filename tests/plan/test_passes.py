@@ -3,8 +3,8 @@
 import pytest
 
 from bpkit.plan import Action, Mesh, Plan, check, complete, refine
+from bpkit.plan.liveness import loans, peak_activations
 from bpkit.plan.passes import communicate
-from bpkit.plan.program import peak_activations, slots
 
 
 def one_f_one_b(stages: int, microbatches: int, **mesh: int) -> Plan:
@@ -32,9 +32,9 @@ def test_peak_activations_of_1f1b():
 
 def test_slots_cover_what_is_received_and_not_yet_freed():
     plan = complete(one_f_one_b(4, 8))
-    assert slots(plan.rows[0]) == {("RECV_B", 0): 1}
-    assert slots(plan.rows[1])["RECV_F", 1] >= 3
-    assert all(count <= 8 for row in plan.rows for count in slots(row).values())
+    assert loans(plan.rows[0]) == {("RECV_B", 0): 1}
+    assert loans(plan.rows[1])["RECV_F", 1] >= 3
+    assert all(count <= 8 for row in plan.rows for count in loans(row).values())
 
 
 def test_refined_stages_are_reduced_one_by_one():

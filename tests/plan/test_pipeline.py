@@ -11,7 +11,7 @@ import pytest
 
 import bpkit as bp
 from bpkit.plan import Action, Plan, PlanError, check
-from bpkit.plan.program import peak_activations
+from bpkit.plan.liveness import peak_activations
 from bpkit.plan.strategies.pipeline import (
     gpipe,
     interleaved,

@@ -104,7 +104,7 @@ def test_data_replicas_that_receive_ahead_differently(spoiling, one, other):
     plans = [SCHEDULES[name](2, 4, data=2) for name in (one, other)]
     rows = [plan.rows[pipeline] for pipeline in range(2) for plan in plans]
     plan = replace(plans[0], name=f"{one} beside {other}", expanded=True, rows=tuple(rows))
-    slots = bp.plan.compile(plan, SHAPES).slots
+    slots = bp.plan.compile(plan, SHAPES).loans
     assert len({tuple(sorted(row.items())) for row in slots}) > 2
     generator = torch.Generator().manual_seed(7)
     inputs = torch.randn(16, 6, generator=generator, dtype=torch.float64)

@@ -8,8 +8,8 @@ import torch
 import bpkit as bp
 from bpkit.nn import Context
 from bpkit.plan import Action
+from bpkit.plan.liveness import weight_copies
 from bpkit.plan.strategies.pipeline import pipedream
-from bpkit.run.engine.stash import stash
 
 from .oracle import flat
 
@@ -60,7 +60,7 @@ def test_it_is_sgd_with_the_declared_delay(backend, ranks):
 def test_as_many_copies_as_versions_are_read():
     for rank in range(4):
         row = pipedream(4, 8).rows[rank]
-        used, copies = stash(row)
+        used, copies = weight_copies(row)
         assert copies == {rank: 4 - rank}
         last = max(i for i, action in enumerate(row) if action.kind == "UPDATE")
         assert used[last][1] == 0

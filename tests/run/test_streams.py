@@ -13,11 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bpkit as bp
 from bpkit.nn import CrossEntropy
-from bpkit.plan import compile
-from bpkit.plan.checker.hazards import hazards
+from bpkit.plan import compile, liveness
 from bpkit.run import cluster as of_cluster
 from bpkit.run.engine.device import StreamExecutor
-from bpkit.run.engine.host import native_bytes, with_slot_waits
+from bpkit.run.engine.host import native_bytes
 from bpkit.run.engine.rank import Runner, train
 from bpkit.run.job import Job, Outcome
 from bpkit.trace import Log
@@ -63,9 +62,8 @@ def broken(plan: bp.plan.Plan) -> list[str]:
     wrong = []
     for _, behind, row in noted(plan):
         actions = [step.action for step in row]
-        slots = [step.waits for step in with_slot_waits(row)]
-        for index, waits in enumerate(hazards(actions, plan.shared)):
-            missing = ({*waits, *slots[index]}) - behind[index]
+        for index, waits in enumerate(liveness.waits(actions, plan.shared)):
+            missing = {*waits} - behind[index]
             wrong += [f"{actions[index]} did not wait for {actions[i]}" for i in missing]
     return wrong
 

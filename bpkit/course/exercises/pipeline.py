@@ -15,7 +15,7 @@ from bpkit.course.exercises.verdict import Bench, Wrong, need_function, need_num
 from bpkit.data import digits
 from bpkit.nn import Network, mlp
 from bpkit.plan import Action, Mesh, Plan, complete, gpipe, interleaved, one_f_one_b
-from bpkit.plan.program import peak_activations
+from bpkit.plan.liveness import peak_activations
 from bpkit.simulate import Times, simulate
 
 #: (ranks, microbatches) of the order, and samples of each microbatch of the step.

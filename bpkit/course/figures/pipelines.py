@@ -14,10 +14,8 @@ from bpkit.course.figures.schedules import FORMAT, equal_stages, schedules
 from bpkit.data import Dataset, digits
 from bpkit.measure.pipeline import makespan, period
 from bpkit.nn import Network
-from bpkit.plan import Plan, gpipe, interleaved, naive, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.plan import Plan, gpipe, interleaved, liveness, naive, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
 from bpkit.plan.checker.check import order
-from bpkit.plan.checker.hazards import hazards
-from bpkit.plan.program import peak_activations
 from bpkit.simulate import Times, simulate
 
 #: The schedules that the figure offers, in its order: each gives the plan of p ranks and m microbatches.
@@ -75,12 +73,12 @@ def film(name: str, p: int, m: int) -> dict[str, Any]:
             "rows": [" ".join(str(plan.rows[rank][i]) for i in row) for rank, row in enumerate(passes)],
             "needs": [[needs.get((rank, i), -1) for i in row] for rank, row in enumerate(passes)],
             "makespan": makespan(trace), "period": period(trace), "formula": {"bubble": bubble, "peak": stored},
-            "peak": [unit * peak_activations(row) for row in plan.rows]}  # fmt: skip
+            "peak": [unit * liveness.peak_activations(row) for row in plan.rows]}  # fmt: skip
 
 
 def _messages(plan: Plan) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """For each message between passes: rank and index of the first to wait for it, and of the pass that gave it."""
-    waits = [hazards(row, plan.shared) for row in plan.rows]
+    waits = [liveness.waits(row, plan.shared) for row in plan.rows]
     for (sender, send), (rank, receive) in (ends for ends in order(plan) if len(ends) == 2):
         gave = max(i for i in waits[sender][send] if plan.rows[sender][i].verb.stream == "compute")
         takes = (i for i, action in enumerate(plan.rows[rank]) if action.kind in UNITS and receive in waits[rank][i])

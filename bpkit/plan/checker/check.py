@@ -12,8 +12,8 @@ from functools import lru_cache
 
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.effects import COMPUTE, GROUP
-from bpkit.plan.checker.hazards import hazards
 from bpkit.plan.checker.provenance import Holdings, Provenance
+from bpkit.plan.liveness import waits
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
 
@@ -76,7 +76,7 @@ class _Walk:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world = Provenance(plan)
-        self.ranks = {at: _Rank(self.world.holdings(at), hazards(plan.row(at), plan.shared))
+        self.ranks = {at: _Rank(self.world.holdings(at), waits(plan.row(at), plan.shared))
                       for at in plan.mesh.coordinates()}  # fmt: skip
         self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
         # By from, to, and whether it sends: what has no partner yet, and what it carries.

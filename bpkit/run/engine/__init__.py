@@ -1,1 +1,5 @@
-"""One rank runs its row of a plan."""
+"""One rank runs its row.  `compute` and `communication` register what runs each kind of action (see `context.runs`)."""
+
+from bpkit.run.engine import communication, compute
+
+__all__ = ["communication", "compute"]

@@ -1,19 +1,111 @@
-"""What each kind of action does on a rank: closures that the executor calls."""
+"""What each kind of compute does on a rank."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bpkit.nn import Network
 from bpkit.optim import clip_factor
-from bpkit.plan.action import Action
-from bpkit.run.engine.communication import ON_GRADIENTS, Communication
-from bpkit.run.engine.host import Runner, assign_slots
-from bpkit.run.engine.precision import Mixed
-from bpkit.run.engine.stash import stash
+from bpkit.plan.action import Action, Buffer, buffer
+from bpkit.run.engine.context import Call, Rank, nothing, runs
+
+
+@runs("ZERO")
+def zero(rank: Rank, action: Action, index: int) -> Call:
+    """Empty a gradient: for most, the first backward overwrites it, and nothing is done here."""
+    return rank.buffers.gradients[action.stage].zero_ if index in rank.emptying else nothing
+
+
+# -- forward ---------------------------------------------------------------------------------------------
+
+
+@runs("F")
+def forward(rank: Rank, action: Action, index: int) -> Call:
+    """The forward of a stage; nothing is kept but the output where it is computed again."""
+    s, mb, edges, step = action.stage, action.mb or 0, rank.edges, rank.step
+    run, slot = rank.net(action, index).forward, rank.slots.get((s, mb))
+    given, made = Buffer("A", s, mb), Buffer("A", s + 1, mb)
+    if s in rank.mixed and not any(a.kind == "F" and a.stage == s for a in rank.row[:index]):
+        run = rank.mixed[s].forward_anew
+
+    def keep() -> None:
+        x = step.inputs[mb] if s == 0 else edges[given]
+        edges[made] = _own(run(x, slot, step.contexts[mb]), x)
+
+    def forget() -> None:  # all such forwards share one slot
+        x = step.inputs[mb] if s == 0 else edges[given]
+        edges[made] = run(x, "forgotten", step.contexts[mb]).clone()
+
+    return forget if Action(s, "RECOMPUTE", mb) in rank.row else keep
+
+
+@runs("RECOMPUTE")
+def recompute(rank: Rank, action: Action, index: int) -> Call:
+    """The forward again, for what its backward needs."""
+    s, mb, edges, step = action.stage, action.mb or 0, rank.edges, rank.step
+    run, slot, given = rank.net(action, index).forward, rank.slots[s, mb], Buffer("A", s, mb)
+    return lambda: run(step.inputs[mb] if s == 0 else edges[given], slot, step.contexts[mb])
+
+
+@runs("LOSS")
+def loss(rank: Rank, action: Action, index: int) -> Call:
+    """The sum of a microbatch's losses, and its gradient."""
+    mb, edges, step, function = action.mb or 0, rank.edges, rank.step, rank.buffers.loss
+    outputs, gradients = (buffer(action, touch) for touch in (action.verb.reads[0], action.verb.writes[0]))
+
+    def value_and_gradient() -> None:
+        value, gradient = function.value_and_gradient(edges[outputs], step.targets[mb])
+        weight = step.weights[mb]
+        step.losses[mb] = value
+        edges[gradients] = gradient if weight == 1.0 else gradient.mul_(weight)
+
+    return value_and_gradient
+
+
+# -- backward --------------------------------------------------------------------------------------------
+
+
+@runs("B")
+def backward(rank: Rank, action: Action, index: int) -> Call:
+    """Both halves of the backward of a stage."""
+    s, mb, edges, adds = action.stage, action.mb or 0, rank.edges, index not in rank.overwriting
+    run, slot = rank.net(action, index).backward, rank.slots[s, mb]
+    given, made = Buffer("D", s + 1, mb), Buffer("D", s, mb)
+
+    def first() -> None:
+        run(edges[given], slot, adds)
+
+    def other() -> None:
+        above = edges[given]
+        gradient = run(above, slot, adds, True)
+        assert gradient is not None
+        edges[made] = _own(gradient, above)
+
+    return _giving_back(rank, index, first if s == 0 else other)
+
+
+@runs("I")
+def input_half(rank: Rank, action: Action, index: int) -> Call:
+    """The half of the backward for which the stage before waits."""
+    s, mb, edges = action.stage, action.mb or 0, rank.edges
+    run, slot = rank.net(action, index).backward_input, rank.slots[s, mb]
+    given, made = Buffer("D", s + 1, mb), Buffer("D", s, mb)
+
+    def half() -> None:
+        above = edges[given]
+        gradient = run(above, slot, s > 0)
+        if gradient is not None:
+            edges[made] = _own(gradient, above)
+
+    return half
+
+
+@runs("W")
+def weight_half(rank: Rank, action: Action, index: int) -> Call:
+    """The half of the backward that gives the gradient of the parameters."""
+    run, slot = rank.net(action, index).backward_weight, rank.slots[action.stage, action.mb]
+    adds = index not in rank.overwriting
+    return _giving_back(rank, index, lambda: run(slot, adds))
 
 
 def _own(made: Tensor, given: Tensor) -> Tensor:
@@ -23,181 +115,66 @@ def _own(made: Tensor, given: Tensor) -> Tensor:
     return made.clone() if passed_on else made
 
 
-@dataclass
-class Verbs(Communication):
-    """Binds the actions of one row to a rank's buffers.
+def _giving_back(rank: Rank, index: int, run: Call) -> Call:
+    """A backward that gives back the memory which it is the last to read."""
+    keys, borrowed = rank.given_back[index], rank.borrowed
 
-    Parameters
-    ----------
-    captured : dict, optional
-        Where UPDATE puts what it would apply, by stage, instead of applying it.
-    precision : {"full", "bf16"}
-    """
+    def run_and_give_back() -> None:
+        run()
+        for key in keys:
+            borrowed.pop(key).release()
 
-    captured: dict[int, Tensor] | None = None
-    precision: str = "full"
+    return run_and_give_back if keys else run
 
-    def __post_init__(self) -> None:
-        self._slots = assign_slots(self.buffers.row)
-        self._used, counts = stash(self.buffers.row) if self.buffers.program.plan.stashed else ({}, {})
-        self._copies = self.buffers.copies(counts)
-        mixed = self.buffers.stages if self.precision == "bf16" else {}
-        self._mixed = {stage: Mixed(net) for stage, net in mixed.items()}
-        self.buffers.halves = sum(net.bytes for net in self._mixed.values())
 
-    def _net(self, action: Action, index: int) -> Network | Mixed:
-        """The stage, with the copy of its parameters that an action reads."""
-        return self._mixed.get(action.stage) or self._copies[action.stage][self._used.get(index, (0, 0))[0]]
+# -- update ----------------------------------------------------------------------------------------------
 
-    def bind(self) -> list[Runner]:
-        """One callable an action of the row.
 
-        Raises
-        ------
-        NotImplementedError
-            If the row holds a kind that this version does not run.
-        """
-        makers: dict[str, Callable[[Action, int], Runner]] = {
-            "ZERO": self._zero, "F": self._forward, "RECOMPUTE": self._recompute, "LOSS": self._loss,
-            "B": self._backward, "I": self._input_half, "W": self._weight_half, "UPDATE": self._update,
-            "REDUCE_GRAD": self._reduce, "SCATTER_GRAD": self._scatter, "UNSHARD": self._unshard,
-            "AVERAGE": self._average, "NORM": self._norm,
-            "SUM_F": self._sum_edge, "SUM_B": self._sum_edge, "GATHER_F": self._gather_edge,
-            "GATHER_B": self._gather_edge, "SCATTER_F": self._scatter_edge, "SCATTER_B": self._scatter_edge,
-            "SUM_G": self._sum_gradients, "SUM_TIED": self._sum_tied,
-            "RESHARD": lambda action, index: lambda: None,  # its buffer is free for the next stage: that is all
-            "SEND_F": self._send_edge, "SEND_B": self._send_edge, "RECV_F": self._receive_edge,
-            "RECV_B": self._receive_edge, "SEND_G": self._send_part, "ADD_G": self._receive_part,
-            "RECV_G": self._receive_part, "SEND_P": self._send_part, "RECV_P": self._receive_part, "SWAP_G": self._swap,
-        }  # fmt: skip
-        for action in self.buffers.row:
-            if action.kind not in makers:
-                raise NotImplementedError(f"{action}: this version cannot run {action.kind} on workers")
-        return [makers[action.kind](action, index) for index, action in enumerate(self.buffers.row)]
+@runs("UPDATE")
+def update(rank: Rank, action: Action, index: int) -> Call:
+    """The optimizer's step on what this rank updates of a stage."""
+    weights, gradient, state = rank.buffers.update_of(action)
+    optimizer, step = rank.buffers.optimizer, rank.step
+    if rank.captured is not None:
+        return _capture(rank, action, gradient)
+    if rank.plan.holds == "all":
 
-    # -- gradients: the first backward after a ZERO or a scatter overwrites, so no pass is spent on zeros ---------
+        def apply() -> None:
+            rank.buffers.clean(action.stage)
+            optimizer.update(weights, _clipped(rank, gradient), state, step.number, step.scale)
 
-    def _overwrites(self, stage: int, index: int) -> bool:
-        """Whether a backward is the first to touch the gradient since it was emptied."""
-        row = self.buffers.row[:index]
-        last = next((a.kind for a in reversed(row) if a.stage == stage and a.kind in ON_GRADIENTS), "")
-        return last in ("ZERO", "SCATTER_GRAD")
+        return apply
+    before, each = (sum(a.kind == "UPDATE" and a.stage == action.stage for a in row)
+                    for row in (rank.row[:index], rank.row))  # fmt: skip
+    source = target = weights
+    if rank.plan.stashed:
+        source, target = (rank.copies[action.stage][i].flat_parameters for i in rank.weights_of[index])
 
-    def _zero(self, action: Action, index: int) -> Runner:
-        gradients = self.buffers.gradients[action.stage]
-        if self._touch(action.stage, index) in ("B", "W", "ZERO"):
-            return lambda: None
-        return gradients.zero_
+    def apply_to_copy() -> None:
+        if target is not source:
+            target.copy_(source)
+        optimizer.update(target, gradient, state, step.number * each + before, step.scale)
 
-    # -- compute -----------------------------------------------------------------------------------------
+    return apply_to_copy
 
-    def _forward(self, action: Action, index: int) -> Runner:
-        s, mb = action.stage, action.mb or 0
-        forward, slot, edges, step = self._net(action, index).forward, self._slots[s, mb], self._edges, self.step
-        again = action.kind == "F" and Action(s, "RECOMPUTE", mb) in self.buffers.row
-        mixed = self._mixed.get(s)
-        if mixed and not any(a.kind == "F" and a.stage == s for a in self.buffers.row[:index]):
-            forward = mixed.forward_anew
 
-        def run() -> None:
-            x = step.inputs[mb] if s == 0 else edges["A", s, mb]
-            edges["A", s + 1, mb] = _own(forward(x, slot, step.contexts[mb]), x)
+def _capture(rank: Rank, action: Action, gradient: Tensor) -> Call:
+    """Put what an UPDATE would apply where it belongs in the whole stage."""
+    assert rank.captured is not None
+    net = rank.buffers.stages[action.stage]
+    whole = rank.captured.setdefault(action.stage, torch.full_like(net.flat_parameters, math.nan))
+    low = 0
+    if action.part is not None:
+        low = action.part.bounds(net.flat_size)[0]
+    elif action.stage in rank.buffers.reduced:
+        low = rank.buffers.own_bounds(net.flat_size)[0]
+    into = whole[low : low + len(gradient)]
+    return lambda: torch.mul(_clipped(rank, gradient), rank.step.scale, out=into)
 
-        def run_and_forget() -> None:  # nothing is kept but the output: all such forwards share one slot
-            x = step.inputs[mb] if s == 0 else edges["A", s, mb]
-            edges["A", s + 1, mb] = forward(x, "forgotten", step.contexts[mb]).clone()
 
-        return run_and_forget if again else run
-
-    def _recompute(self, action: Action, index: int) -> Runner:
-        s, mb = action.stage, action.mb or 0
-        forward, slot, edges, step = self._net(action, index).forward, self._slots[s, mb], self._edges, self.step
-        return lambda: forward(step.inputs[mb] if s == 0 else edges["A", s, mb], slot, step.contexts[mb])
-
-    def _loss(self, action: Action, index: int) -> Runner:
-        s, mb = action.stage, action.mb or 0
-        loss, edges, step = self.buffers.loss, self._edges, self.step
-
-        def value_and_gradient() -> None:
-            value, gradient = loss.value_and_gradient(edges["A", s + 1, mb], step.targets[mb])
-            weight = step.weights[mb]
-            step.losses[mb] = value
-            edges["D", s + 1, mb] = gradient if weight == 1.0 else gradient.mul_(weight)
-
-        return value_and_gradient
-
-    def _backward(self, action: Action, index: int) -> Runner:
-        s, mb = action.stage, action.mb or 0
-        backward, slot, edges = self._net(action, index).backward, self._slots[s, mb], self._edges
-        adds = not self._overwrites(s, index)
-        if s == 0:
-            return self._returning(action, lambda: backward(edges["D", 1, mb], slot, adds))
-
-        def run() -> None:
-            above = edges["D", s + 1, mb]
-            gradient = backward(above, slot, adds, True)
-            assert gradient is not None
-            edges["D", s, mb] = _own(gradient, above)
-
-        return self._returning(action, run)
-
-    def _input_half(self, action: Action, index: int) -> Runner:
-        s, mb = action.stage, action.mb or 0
-        net, slot, edges = self._net(action, index), self._slots[s, mb], self._edges
-
-        def run() -> None:
-            above = edges["D", s + 1, mb]
-            gradient = net.backward_input(above, slot, s > 0)
-            if gradient is not None:
-                edges["D", s, mb] = _own(gradient, above)
-
-        return run
-
-    def _weight_half(self, action: Action, index: int) -> Runner:
-        net, slot = self._net(action, index), self._slots[action.stage, action.mb or 0]
-        adds = not self._overwrites(action.stage, index)
-        return self._returning(action, lambda: net.backward_weight(slot, adds))
-
-    def _update(self, action: Action, index: int) -> Runner:
-        weights, gradient, state = self.buffers.update_of(action)
-        optimizer, step = self.buffers.optimizer, self.step
-        if self.captured is not None:
-            return self._capture(action, gradient)
-        if self.buffers.program.plan.holds == "all":
-
-            def update() -> None:
-                self.buffers.clean(action.stage)
-                optimizer.update(weights, self._clipped(gradient), state, step.number, step.scale)
-
-            return update
-        before, each = (sum(a.kind == "UPDATE" and a.stage == action.stage for a in row)
-                        for row in (self.buffers.row[:index], self.buffers.row))  # fmt: skip
-        source = target = weights
-        if self.buffers.program.plan.stashed:
-            source, target = (self._copies[action.stage][i].flat_parameters for i in self._used[index])
-
-        def update_copy() -> None:
-            if target is not source:
-                target.copy_(source)
-            optimizer.update(target, gradient, state, step.number * each + before, step.scale)
-
-        return update_copy
-
-    def _capture(self, action: Action, gradient: Tensor) -> Runner:
-        assert self.captured is not None
-        net = self.buffers.stages[action.stage]
-        whole = self.captured.setdefault(action.stage, torch.full_like(net.flat_parameters, math.nan))
-        low = 0
-        if action.part is not None:
-            low = action.part.bounds(net.flat_size)[0]
-        elif action.stage in self.buffers.reduced:
-            low = self.buffers.own_bounds(net.flat_size)[0]
-        into = whole[low : low + len(gradient)]
-        return lambda: torch.mul(self._clipped(gradient), self.step.scale, out=into)
-
-    def _clipped(self, gradient: Tensor) -> Tensor:
-        """The gradient times the factor that clips it: a tensor, since the host does not wait for the norm."""
-        clip = self.buffers.optimizer.clip
-        if clip is None:
-            return gradient
-        return gradient * clip_factor(self.buffers.squares[0].sqrt() * self.step.scale, clip)
+def _clipped(rank: Rank, gradient: Tensor) -> Tensor:
+    """The gradient times the factor that clips it: a tensor, since the host does not wait for the norm."""
+    clip = rank.buffers.optimizer.clip
+    if clip is None:
+        return gradient
+    return gradient * clip_factor(rank.buffers.squares[0].sqrt() * rank.step.scale, clip)

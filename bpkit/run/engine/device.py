@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bpkit.plan.program import Instruction
+from bpkit.run.engine.context import Call
 from bpkit.run.engine.groups import Groups
-from bpkit.run.engine.host import Executor, Runner, native_bytes, with_slot_waits
+from bpkit.run.engine.host import Executor, native_bytes
 from bpkit.trace import Log
 
 
@@ -44,7 +45,7 @@ class StreamExecutor:
     ----------
     row : sequence of Instruction
     bound : sequence of callables
-        What each instruction calls (see `bpkit.run.engine.compute`).
+        What each instruction calls (see `bpkit.run.engine.context`).
     groups : Groups
     module
         ``torch.cuda``, or what has the same streams and events.
@@ -52,10 +53,10 @@ class StreamExecutor:
 
     ahead = 2  # steps that the host may be ahead of the device
 
-    def __init__(self, row: Sequence[Instruction], bound: Sequence[Runner], groups: Groups,
+    def __init__(self, row: Sequence[Instruction], bound: Sequence[Call], groups: Groups,
                  module: Any = torch.cuda) -> None:  # fmt: skip
         self._groups, self._module = groups, module
-        self._row = with_slot_waits(row)
+        self._row = row
         names = [step.action.verb.stream for step in self._row]
         self._compute = module.current_stream()
         self._streams = {name: module.Stream() for name in names} | {"compute": self._compute}
@@ -130,7 +131,7 @@ class StreamExecutor:
         return event
 
 
-def executor(row: Sequence[Instruction], bound: Sequence[Runner], groups: Groups,
+def executor(row: Sequence[Instruction], bound: Sequence[Call], groups: Groups,
              streams: Any = None) -> Executor | StreamExecutor:  # fmt: skip
     """Return what runs a row: by streams where the transport is the GPU's own, else by polling the host's.
 
@@ -147,7 +148,7 @@ def executor(row: Sequence[Instruction], bound: Sequence[Runner], groups: Groups
     return Executor(row, bound, groups)
 
 
-def _ended(run: Runner) -> Runner:
+def _ended(run: Call) -> Call:
     """The same, over only when the GPU is done: the host's clock then tells how long it took."""
 
     def run_to_its_end() -> None:

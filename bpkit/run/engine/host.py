@@ -6,73 +6,27 @@ Communication is posted: it starts when what it waits for has ended, and whoever
 """
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from time import perf_counter_ns, thread_time_ns
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from bpkit.nn import Context
-from bpkit.plan.action import ON_EDGES, Action
 from bpkit.plan.program import Instruction
+from bpkit.run.engine.context import Call
 from bpkit.run.engine.groups import Groups
 from bpkit.run.errors import PeerTimeout
 from bpkit.run.transports.comm import Handle
 from bpkit.run.transports.shared.semaphores import yield_core
 from bpkit.trace import Log
 
-Runner = Callable[[], Any]  # communication returns what it posted, or None; what compute returns is not used
-
 _YIELDS = 1000  # times the core is given away before the wait sleeps
-_GIVES = ON_EDGES | {"SEND_F", "SEND_B"}  # read what a slot holds
 _NAP = 5e-5  # seconds of one sleep
-
-
-@dataclass
-class StepData:
-    """What one step works on; filled before the row runs."""
-
-    number: int = 0
-    inputs: Sequence[Tensor] = ()
-    targets: Sequence[Tensor] = ()
-    contexts: Sequence[Context] = ()
-    weights: Sequence[float] = ()  # of each microbatch's terms, in LOSS
-    scale: float = 1.0  # of the merged gradient, in UPDATE
-    losses: dict[int, Tensor] = field(default_factory=dict)  # of each microbatch: the sum over its terms
-    sum_over_data: Callable[[Tensor], Tensor] | None = None  # for batch norm over all data ranks
-
-    def load(self, number: int, inputs: Tensor, targets: Tensor, first: int, microbatches: int) -> None:
-        """Cut this rank's shard into microbatches; the first ones take the remainder."""
-        self.inputs, self.targets = inputs.tensor_split(microbatches), targets.tensor_split(microbatches)
-        starts = [first]
-        for part in self.inputs:
-            starts.append(starts[-1] + len(part))
-        self.contexts = [Context(number, start, True, self.sum_over_data) for start in starts[:-1]]
-        self.number, self.losses = number, {}
-
-    def loss(self, ahead: bool = False) -> Callable[[], list[float]]:
-        """What gives the microbatches' weighted losses, once the step has ended where the host is `ahead` of it."""
-        places, weights, values = list(self.losses), self.weights, list(self.losses.values())
-        if values and values[0].is_cuda:
-            values = list(torch.stack(values).to("cpu", non_blocking=ahead))  # into pinned memory then
-
-        def read() -> list[float]:
-            result = [0.0] * len(weights)
-            for mb, value in zip(places, values, strict=True):
-                result[mb] = float(value) * weights[mb]
-            return result
-
-        return read
 
 
 @dataclass
 class _Pending:
     """Communication that has not ended: not started while `posted` is None."""
 
-    start: Runner
+    start: Call
     needs: tuple[int, ...]
     posted: Handle | None = None
 
@@ -85,18 +39,17 @@ class Executor:
     ----------
     row : sequence of Instruction
     bound : sequence of callables
-        What each instruction calls (see `bpkit.run.engine.compute`).
+        What each instruction calls (see `bpkit.run.engine.context`).
     groups : Groups
     """
 
     row: Sequence[Instruction]
-    bound: Sequence[Runner]
+    bound: Sequence[Call]
     groups: Groups
     ahead = 0  # steps under way when `run` returns
     _pending: dict[int, _Pending] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.row = with_slot_waits(self.row)
         compute = [step.action.verb.stream == "compute" for step in self.row]
         self._steps = [(run, step.waits, c) for run, step, c in zip(self.bound, self.row, compute, strict=True)]
         self._columns = self._blank()
@@ -221,52 +174,3 @@ def native_bytes(row: Sequence[Instruction]) -> list[int]:
     """Bytes of each action before anything is counted; -1 where a native collective does not count."""
     return [-1 if step.action.verb.axis and step.payload and not step.counted else 0 for step in row]
 
-
-def assign_slots(row: Sequence[Action]) -> dict[tuple[int, int], int]:
-    """The lowest free slot for each (stage, microbatch), so that a stage keeps no more slots than its peak.
-
-    A slot holds what its stage gives to both neighbours, the output and the gradient of the input, which they keep
-    by reference; so it is free once the backward of the microbatch has run on it and on its neighbours in the row,
-    and what it gives has been sent or summed.  It is taken by the forward whose activations are kept: the second one,
-    where they are computed again.
-    """
-    taken: defaultdict[int, dict[int, int]] = defaultdict(dict)
-    slots: dict[tuple[int, int], int] = {}
-    here = {action.stage for action in row if action.kind == "F"}
-    again = {(action.stage, action.mb) for action in row if action.kind == "RECOMPUTE"}
-    users = Counter((a.stage, a.mb) for a in row if a.kind in ("B", "W", *_GIVES))  # those that are still to come
-    backward = {(a.stage, a.mb) for a in row if a.kind in ("B", "W")}
-    for action in row:
-        stage, mb = action.stage, action.mb
-        if action.kind == ("RECOMPUTE" if (stage, mb) in again else "F") and mb is not None:
-            held = taken[stage]
-            slot = next(i for i in range(len(held) + 1) if i not in held.values())
-            slots[stage, mb] = held[mb] = slot
-        elif action.kind in ("B", "W", *_GIVES) and mb is not None:
-            users[stage, mb] -= 1
-            backward -= {(stage, mb)} if action.kind in ("B", "W") else set()
-            for near in (stage - 1, stage, stage + 1):
-                around = {near - 1, near, near + 1} & here
-                if not users[near, mb] and not any((other, mb) in backward for other in around):
-                    taken[near].pop(mb, None)
-    return slots
-
-
-def with_slot_waits(row: Sequence[Instruction]) -> list[Instruction]:
-    """The row in which what writes into a slot also waits for what gives away the values that are in it."""
-    slots = assign_slots([step.action for step in row])
-    copied = {(step.action.stage, step.action.mb) for step in row if step.action.kind == "RECOMPUTE"}  # what F gives
-    giving: defaultdict[tuple[str, int, int], list[int]] = defaultdict(list)  # letter, stage and slot
-    result = []
-    for index, step in enumerate(row):
-        stage, mb, kind = step.action.stage, step.action.mb, step.action.kind
-        letter = (step.action.verb.writes or step.action.verb.reads)[0].letter  # A on the way there, D on the way back
-        place = (letter, stage, slots.get((stage, -1 if mb is None else mb), -1))
-        if letter == "A" and (stage, mb) in copied:
-            pass
-        elif kind in ("F", "B", "I"):
-            step = replace(step, waits=tuple(sorted({*step.waits, *giving.pop(place, [])})))
-        elif kind in _GIVES:
-            giving[place].append(index)
-        result.append(step)
-    return result

@@ -153,7 +153,7 @@ class Buffers:
         parts = (form.opened() if plan.opened else form).split(self.program.cuts)
         channels: dict[Coordinate, dict[Channel, tuple[int, int]]] = {at: {} for at in plan.mesh.coordinates()}
         for at in channels:
-            for (kind, stage), count in self.program.slots[plan.row_index(at)].items():
+            for (kind, stage), count in self.program.loans[plan.row_index(at)].items():
                 shape = parts[stage].input_shape if kind == "RECV_F" else parts[stage].output_shape
                 channel = (kind.replace("RECV", "SEND"), stage - 1 if kind == "RECV_F" else stage + 1)
                 channels[plan.partner(at, Action(stage, kind, 0))][channel] = (count, self.rows * math.prod(shape))

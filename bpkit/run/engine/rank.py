@@ -14,10 +14,9 @@ from torch import Tensor
 from bpkit.nn.losses import Loss
 from bpkit.plan.plan import Plan
 from bpkit.plan.program import Program
-from bpkit.run.engine.compute import Verbs
+from bpkit.run.engine.context import Rank, StepData
 from bpkit.run.engine.device import Feed, executor
 from bpkit.run.engine.groups import Groups
-from bpkit.run.engine.host import StepData
 from bpkit.run.engine.memory import Buffers, OneBuffer
 from bpkit.run.job import Job, Outcome
 from bpkit.run.room import explained
@@ -84,7 +83,7 @@ class Runner:
         apart = job.sync_batch_norm and self.plan.mesh.data > 1
         over = groups.apart(self.plan.mesh, "data", "batch norm").all_reduce if apart else None
         self.step = StepData(sum_over_data=over)
-        bound = Verbs(self.buffers, self.step, captured=captured, precision=job.precision).bind()
+        bound = Rank(self.buffers, self.step, captured, job.precision).bind()
         self.executor = executor(self.program.row(self.buffers.at), bound, groups, streams)
         self.feed = Feed(comm.device)
         self.losses: list[float] = []  # this rank's share of the mean loss, for each step that has ended
@@ -215,7 +214,7 @@ def collective(comm: Comm, program: Program, inputs: Sequence[Tensor], repeat: i
     """Run a collective by itself `repeat` times; the result, the log, and the bytes that one run sent."""
     groups = Groups(comm, program.plan.mesh)
     buffers = OneBuffer(program, groups, inputs[comm.rank].dtype)
-    runner = executor(program.row(buffers.at), Verbs(buffers, StepData()).bind(), groups)
+    runner = executor(program.row(buffers.at), Rank(buffers, StepData()).bind(), groups)
     log = Log.empty(range(repeat), len(buffers.row))
     buffer, before = buffers.gradients[0], comm.sent
     for line in range(repeat):
