@@ -199,9 +199,9 @@ def poll_a_broken_sum(comm: Comm) -> bool:
     from bpkit.run.transports.distributed import DistributedComm, _Work
 
     assert isinstance(comm, DistributedComm)
-    return _Work(comm, Broken()).poll()
+    return _Work(comm, Broken(), "all_reduce").poll()
 
 
 def test_a_sum_that_ended_by_an_error_is_no_sum() -> None:
-    with Pool(1, "gloo") as pool, pytest.raises(WorkerError, match="post_all_reduce failed: Connection reset by peer"):
+    with Pool(1, "gloo") as pool, pytest.raises(WorkerError, match="all_reduce failed: Connection reset by peer"):
         pool.call(poll_a_broken_sum)

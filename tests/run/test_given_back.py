@@ -34,9 +34,9 @@ SHAPES = Network([Linear(6, 8), Reshape((2, 4)), Linear(4, 4), Flatten(), ReLU()
 def spoil_what_is_given_back(comm: Comm) -> None:
     """In this process, from now on: memory of a message is NaN once its reader has given it back."""
     from bpkit.run.transports import distributed as gloo
-    from bpkit.run.transports.shared import loans
+    from bpkit.run.transports.shared.protocols import Loans
 
-    for edges in (loans.Loans, gloo._Copies):
+    for edges in (Loans, gloo._Copies):
         edges.receive = _spoiling(edges.receive)  # type: ignore[attr-defined, method-assign]
 
 

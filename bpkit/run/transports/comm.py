@@ -156,15 +156,11 @@ class Comm(abc.ABC):
     def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Memory for `n` elements (zeros) that `all_reduce` reduces in place; on all ranks, same `n`."""
 
-    @abc.abstractmethod
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place, the same bits on every rank; returns `tensor`."""
+    # Posted: they return what is under way.  Ranks post in the same order.
 
     @abc.abstractmethod
     def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
         """Start a sum over ranks; `tensor` must rest until the handle has finished."""
-
-    # What plans use besides: posted, with sizes that both sides know.
 
     @abc.abstractmethod
     def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
@@ -173,6 +169,10 @@ class Comm(abc.ABC):
     @abc.abstractmethod
     def post_all_gather(self, tensor: torch.Tensor) -> Handle:
         """Start to fill the other ranks' parts of `tensor` (of `shared`: wait until all have written theirs)."""
+
+    @abc.abstractmethod
+    def post_broadcast(self, tensor: torch.Tensor, root: int) -> Handle:
+        """Start to copy the root's values to all ranks."""
 
     @abc.abstractmethod
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
@@ -209,20 +209,34 @@ class Comm(abc.ABC):
     def progress(self) -> None:  # noqa: B027 - a transport with threads of its own needs none
         """Move this rank's unfinished business along; never blocks."""
 
-    @abc.abstractmethod
+    # Blocking: posted and waited for.
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place, the same bits on every rank; returns `tensor`."""
+        self.post_all_reduce(tensor).wait()
+        return tensor
+
     def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks of this rank's part (`part_bounds`), in place; returns the part, a view.
 
         The other parts are undefined afterwards.
         """
+        self.check_tensor(tensor, "reduce_scatter")
+        part = tensor.detach().view(-1)[slice(*self.bounds(tensor.numel()))]
+        self.post_reduce_scatter(tensor, part, False).wait()
+        return part
 
-    @abc.abstractmethod
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Fill the other ranks' parts of `tensor` from their owners; returns `tensor`."""
+        self.post_all_gather(tensor).wait()
+        return tensor
 
-    @abc.abstractmethod
     def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
         """Copy the root's values to all ranks, in place; returns `tensor`."""
+        if not 0 <= root < self.size:
+            raise ValueError(f"broadcast: root {root} is not a rank (0 to {self.size - 1})")
+        self.post_broadcast(tensor, root).wait()
+        return tensor
 
     @abc.abstractmethod
     def finish(self) -> None:

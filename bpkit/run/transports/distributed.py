@@ -41,8 +41,9 @@ from bpkit.run.transports.shared.semaphores import OPERATIONS, Block
 PACKET = 4096
 _HELD = 4096  # packets to one rank that may be under way where nobody tells us what it has received
 _HEAD = struct.Struct(f"<{2 + MAX_DIMS}q")
-# PyTorch 2.13 renamed it, and warns of the old name in the middle of a reader's output.
+# PyTorch 2.13 renamed them, and warns of the old names in the middle of a reader's output.
 _gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 def loopback() -> None:
@@ -57,9 +58,9 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 class _Work(Handle):
     """Posted work of torch.distributed: of all ranks, or a receive, whose end gloo shows only to who waits for it."""
 
-    def __init__(self, comm: DistributedComm, work: Any, source: int = -1) -> None:
-        self._comm, self._work, self._source, self._finished = comm, work, source, False
-        self.passive = source >= 0
+    def __init__(self, comm: DistributedComm, work: Any, operation: str, source: int = -1) -> None:
+        self._comm, self._work, self._operation, self._source = comm, work, operation, source
+        self.passive, self._finished = source >= 0, False
         self._watched: Future[Any] | None = None
 
     def poll(self) -> bool:
@@ -75,7 +76,7 @@ class _Work(Handle):
     def wait(self) -> None:
         if not self._finished:
             ended = self._watched.result if self._watched else self._work.wait
-            self._comm.run("recv" if self.passive else "post_all_reduce", self._source, ended)
+            self._comm.run(self._operation, self._source, ended)
             if self.passive:
                 self._comm.count_received(self._source)
             self._finished = True
@@ -177,18 +178,15 @@ class DistributedComm(Comm):
         self.check_tensor(tensor, "send")
         if tensor.dim() > MAX_DIMS:
             raise ValueError(f"send: a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} travel")
-        data = _bytes(tensor).to(self.device)
-        shape = (*tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
-        header = torch.frombuffer(bytearray(_HEAD.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *shape)),
-                                  dtype=torch.uint8)
-        packet = torch.empty(PACKET, dtype=torch.uint8, device=self.device)
-        packet[: _HEAD.size] = header
-        first = min(data.numel(), PACKET - _HEAD.size)
-        packet[_HEAD.size : _HEAD.size + first] = data[:first]
-        self._post(packet, to)
-        if first < data.numel():
-            self._post(data[first:].clone(), to)
-        self.sent += data.numel()
+        data, shape = _bytes(tensor).to(self.device), (*tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
+        packet = torch.empty(max(PACKET, _HEAD.size + len(data)), dtype=torch.uint8, device=self.device)
+        packet[: _HEAD.size] = torch.frombuffer(
+            bytearray(_HEAD.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *shape)), dtype=torch.uint8)
+        packet[_HEAD.size : _HEAD.size + len(data)] = data
+        for part in (packet[:PACKET], packet[PACKET:]):
+            if len(part):
+                self._post(part, to)
+        self.sent += len(data)
         self.sent_to[to] += 1
 
     def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
@@ -236,35 +234,68 @@ class DistributedComm(Comm):
             raise ValueError(f"empty: {n} elements")
         return torch.zeros(n, dtype=dtype, device=self.device)
 
-    def _in_place(self, tensor: torch.Tensor, operation: str, function: Callable[[torch.Tensor], Any]) -> torch.Tensor:
-        """Run a collective on contiguous memory, and bring the result back where `tensor` is not."""
+    def _posted(self, tensor: torch.Tensor, operation: str,
+                start: Callable[[torch.Tensor], tuple[Any, Callable[[], object]]]) -> Handle:  # fmt: skip
+        """Start a collective on contiguous memory: `start` gives its work, and what is to be done after it."""
         self.check_tensor(tensor, operation)
         if tensor.numel() == 0:
-            return tensor
+            return Then()
         memory = tensor.detach().to(self.device).contiguous()
-        self.run(operation, -1, function, memory)
-        if memory.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(memory)
-        return tensor
+        work, then = self.run(operation, -1, start, memory.view(-1))
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._in_place(tensor, "all_reduce", partial(dist.all_reduce, group=self._members))
+        def put_back() -> None:
+            then()
+            if memory.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(memory)
+
+        return Then(_Work(self, work, operation), then=put_back)
 
     def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
-        self.check_tensor(tensor, "post_all_reduce")
-        if not tensor.is_contiguous():
-            raise ValueError("post_all_reduce: the tensor must be contiguous")
-        return _Work(self, dist.all_reduce(tensor.detach(), group=self._members, async_op=True))
+        return self._posted(tensor, "all_reduce", lambda flat: (
+            dist.all_reduce(flat, group=self._members, async_op=True), lambda: None))  # fmt: skip
 
-    def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
-        # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
-        lo, hi = self.bounds(tensor.numel())
-        part = tensor.view(-1)[lo:hi]
-        return Then(self.post_all_reduce(tensor), then=lambda: out.add_(part) if add else out.copy_(part))
+    def post_broadcast(self, tensor: torch.Tensor, root: int) -> Handle:
+        return self._posted(tensor, "broadcast", lambda flat: (
+            dist.broadcast(flat, group_src=root, group=self._members, async_op=True), lambda: None))  # fmt: skip
 
     def post_all_gather(self, tensor: torch.Tensor) -> Handle:
-        work, put_back = self._gather(tensor.view(-1), async_op=True)
-        return Then(_Work(self, work), then=put_back)
+        return self._posted(tensor, "all_gather", self._gather)
+
+    def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
+        if self.name != "gloo":
+            return self._posted(tensor, "reduce_scatter", partial(self._scatter, out=out, add=add))
+        # gloo's reduce-scatter is an all-reduce of a copy (two lengths of the vector cross, for equal parts too), and
+        # only who waits for it learns of its end: the all-reduce itself can be polled.
+        part = tensor.view(-1)[slice(*self.bounds(tensor.numel()))]
+        return Then(self.post_all_reduce(tensor), then=lambda: out.add_(part) if add else out.copy_(part))
+
+    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        part = tensor.detach().view(-1)[slice(*self.bounds(tensor.numel()))]
+        self._posted(tensor, "reduce_scatter", partial(self._scatter, out=part, add=False)).wait()
+        return part
+
+    def _padded(self, flat: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Memory for parts that are all as long as the longest, which PyTorch asks for, and each rank's in it."""
+        width, bounds = -(-flat.numel() // self.size), [self.bounds(flat.numel(), r) for r in range(self.size)]
+        every = flat.new_zeros(self.size, width)
+        return every, [row[: hi - lo] for row, (lo, hi) in zip(every, bounds, strict=True)]
+
+    def _gather(self, flat: torch.Tensor) -> tuple[Any, Callable[[], object]]:
+        (every, parts), (lo, hi) = self._padded(flat), self.bounds(flat.numel())
+        mine = every.new_zeros(every.shape[1])
+        mine[: hi - lo] = flat[lo:hi]
+        work = _gather_into(every.view(-1), mine, self._members, async_op=True)
+        return work, lambda: torch.cat(parts, out=flat)
+
+    def _scatter(self, flat: torch.Tensor, out: torch.Tensor, add: bool) -> tuple[Any, Callable[[], object]]:
+        every, parts = self._padded(flat)
+        for part, place in zip(flat.split([len(part) for part in parts]), parts, strict=True):
+            place.copy_(part)
+        mine = torch.empty_like(every[0])
+        work, own = _scatter_into(mine, every.view(-1), group=self._members, async_op=True), mine[: out.numel()]
+        return work, lambda: out.add_(own) if add else out.copy_(own)
+
+    # Messages that are posted
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
         self._post(tensor.clone(), to)  # a copy, since gloo tells only who waits when the memory is free
@@ -276,7 +307,7 @@ class DistributedComm(Comm):
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         into = torch.empty_like(tensor) if add else tensor
-        message = _Work(self, dist.irecv(into, source, self._way(source, self.rank)), source)
+        message = _Work(self, dist.irecv(into, source, self._way(source, self.rank)), "recv", source)
         return Then(message, then=partial(tensor.add_, into)) if add else message
 
     def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
@@ -292,33 +323,6 @@ class DistributedComm(Comm):
             source = self.run("recv", -1, dist.recv, tensor)  # of any rank: gloo can, NCCL cannot
             self.count_received(source)
             yield source
-
-    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        # gloo has no reduce-scatter over uneven parts; the sum of all parts holds ours
-        self.all_reduce(tensor)
-        lo, hi = self.bounds(tensor.numel())
-        return tensor.view(-1)[lo:hi]
-
-    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._in_place(tensor, "all_gather", lambda memory: self._gather(memory.view(-1))[1]())
-
-    def _gather(self, flat: torch.Tensor, **how: bool) -> tuple[Any, Callable[[], None]]:
-        """Gather parts of possibly unequal size, all padded to the largest; the work, and what puts them in place."""
-        width, (lo, hi) = -(-flat.numel() // self.size), self.bounds(flat.numel())
-        every, mine = flat.new_zeros(width * self.size), flat.new_zeros(width)
-        mine[: hi - lo] = flat[lo:hi]
-
-        def put_back() -> None:
-            for rank in range(self.size):
-                lo, hi = self.bounds(flat.numel(), rank)
-                flat[lo:hi] = every[rank * width : rank * width + hi - lo]
-
-        return _gather_into(every, mine, self._members, **how), put_back
-
-    def broadcast(self, tensor: torch.Tensor, root: int = 0) -> torch.Tensor:
-        if not 0 <= root < self.size:
-            raise ValueError(f"broadcast: root {root} is not a rank (0 to {self.size - 1})")
-        return self._in_place(tensor, "broadcast", partial(dist.broadcast, group_src=root, group=self._members))
 
 
 class _Group(DistributedComm):

@@ -7,7 +7,8 @@ peer's device.  The copies block: this is for trying plans out, not for speed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,9 +64,9 @@ class Staged(Comm):
 
     def _mirror(self, tensor: Tensor) -> Tensor | None:
         for start, (size, mirror) in self._mirrors.items():
-            offset = tensor.data_ptr() - start
-            if 0 <= offset < size and tensor.numel() and tensor.is_contiguous():
-                whole = mirror.view(torch.uint8)[offset : offset + tensor.numel() * tensor.element_size()]
+            offset, length = tensor.data_ptr() - start, tensor.numel() * tensor.element_size()
+            if 0 <= offset < offset + length <= size and tensor.is_contiguous():
+                whole = mirror.view(torch.uint8)[offset : offset + length]
                 return whole.view(tensor.dtype).view(tensor.shape)
         return None
 
@@ -89,8 +90,7 @@ class Staged(Comm):
         return self._host.post_send(self._out(tensor), to)
 
     def post_recv(self, tensor: Tensor, source: int, add: bool = False) -> Handle:
-        mirror = self._out(tensor)
-        return Then(self._host.post_recv(mirror, source, add), then=lambda: tensor.copy_(mirror))
+        return self._through(tensor, partial(self._host.post_recv, source=source, add=add))
 
     def arrivals(self, tensor: Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
         mirror = self._out(tensor)
@@ -106,22 +106,19 @@ class Staged(Comm):
 
     # -- collectives -------------------------------------------------------------------------------------
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().copy_(self._host.all_reduce(self._out(tensor)))
-
     def reduce_scatter(self, tensor: Tensor) -> Tensor:
         part = self._host.reduce_scatter(self._out(tensor))
-        return tensor.view(-1)[slice(*self.bounds(tensor.numel()))].copy_(part)
+        return tensor.detach().view(-1)[slice(*self.bounds(tensor.numel()))].copy_(part)
 
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().copy_(self._host.all_gather(self._out(tensor)))
-
-    def broadcast(self, tensor: Tensor, root: int = 0) -> Tensor:
-        return tensor.detach().copy_(self._host.broadcast(self._out(tensor), root))
+    def _through(self, tensor: Tensor, post: Callable[[Tensor], Handle]) -> Handle:
+        mirror = self._out(tensor)
+        return Then(post(mirror), then=lambda: tensor.detach().copy_(mirror))
 
     def post_all_reduce(self, tensor: Tensor) -> Handle:
-        mirror = self._out(tensor)
-        return Then(self._host.post_all_reduce(mirror), then=lambda: tensor.copy_(mirror))
+        return self._through(tensor, self._host.post_all_reduce)
+
+    def post_broadcast(self, tensor: Tensor, root: int) -> Handle:
+        return self._through(tensor, partial(self._host.post_broadcast, root=root))
 
     def post_reduce_scatter(self, tensor: Tensor, out: Tensor, add: bool) -> Handle:
         if self._mirror(out) is None:  # one for good: the host's transport remembers where it puts what
@@ -131,8 +128,7 @@ class Staged(Comm):
         return Then(handle, then=lambda: out.copy_(mirror))
 
     def post_all_gather(self, tensor: Tensor) -> Handle:
-        mirror = self._out(tensor)
-        return Then(self._host.post_all_gather(mirror), then=lambda: tensor.copy_(mirror))
+        return self._through(tensor, self._host.post_all_gather)
 
 
 class _StagedEdges(Edges):

@@ -1,16 +1,20 @@
-"""Messages between two processes of one host: a ring of slots in shared memory, two semaphores a pair."""
+"""Messages of any shape and type between processes of one host: a ring of frames in shared memory for each pair."""
 
+import mmap
 import struct
-from collections import deque
+from collections.abc import Iterator
+from itertools import cycle
+from time import perf_counter_ns
 
 import numpy as np
 import torch
 
 from bpkit.run.transports.comm import DTYPE_CODES, DTYPES, MAX_DIMS, check_message
-from bpkit.run.transports.shared.semaphores import SemLock, Waiter
+from bpkit.run.transports.shared.names import FRAMES, Layout
+from bpkit.run.transports.shared.protocols import Exchange, Posted, Protocols
+from bpkit.run.transports.shared.semaphores import yield_core
 
 HEADER = 128
-SLOTS = 16  # of a mailbox
 _HEAD = struct.Struct("<3q")  # dtype, dimensions, (reserved); the shape follows
 _SHAPES = [struct.Struct(f"<{dims}q") for dims in range(MAX_DIMS + 1)]
 _FULL_TRIES = 100  # a full ring is waited for this many yields, then the rest is kept back
@@ -21,101 +25,79 @@ def raw_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-class _Box:
-    """One direction of one pair: the ring and the semaphores that count its filled and free slots."""
+class Mail:
+    """One rank's mailboxes. `send` never blocks; what does not fit goes out while this rank waits for something.
 
-    def __init__(self, ring: np.ndarray, filled: SemLock, free: SemLock) -> None:
-        self._payloads = [slot[HEADER:] for slot in ring.reshape(SLOTS, -1)]
-        self._headers = [slot[:HEADER].data for slot in ring.reshape(SLOTS, -1)]
-        self.room = len(self._payloads[0])
-        self.filled, self.free = filled, free
-        self.turn = 0  # the slot that comes next, on this side
+    Parameters
+    ----------
+    fd : int
+        The file of all rings.
+    """
 
-    def _advance(self) -> int:
-        slot, self.turn = self.turn, (self.turn + 1) % SLOTS
-        return slot
+    def __init__(self, layout: Layout, rank: int, fd: int, protocols: Protocols) -> None:
+        self._filled, self._free = protocols.filled, protocols.free
+        if self._free:
+            mail = np.frombuffer(mmap.mmap(fd, layout.mail_bytes), np.uint8)
+            rings = mail.reshape(layout.ranks, layout.ranks - 1, FRAMES, -1)
+        self._out = {peer: _frames(rings[rank, peer - (peer > rank)]) for peer in self._free}
+        self._in = {peer: _frames(rings[peer, rank - (rank > peer)]) for peer in self._free}
 
-
-class Outbox(_Box):
-    """The sender's side. `post` never blocks; what does not fit is kept back for `push`."""
-
-    def __init__(self, ring: np.ndarray, filled: SemLock, free: SemLock) -> None:
-        super().__init__(ring, filled, free)
-        self.pending: deque[tuple[bytes | None, np.ndarray]] = deque()
-
-    def post(self, tensor: torch.Tensor, waiter: Waiter) -> None:
-        """Write a message; what does not fit is copied, and goes out in later calls of `push`."""
+    def send(self, tensor: torch.Tensor, to: int) -> None:
+        """Write a message; what does not fit is copied."""
         shape = tuple(tensor.shape)
         if len(shape) > MAX_DIMS:
             raise ValueError(f"send: a tensor of {len(shape)} dimensions; at most {MAX_DIMS} travel")
         header = _HEAD.pack(DTYPE_CODES[tensor.dtype], len(shape), 0) + _SHAPES[len(shape)].pack(*shape)
-        data = raw_bytes(tensor.contiguous())
-        if self.pending:
-            self.pending.append((header, data.copy()))
+        rest = [raw_bytes(tensor.contiguous())]
+        posted, lane = Posted(self._put(rest, header, to)), self._free[to]
+        if posted.lane is None:
             return
-        rest = self._fill(header, data, waiter)
-        if rest is not None:
-            self.pending.append((rest[0], rest[1].copy()))
+        start, left, tries = perf_counter_ns(), 0, 0
+        while not posted.poll() and lane.line[0] is posted and tries < _FULL_TRIES:
+            tries = tries + 1 if len(rest[0]) == left else 0
+            left = len(rest[0])
+            yield_core()
+        lane.waiter.waited += perf_counter_ns() - start
+        rest[0] = rest[0].copy()
 
-    def _fill(self, header: bytes | None, data: np.ndarray, waiter: Waiter | None) -> tuple | None:
-        """Write slots while there are free ones; returns what is left, or None."""
+    def _put(self, rest: list[np.ndarray], header: bytes, to: int) -> Exchange:
+        """Fill frames as they become free, with what is in `rest` then."""
         while True:
-            if not self.free.acquire(False) and not (waiter and waiter.briefly(self.free, _FULL_TRIES)):
-                return header, data
-            slot = self._advance()
-            if header is not None:
-                self._headers[slot][: len(header)] = header
-                header = None
-            size = min(self.room, data.size)
-            self._payloads[slot][:size] = data[:size]
-            self.filled.release()
-            data = data[size:]
-            if not data.size:
-                return None
+            yield self._free[to]
+            head, payload = next(self._out[to])
+            head[: len(header)] = header
+            size = min(len(payload), len(rest[0]))
+            payload[:size] = rest[0][:size]
+            self._filled[to].give()
+            rest[0] = rest[0][size:]
+            if not len(rest[0]):
+                return
 
-    def push(self) -> bool:
-        """Write what was kept back, as far as there is room; whether nothing is left."""
-        while self.pending:
-            header, data = self.pending.popleft()
-            rest = self._fill(header, data, None)
-            if rest is not None:
-                self.pending.appendleft(rest)
-                return False
-        return True
-
-
-class Inbox(_Box):
-    """The receiver's side."""
-
-    def take(self, tensor: torch.Tensor | None, source: int, waiter: Waiter) -> torch.Tensor:
+    def receive(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
         """Read the next message into `tensor`, or into a new tensor when None."""
-        waiter.take(self.filled, "recv", source)
-        slot = self._advance()
-        code, dims, _ = _HEAD.unpack_from(self._headers[slot])
-        shape, dtype = _SHAPES[dims].unpack_from(self._headers[slot], _HEAD.size), DTYPES[code]
+        filled, free, frames = self._filled[source], self._free[source], self._in[source]
+        filled.take()
+        head, payload = next(frames)
+        code, dims, _ = _HEAD.unpack_from(head)
+        shape, dtype = _SHAPES[dims].unpack_from(head, _HEAD.size), DTYPES[code]
         if tensor is None:
             tensor = torch.empty(shape, dtype=dtype)
         else:
             check_message(tensor, shape, dtype, source)
         target = tensor if tensor.is_contiguous() else torch.empty(shape, dtype=dtype)
-        self._read(slot, raw_bytes(target), source, waiter)
-        if target is not tensor:
-            tensor.copy_(target)
-        return tensor
-
-    def _read(self, slot: int, data: np.ndarray, source: int, waiter: Waiter) -> None:
+        data = raw_bytes(target)
         while True:
-            size = min(self.room, data.size)
-            data[:size] = self._payloads[slot][:size]
-            self.free.release()
+            size = min(len(payload), len(data))
+            data[:size] = payload[:size]
+            free.give()
             data = data[size:]
-            if not data.size:
-                return
-            waiter.take(self.filled, "recv", source)
-            slot = self._advance()
+            if not len(data):
+                break
+            filled.take()
+            _, payload = next(frames)
+        return tensor if target is tensor else tensor.copy_(target)
 
 
-def slot_size(ranks: int, budget: int) -> int:
-    """Bytes of a slot, so that the mailboxes of all ordered pairs stay within `budget` bytes."""
-    pairs = max(ranks * (ranks - 1), 1)
-    return min(max(budget // (pairs * SLOTS) // 4096 * 4096, 4096), 1 << 18)
+def _frames(ring: np.ndarray) -> Iterator[tuple[memoryview, np.ndarray]]:
+    """The frames of a ring in turn: header and payload."""
+    return cycle([(frame[:HEADER].data, frame[HEADER:]) for frame in ring])

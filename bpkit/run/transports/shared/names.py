@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from bpkit.run.transports.shared import files as memory
-from bpkit.run.transports.shared.mailbox import SLOTS, slot_size
 from bpkit.run.transports.shared.semaphores import Block, SemLock, create_semaphore, unlink_semaphore
 
 _MAIL = 1 << 26  # bytes of all mailboxes together, at most
 _PAGE = 4096
+FRAMES = 16  # of a mailbox
 
 
 @dataclass(frozen=True)
@@ -18,42 +18,34 @@ class Layout:
     ----------
     name : str
         What the names of semaphores and files begin with.
-    ranks, slot_bytes : int
-        Workers, and bytes of one slot of a mailbox; 0 for a group of ranks, which has no mailboxes.
+    ranks, frame_bytes : int
+        Workers, and bytes of one frame of a mailbox; 0 for a group of ranks, which has no mailboxes.
     """
 
     name: str
     ranks: int
-    slot_bytes: int
+    frame_bytes: int
 
     @property
     def mail_bytes(self) -> int:
         """Bytes of all mailboxes."""
-        return self.ranks * (self.ranks - 1) * SLOTS * self.slot_bytes
+        return self.ranks * (self.ranks - 1) * FRAMES * self.frame_bytes
 
-    @property
-    def rounds(self) -> int:
-        """Rounds of the barrier."""
-        return (self.ranks - 1).bit_length()
-
-    def semaphore(self, kind: str, a: int, b: int) -> str:
-        """Name of one semaphore: (b)arrier of rank a in round b; from rank a to rank b slots f(i)lled,
-        sl(o)ts free, (r)eady and (d)one of posted sums, (m)essages ready and (t)aken without a copy,
-        (l)oans of memory and their re(u)rn."""
-        return f"{self.name}-{kind}{a}.{b}"
+    def semaphore(self, kind: str, giver: int, taker: int) -> str:
+        """Name of the semaphore of one kind of token from a rank to another: all ranks are (r)eady, or (d)one; a
+        message without a copy is shown (m) and (t)aken; memory is (l)ent and ret(u)rned; a frame of a mailbox is
+        f(i)lled, or free again (o)."""
+        return f"{self.name}-{kind}{giver}.{taker}"
 
     def semaphores(self) -> dict[str, int]:
         """Names of all semaphores and their first values."""
-        ranks = range(self.ranks)
-        values = {self.semaphore("b", r, k): 0 for r in ranks for k in range(self.rounds)}
-        mail = (("i", 0), ("o", SLOTS)) if self.slot_bytes else ()
-        for kind, value in (*mail, ("r", 0), ("d", 0), ("m", 0), ("t", 0), ("l", 0), ("u", 0)):
-            values |= {self.semaphore(kind, a, b): value for a in ranks for b in ranks if a != b}
-        return values
+        values = dict.fromkeys("rdmtlu", 0) | ({"i": 0, "o": FRAMES} if self.frame_bytes else {})
+        pairs = [(a, b) for a in range(self.ranks) for b in range(self.ranks) if a != b]
+        return {self.semaphore(kind, *pair): value for kind, value in values.items() for pair in pairs}
 
 
 def needed(ranks: int) -> int:
-    """Bytes of shared memory without which `ranks` workers cannot start: a page a semaphore and slot."""
+    """Bytes of shared memory without which `ranks` workers cannot start: a page a semaphore and frame."""
     smallest = Layout("", ranks, _PAGE)
     return Block.size(ranks) + smallest.mail_bytes + _PAGE * len(smallest.semaphores())
 
@@ -71,7 +63,7 @@ class Hub:
     def __init__(self, ranks: int) -> None:
         memory.sweep()
         budget = min(_MAIL, memory.free_room() // 4)
-        self.layout = Layout(memory.unique_name(), ranks, slot_size(ranks, budget))
+        self.layout = Layout(memory.unique_name(), ranks, frame_size(ranks, budget))
         self._names: list[str] = []
         self._held: list[SemLock] = []
         try:
@@ -90,3 +82,9 @@ class Hub:
             unlink_semaphore(name)
         self._names.clear()
         self._held.clear()
+
+
+def frame_size(ranks: int, budget: int) -> int:
+    """Bytes of a frame, so that the mailboxes of all ordered pairs stay within `budget` bytes."""
+    pairs = max(ranks * (ranks - 1), 1)
+    return min(max(budget // (pairs * FRAMES) // _PAGE * _PAGE, _PAGE), 1 << 18)

@@ -1,4 +1,4 @@
-"""Semaphores between processes, how a rank waits on one, and a barrier made of them.
+"""Semaphores between processes, and how a rank waits on one.
 
 Data between processes is published through POSIX semaphores, which synchronise memory on every
 processor; a bare flag in shared memory would only work where the hardware orders stores.
@@ -10,7 +10,8 @@ import mmap
 import os
 import time
 from _multiprocessing import SemLock  # type: ignore[import-not-found]
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from time import perf_counter_ns
 
 import numpy as np
@@ -25,10 +26,7 @@ _BUSY_SLICE = 0.001  # the same while there is work of our own to move along
 _NAP = 1e-4  # seconds between two looks at several peers
 
 # What a rank waits in, as a number that fits into the shared block (index 0: not waiting).
-OPERATIONS = ("", "send", "recv", "barrier", "empty", "all_reduce", "reduce_scatter", "all_gather", "broadcast",
-              "post_all_reduce")  # fmt: skip
-
-Pairs = Mapping[int, tuple[SemLock, SemLock]]  # by the other rank: a semaphore from it and one to it
+OPERATIONS = ("", "send", "recv", "barrier", "empty", "all_reduce", "reduce_scatter", "all_gather", "broadcast")
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -129,18 +127,9 @@ class Waiter:
 
     def take(self, semaphore: SemLock, operation: str, peer: int) -> None:
         """Take one token of `semaphore`, which rank `peer` gives."""
-        acquire = semaphore.acquire
-        if acquire(False):
-            return
-        start = perf_counter_ns()
-        for _ in range(_TRIES):
-            if acquire(False):
-                self.waited += perf_counter_ns() - start
-                return
-        self.until(lambda: acquire(False), semaphore, operation, peer, start)
+        self.until(partial(semaphore.acquire, False), semaphore, operation, peer)
 
-    def until(self, check: Callable[[], bool], semaphore: SemLock | None, operation: str, peer: int,
-              start: int | None = None) -> None:
+    def until(self, check: Callable[[], bool], semaphore: SemLock | None, operation: str, peer: int) -> None:
         """Wait until `check()` holds; a token on `semaphore` is a reason to look again (None: look now and then).
 
         Raises
@@ -148,33 +137,25 @@ class Waiter:
         PeerTimeout
             After the time-out.
         """
-        start = start or perf_counter_ns()
-        try:
-            self._note[1], self._note[0] = self._global(peer), OPERATIONS.index(operation)
-            for _ in range(_YIELDS):
-                if check():
-                    return
-                if self.duties:
-                    self.progress()
-                yield_core()
-            self._block(check, semaphore, operation, peer)
-        finally:
-            self._note[0] = 0
-            self.waited += perf_counter_ns() - start
-
-    def briefly(self, semaphore: SemLock, tries: int) -> bool:
-        """Try for a token while others run, `tries` yields long; whether it came."""
         start = perf_counter_ns()
-        got = False
-        for _ in range(tries):
-            yield_core()
-            got = semaphore.acquire(False)
-            if got:
+        for _ in range(_TRIES):
+            if check():
                 break
+        else:
+            try:
+                self._note[1], self._note[0] = self._global(peer), OPERATIONS.index(operation)
+                self._block(check, semaphore, operation, peer)
+            finally:
+                self._note[0] = 0
         self.waited += perf_counter_ns() - start
-        return got
 
     def _block(self, check: Callable[[], bool], semaphore: SemLock | None, operation: str, peer: int) -> None:
+        for _ in range(_YIELDS):
+            if check():
+                return
+            if self.duties:
+                self.progress()
+            yield_core()
         deadline = time.monotonic() + self._timeout
         while not check():
             left = deadline - time.monotonic()
@@ -187,33 +168,3 @@ class Waiter:
                 semaphore.release()  # `check` takes it: the one place that counts tokens
             if self.duties:
                 self.progress()
-
-
-class Barrier:
-    """A dissemination barrier: in round k a rank signals the one 2^k further and waits for the one before.
-
-    Parameters
-    ----------
-    own : sequence
-        This rank's semaphores, one a round.
-    theirs : sequence
-        The semaphore of rank (rank + 2^k) mod n, for each round k.
-    waiter : Waiter
-    ranks : int
-
-    Notes
-    -----
-    Each semaphore has one giver and counts, so no second set is needed for the next barrier.
-    """
-
-    def __init__(self, own: Sequence[SemLock], theirs: Sequence[SemLock], waiter: Waiter, ranks: int) -> None:
-        sources = [(waiter.rank - 2**k) % ranks for k in range(len(own))]
-        self._rounds, self._waiter = list(zip(theirs, own, sources, strict=True)), waiter
-
-    def cross(self, operation: str) -> None:
-        """Wait until every rank is here."""
-        take = self._waiter.take
-        for theirs, own, source in self._rounds:
-            theirs.release()
-            if not own.acquire(False):
-                take(own, operation, source)
