@@ -34,12 +34,15 @@ class Context:
     sum_over_data : callable, optional
         Takes a small 1-D tensor and returns its sum over the data ranks, each of which calls it; batch norm then
         takes its statistics over the samples of all ranks.
+    again : bool
+        Whether this forward is run once more before its backward: what a skip connection brought stays until then.
     """
 
     step: int = 0
     first: int = 0
     training: bool = True
     sum_over_data: Callable[[Tensor], Tensor] | None = None
+    again: bool = False
 
 
 START = Context()  # the first step of a training run

@@ -141,7 +141,7 @@ class Plan:
         for start, end in self.skips:
             if not 0 <= start < end < self.stages or self.place[start] != self.place[end]:
                 raise ValueError(f"{self.name}: a skip connection from stage {start} to stage {end} needs both on one "
-                                 "pipeline rank, in this order")  # fmt: skip
+                                 "pipeline rank, in this order: give cuts that no skip connection goes past")
         for index, row in enumerate(self.rows):
             for action in row:
                 self._fits(action, index)

@@ -1,8 +1,10 @@
 """``compile``: derive once, for run and simulate alike, what a plan leaves implicit."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from bpkit.description.costs import balanced_cuts
 from bpkit.description.network import Described, Description
@@ -109,9 +111,9 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
         raise ValueError(f"{plan.name} has {plan.stages} stages, but the network has only {len(network.layers)} "
                          "layers: use fewer stages or buckets")  # fmt: skip
     _same_layout(plan, network)
-    weights = [cost.total for cost in network.costs()] if weights is None else weights
-    cuts = network.checked(plan.cuts if plan.cuts is not None else balanced_cuts(weights, plan.stages))
+    cuts = _cuts(plan, network, [cost.total for cost in network.costs()] if weights is None else weights)
     parts = network.split(cuts)
+    plan = replace(plan, skips=_skips(network, cuts))
     for name in sorted({name for part in parts for name in part.tied_slices()}):
         holders = [stage for stage, part in enumerate(parts) if name in part.tied_slices()]
         plan = tie(plan, holders) if len(holders) > 1 and not plan.tied else plan
@@ -123,6 +125,24 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
     rows = tuple(_instructions(row, plan, sizes, edges, network.itemsize) for row in plan.rows)
     return Program(plan, cuts, sizes, rows, tuple(map(loans, plan.rows)),
                    tuple(map(peak_activations, plan.rows)))  # fmt: skip
+
+
+def _cuts(plan: Plan, network: Description, weights: Sequence[int]) -> tuple[int, ...]:
+    """The plan's cuts, or balanced ones; of a pipeline, where it can be, where no skip connection goes past."""
+    if plan.cuts is not None:
+        return network.checked(plan.cuts)
+    past = {layer for start, end in network.skips() for layer in range(start + 1, end + 1)}
+    starts = [i for i in range(len(weights)) if i not in past]
+    if plan.mesh.pipeline == 1 or len(starts) < plan.stages:
+        starts = list(range(len(weights)))
+    runs = [sum(weights[low:high]) for low, high in pairwise([*starts, len(weights)])]
+    return tuple(starts[cut] for cut in balanced_cuts(runs, plan.stages))
+
+
+def _skips(network: Description, cuts: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Stages at which skip connections start and end, where these are two."""
+    ends = {(bisect_right(cuts, start), bisect_right(cuts, end)) for start, end in network.skips()}
+    return tuple(sorted((start, end) for start, end in ends if start < end))
 
 
 def of_rank(plan: Plan, network: Description, tensor: int) -> Description:

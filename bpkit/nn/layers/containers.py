@@ -132,13 +132,15 @@ class _SkipPass(Pass):
         self._sum = site.empty()
 
     def _keep(self, what: str, value: Tensor) -> None:
-        self._skips[what, self._number, self._first] = value.clone()
+        if len(value):  # empty microbatches have one place in the batch in common, and nothing to add
+            self._skips[what, self._number, self._first] = value.clone()
 
-    def _add(self, what: str, value: Tensor) -> Tensor:
-        """Add what was kept; empty microbatches have one place in the batch in common, and nothing to add."""
+    def _add(self, what: str, value: Tensor, again: bool = False) -> Tensor:
+        """Add what was kept, for the last time or to be added `again`."""
         if not len(value):
             return value
-        return torch.add(value, self._skips.pop((what, self._number, self._first)), out=self._sum)
+        key = (what, self._number, self._first)
+        return torch.add(value, self._skips[key] if again else self._skips.pop(key), out=self._sum)
 
 
 class _StashPass(_SkipPass):
@@ -148,13 +150,14 @@ class _StashPass(_SkipPass):
         return x
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
+        self._skips.pop(("x", self._number, self._first), None)  # kept once more, where this forward ran again
         return self._add("dx", dy)
 
 
 class _AddPass(_SkipPass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._first = context.first
-        return self._add("x", x)
+        return self._add("x", x, context.again)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         self._keep("dx", dy)

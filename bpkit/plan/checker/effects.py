@@ -25,21 +25,10 @@ def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> N
     saved = Buffer("S", action.stage, action.mb)
     if saved in rank.edges:
         world.fail(rank, index, "this forward already ran and its backward has not")
-    _skip(world, rank, index, action)
     partial = action.stage in world.plan.partial_outputs
     rank.edges[Buffer("A", action.stage + 1, action.mb)] = world.given(rank, action.stage, partial)
     if not any(a.kind == "RECOMPUTE" and (a.stage, a.mb) == (action.stage, action.mb) for a in rank.row):
         rank.edges[saved] = world.wanted(rank, action.stage)
-
-
-def _skip(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    for start, end in world.plan.skips:
-        if action.stage == end:
-            if (start, end, action.mb) not in rank.skips:
-                world.fail(rank, index, f"the skip connection from stage {start}, which it adds, is not there")
-            rank.skips.remove((start, end, action.mb))
-        if action.stage == start:
-            rank.skips.add((start, end, action.mb))
 
 
 def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -86,7 +75,6 @@ def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) ->
         world.fail(rank, index, "what it computes again is kept already")
     if action.stage > 0:
         world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
-    _skip(world, rank, index, action)
     rank.edges[Buffer("S", action.stage, action.mb)] = world.wanted(rank, action.stage)
 
 

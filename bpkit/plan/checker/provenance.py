@@ -27,7 +27,6 @@ class Holdings:
     index: int  # its row in the plan
     row: tuple[Action, ...]
     edges: dict[Buffer, Shares] = field(default_factory=dict)  # A, D, S, K
-    skips: set[tuple[int, int, int | None]] = field(default_factory=set)  # kept: from and to which stage, microbatch
     gradients: dict[int, list[Contributions]] = field(default_factory=dict)  # by stage, then atom
     reduced: dict[int, list[Contributions]] = field(default_factory=dict)  # what scatters gave this rank's own part
     versions: dict[int, list[int | None]] = field(default_factory=dict)  # parameters: updates seen, None: not held

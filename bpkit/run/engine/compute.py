@@ -1,6 +1,7 @@
 """What each kind of compute does on a rank."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def forward(rank: Rank, action: Action, index: int) -> Call:
 
     def forget() -> None:  # all such forwards share one slot
         x = step.inputs[mb] if s == 0 else edges[given]
-        edges[made] = run(x, "forgotten", step.contexts[mb]).clone()
+        edges[made] = run(x, "forgotten", replace(step.contexts[mb], again=True)).clone()
 
     return forget if Action(s, "RECOMPUTE", mb) in rank.row else keep
 

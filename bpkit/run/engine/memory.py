@@ -188,6 +188,7 @@ class Buffers:
             self._copies[stage] = [net, *(net.copy() for _ in range(counts.get(stage, 1) - 1))]
             for other in self._copies[stage][1:]:
                 other.bind(gradients=net.flat_gradients)
+                other._skips = net._skips  # whose ends may stand in two stages
         return self._copies
 
     def own_bounds(self, size: int) -> tuple[int, int]:
