@@ -1,7 +1,7 @@
 """Flat memory: tensors one after another, each on a 64-byte boundary (`bpkit.description.flat` says where)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,22 @@ def views(flat: Tensor, offsets: Sequence[int], shapes: Sequence[Shape]) -> tupl
     """Return the tensors that lie in a flat buffer."""
     return tuple(flat[start : start + math.prod(shape)].view(shape)
                  for start, shape in zip(offsets, shapes, strict=True))  # fmt: skip
+
+
+def packed(flat: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
+    """Return tensors that lie one after another, without gaps."""
+    return views(flat, [sum(map(math.prod, shapes[:i])) for i in range(len(shapes))], shapes)
+
+
+def fitting(tensors: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return values that are given for parameters, or refuse them."""
+    values = list(tensors)
+    if len(values) != len(parameters):
+        raise ValueError(f"the network has {len(parameters)} parameter tensors, not {len(values)}")
+    for i, (own, given) in enumerate(zip(parameters, values, strict=True)):
+        if own.shape != given.shape:
+            raise ValueError(f"parameter {i} has shape {tuple(own.shape)}, not {tuple(given.shape)}")
+    return values
 
 
 def check_flat(name: str, flat: Tensor, size: int, dtype: torch.dtype) -> None:

@@ -36,6 +36,9 @@ class Context:
         takes its statistics over the samples of all ranks.
     again : bool
         Whether this forward is run once more before its backward: what a skip connection brought stays until then.
+    share : float
+        This rank's samples among those of all data ranks' microbatches of this number (1 where none has any): the
+        weight of what it sees in the running statistics, of which a rank keeps a summand.
     """
 
     step: int = 0
@@ -43,6 +46,7 @@ class Context:
     training: bool = True
     sum_over_data: Callable[[Tensor], Tensor] | None = None
     again: bool = False
+    share: float = 1.0
 
 
 START = Context()  # the first step of a training run

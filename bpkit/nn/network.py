@@ -14,7 +14,7 @@ from torch import Tensor
 from bpkit.description.costs import StageCost, balanced_cuts
 from bpkit.description.flat import Shape
 from bpkit.description.network import Description
-from bpkit.nn.flat import aligned, as_bytes, check_flat, views
+from bpkit.nn.flat import aligned, as_bytes, check_flat, fitting, packed, views
 from bpkit.nn.layer import START, Chain, Context, Layer, Site
 from bpkit.nn.losses import Loss, make_loss
 from bpkit.nn.words import check_form
@@ -101,10 +101,8 @@ class Network:
         self._runs: dict[Hashable, _Run] = {}
         self._skips: dict[tuple[str, int, int], Tensor] = {}
         self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, self.dtype, device) for _ in range(2))
-        kept, shapes = [b for layer, s in self._placed() for b in layer.buffers(s)], description.buffer_shapes
+        kept = [b for layer, s in self._placed() for b in layer.buffers(s)]
         self.flat_buffers = torch.cat([torch.zeros(0), *(b.flatten() for b in kept)]).to(device, self.dtype)
-        parts = self.flat_buffers.split(list(map(math.prod, shapes))) if shapes else ()
-        self._buffers = tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
         self._make_views()
 
     def _placed(self) -> Iterator[tuple[Layer, Shape]]:
@@ -114,6 +112,7 @@ class Network:
         flats = (self.flat_parameters, self.flat_gradients)
         offsets, shapes = ([getattr(p, what) for p in self.description.parameters] for what in ("offset", "shape"))
         self._parameters, self._gradients = (views(flat, offsets, shapes) for flat in flats)
+        self._buffers = packed(self.flat_buffers, self.description.buffer_shapes)
         self._runs.clear()  # their passes hold the old views
 
     # Tensors.
@@ -153,16 +152,11 @@ class Network:
         ValueError
             If their number or a shape does not fit; nothing has been changed then.
         """
-        tensors = list(tensors)
-        if len(tensors) != len(self._parameters):
-            raise ValueError(f"the network has {len(self._parameters)} parameter tensors, not {len(tensors)}")
-        for i, (own, given) in enumerate(zip(self._parameters, tensors, strict=True)):
-            if own.shape != given.shape:
-                raise ValueError(f"parameter {i} has shape {tuple(own.shape)}, not {tuple(given.shape)}")
-        for own, given in zip(self._parameters, tensors, strict=True):
+        for own, given in zip(self._parameters, fitting(tensors, self._parameters), strict=True):
             own.copy_(given.detach())
 
-    def bind(self, parameters: Tensor | None = None, gradients: Tensor | None = None) -> None:
+    def bind(self, parameters: Tensor | None = None, gradients: Tensor | None = None,
+             buffers: Tensor | None = None) -> None:  # fmt: skip
         """Move onto the given flat buffers, for instance shared memory, copying the present values into them.
 
         Kept activations are dropped.
@@ -172,10 +166,11 @@ class Network:
         ValueError
             If a buffer is not 1-D of `flat_size` elements, of the network's dtype, on a 64-byte boundary.
         """
-        for name, flat in (("parameters", parameters), ("gradients", gradients)):
+        for name, flat in (("parameters", parameters), ("gradients", gradients), ("buffers", buffers)):
             if flat is not None:
-                check_flat(name, flat, self.flat_size, self.dtype)
-                flat.copy_(getattr(self, f"flat_{name}"))
+                own = getattr(self, f"flat_{name}")
+                check_flat(name, flat, len(own), self.dtype)
+                flat.copy_(own)
                 setattr(self, f"flat_{name}", flat)
         self._make_views()
 

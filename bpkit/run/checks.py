@@ -207,24 +207,26 @@ def precision(job: Job) -> None:
 def batch_norm(job: Job) -> None:
     """Refuse microbatches that give batch norm one value a channel, and statistics of ranks that do not run in step."""
     plan, network = job.plan, job.network
-    m = 1 if plan.servers else plan.microbatches  # with servers each is a whole shard
-    if job.sync_batch_norm and plan.holds == "one":
-        raise ValueError(f"{plan.name}: sync_batch_norm takes a plan whose data ranks run in step, which those of "
-                         "an asynchronous one do not")  # fmt: skip
+    for rank in range(plan.mesh.size) if job.sync_batch_norm else ():
+        rows = [plan.row(plan.mesh.coordinate(other)) for other in plan.mesh.group(rank, "data")]
+        orders = [[(a.stage, a.kind, a.mb) for a in row if a.kind in ("F", "RECOMPUTE", "B", "I")] for row in rows]
+        if any(order != orders[0] for order in orders):  # each of these is a sum over the data ranks
+            raise ValueError(f"{plan.name}: sync_batch_norm takes a plan whose data ranks run in step, with the same "
+                             "forwards and backwards in one order, as those of an asynchronous one do not")  # fmt: skip
     for step in job.different_steps if network.least_rows > 1 else ():
-        sizes = job.shard_sizes(step)
-        parts = [[size // m + (mb < size % m) for mb in range(m)] for size in sizes]
-        parts = [[sum(part) for part in zip(*parts, strict=True)]] if job.sync_batch_norm else parts
+        parts = job.microbatches(step)
+        parts = [[sum(part)] for part in parts] if job.sync_batch_norm else parts
         if any(0 < rows < network.least_rows for part in parts for rows in part):
             raise ValueError(f"{plan.name}: batch norm expects more than 1 value per channel when training, and a "
-                             f"microbatch would have one: shards of {sizes} samples in {m} microbatches; give more "
-                             "samples, fewer microbatches, or sync_batch_norm=True")  # fmt: skip
+                             f"microbatch would have one: shards of {job.shard_sizes(step)} samples in {len(parts)} "
+                             "microbatches; give more samples, fewer of these, or sync_batch_norm=True")  # fmt: skip
 
 
 def clipping(job: Job) -> None:
     """Refuse to clip where there is no one gradient."""
     if job.optimizer.clip is not None and job.plan.holds != "all":
         raise ValueError(f"{job.plan.name} has no one gradient whose norm could be clipped: do without clip")
+
 
 
 def compressor(job: Job) -> Compressor | None:

@@ -76,6 +76,15 @@ class Job:
         even = iter(shard_sizes(self.batch, n - len(self.plan.servers)))
         return [0 if data in self.plan.servers else next(even) for data in range(n)]
 
+    def microbatches(self, step: int = 0) -> list[list[int]]:
+        """Samples of each of a step's microbatches on each data rank; with servers a shard is one of its own."""
+        m, sizes = 1 if self.plan.servers else self.plan.microbatches, self.shard_sizes(step)
+        return [[size // m + (mb < size % m) for size in sizes] for mb in range(m)]  # as Tensor.tensor_split
+
+    def microbatch_shares(self, data: int, step: int = 0) -> list[float]:
+        """A data rank's share of the samples of each of a step's microbatches; 1 where no rank has any."""
+        return [own[data] / sum(own) if any(own) else 1.0 for own in self.microbatches(step)]
+
     @property
     def different_steps(self) -> range:
         """Steps after which shards repeat."""

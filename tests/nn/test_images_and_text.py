@@ -296,14 +296,35 @@ def test_batch_norm_over_data_ranks_equals_the_whole_batch() -> None:
                 return total
 
             own, (a, b) = net.copy(), parts[i]
-            by_hand(own, x[a:b], t[a:b], nn.Context(0, a, True, sum_over_data))
+            own.flat_buffers.mul_(i == 0)  # a rank keeps a summand of the running statistics
+            by_hand(own, x[a:b], t[a:b], nn.Context(0, a, True, sum_over_data, share=(b - a) / len(x)))
             return own
 
         with ThreadPoolExecutor(3) as pool:
             ranks = list(pool.map(rank, range(3)))
         total = [sum(gs) for gs in zip(*(r.gradients() for r in ranks), strict=True)]
         assert agree(name, total, whole)
-        assert all(torch.allclose(r.flat_buffers, net.flat_buffers, rtol=1e-12) for r in ranks)
+        assert torch.allclose(sum(r.flat_buffers for r in ranks), net.flat_buffers, rtol=1e-12)
+
+
+def test_running_statistics_are_weighted_by_samples() -> None:
+    """Three replicas of uneven shards, one of them empty in turn, against the mean of what they saw, step by step."""
+    start = nn.Network([nn.BatchNorm(3, momentum=0.3), nn.Flatten(), nn.Linear(12, 4)], (3, 2, 2), dtype=D)
+    ranks = [start.copy() for _ in range(3)]
+    for other in ranks[1:]:
+        other.flat_buffers.zero_()
+    mean, variance = (b.clone() for b in start.buffers())
+    for step, sizes in enumerate([(4, 0, 3), (0, 5, 2), (1, 1, 1), (0, 0, 0)]):
+        x = torch.randn(sum(sizes), 3, 2, 2, dtype=D) * 3 + step
+        parts = x.split(sizes)
+        for net, part in zip(ranks, parts, strict=True):
+            context = nn.Context(step, share=len(part) / len(x) if len(x) else 1.0)
+            net.backward(torch.ones_like(net.forward(part, context=context)))
+        seen = [(len(p), p.mean((0, 2, 3)), p.transpose(0, 1).flatten(1).var(1)) for p in parts if len(p)]
+        if seen:
+            mean = 0.7 * mean + 0.3 * sum(n * m for n, m, _ in seen) / len(x)
+            variance = 0.7 * variance + 0.3 * sum(n * v for n, _, v in seen) / len(x)
+    assert torch.allclose(sum(net.flat_buffers for net in ranks), torch.cat([mean, variance]), rtol=1e-12)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", None])

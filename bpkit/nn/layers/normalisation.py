@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bpkit.description import layers as description
 from bpkit.description.flat import Shape
-from bpkit.nn.layer import Context, Layer, Pass, Site, put_sum
+from bpkit.nn.layer import Context, Layer, Pass, Site
 
 
 class _Norm(description.Norm, Layer):
@@ -105,8 +105,15 @@ class BatchNorm(_ChannelNorm):
     ranks' rows of this microbatch, weighted by their numbers (a rank may have none).
 
     Backward as in `GroupNorm`, with means over the same rows; a bias in front of it has no gradient in theory.
-    The weight half also moves the running mean and (unbiased) variance by `momentum`; evaluation uses these, and there
-    dx = w dy / sqrt(variance + eps).
+    Evaluation uses running statistics, and there dx = w dy / sqrt(variance + eps).
+
+    Notes
+    -----
+    The rule for running statistics, of every plan and every cut of the batch: each microbatch of which any data rank
+    has samples moves them once, by `momentum`, towards the mean of what the data ranks saw in it (mean and unbiased
+    variance), weighted by their samples. So a rank without samples, or one that only serves, counts for nothing. A rank
+    keeps its own summand, with `Context.share` as its weight, and the sum over the data ranks is what comes back. The
+    weight half moves them, in its order. In an asynchronous run a worker's iterations are its microbatches.
     """
 
     momentum: float = 0.1
@@ -148,61 +155,75 @@ class _GroupNormPass(_LayerNormPass):
 
 
 class _BatchNormPass(Pass):
-    """Works on (rows, channels, places)."""
+    """By PyTorch's kernels, one a half, on (rows, channels, places).
+
+    With `sum_over_data` they are given the statistics, and the input's gradient is the formula: two sums over the ranks
+    forward and one backward. The sums that are the parameters' gradients belong to the input's, so the input half has
+    them made.
+    """
 
     def __init__(self, layer: BatchNorm, site: Site) -> None:
         self._layer, self._site = layer, site
         self._view = (*site.shape[:2], math.prod(site.shape[2:]))
-        self._weight, self._bias = (p.view(-1, 1) for p in site.parameters)
-        self._n, self._y = site.empty(*self._view), site.empty(*self._view)
-        self._dy = self._scale = self._y  # the gradient from above, and 1 / sqrt(variance + eps)
+        self._values = site.empty(1).fill_(self._view[0] * self._view[2])  # of a channel
+        self._seen = tuple(site.empty(2, layer.channels).zero_())  # mean and unbiased variance of this microbatch
 
-    def _means(self, *values: Tensor) -> Sequence[Tensor]:
-        """One sum over the data ranks, the number of rows with it."""
-        count = values[0].new_full((1,), self._view[0] * self._view[2])
-        sums = torch.cat([*(v.sum((0, 2)) for v in values), count])
-        if self._context.sum_over_data is not None:
-            sums = self._context.sum_over_data(sums)
-            self._refuse_one(int(sums[-1]) if sums.is_cpu else 0)  # a GPU is not waited for
-        self._count = sums[-1]
-        means = sums[:-1] / self._count.clamp(min=1)
-        return means.view(len(values), 1, -1, 1).unbind(0)
+    def _means(self, *sums: Tensor) -> Sequence[Tensor]:
+        """Sums over values as means over all data ranks' values, by one sum over the ranks, their number with it."""
+        assert self._context.sum_over_data is not None
+        total = self._context.sum_over_data(torch.cat([*sums, self._values]))
+        self._count = total[-1]
+        return (total[:-1] / self._count.clamp(min=1)).chunk(len(sums))
 
-    def _refuse_one(self, values: int) -> None:
+    def _refuse_one(self, values: Tensor | int) -> None:
         if values == 1:
             raise ValueError(f"layer {self._site.layer}, {self._layer!r}: expected more than 1 value per channel when "
                              "training, and this microbatch has one, from which nothing is learned: give more samples "
                              "to each rank and microbatch, or sync_batch_norm=True")  # fmt: skip
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        self._context, x = context, x.reshape(self._view)
-        if context.training and context.sum_over_data is None:
-            self._refuse_one(self._view[0] * self._view[2])
-        mean, variance = (b.view(1, -1, 1) for b in self._site.buffers)
-        if context.training:
-            (mean,) = self._means(x)
-        torch.sub(x, mean, out=self._n)
-        if context.training:
-            (variance,) = self._means(self._n.square())
-        self._mean, self._variance, self._scale = mean, variance, (variance + self._layer.eps).rsqrt_()
-        self._n.mul_(self._scale)
-        return torch.addcmul(self._bias, self._n, self._weight, out=self._y).view(self._site.shape)
+        self._context, self._x = context, x.reshape(self._view)
+        together = context.training and context.sum_over_data is not None
+        given, rows = self._seen if context.training else self._site.buffers, self._view[0]
+        if together:
+            (mean,) = self._means(self._x.sum((0, 2)))
+            (variance,) = self._means((self._x - mean.view(-1, 1)).square_().sum((0, 2)))
+            self._refuse_one(self._count if self._count.is_cpu else 0)  # a GPU is not waited for
+            self._seen[0].copy_(mean)
+            self._seen[1].copy_(variance * (self._count / (self._count - 1).clamp(min=1)))
+            given = mean, variance
+        elif context.training:
+            self._refuse_one(rows * self._view[2])
+        local, (weight, bias) = context.training and not together, self._site.parameters
+        self._given, self._training, eps = given, local, self._layer.eps
+        if not rows:
+            return x.clone()
+        # The kernel moves what it is given by its momentum: with 1 it writes what it has seen.
+        y, *self._saved = torch.native_batch_norm(self._x, weight, bias, *given, local, 1.0, eps)  # type: ignore
+        return y.view(self._site.shape)
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
-        self._dy = dy.reshape(self._view)
+        dy, weight, rows = dy.reshape(self._view), self._site.parameters[0], self._view[0]
+        together = self._context.training and not self._training
+        if not rows:
+            dx, *self._made = dy.clone(), torch.zeros_like(weight), torch.zeros_like(weight)
+        else:
+            given = dy, self._x, weight, *self._given, *self._saved, self._training, self._layer.eps
+            dx, *self._made = torch.ops.aten.native_batch_norm_backward(*given, (need and not together, True, True))
         if not need:
             return None
-        g = self._dy * self._weight
-        if self._context.training:
-            mean, along_n = self._means(g, g * self._n)
-            g.sub_(mean).addcmul_(self._n, along_n, value=-1)
-        return g.mul_(self._scale).view(self._site.shape)
+        if together:
+            scale = (self._given[1] + self._layer.eps).rsqrt_()
+            along, mean = self._means(*self._made)
+            n = (self._x - self._given[0].view(-1, 1)).mul_(scale.view(-1, 1))
+            dx = (dy - mean.view(-1, 1)).sub_(n.mul_(along.view(-1, 1))).mul_((weight * scale).view(-1, 1))
+        return dx.view(self._site.shape)
 
     def backward_weight(self, accumulate: bool = False) -> None:
-        for own, made in zip(self._site.gradients, (self._dy * self._n, self._dy), strict=True):
-            put_sum(own, made, (0, 2), accumulate)
-        if self._context.training:  # here, as a forward may be computed again (RECOMPUTE)
-            unbiased = self._variance * (self._count / (self._count - 1).clamp(min=1))
-            weight = self._layer.momentum * self._count.clamp(max=1)  # 0 without rows; a GPU is not waited for
-            for own, seen in zip(self._site.buffers, (self._mean, unbiased), strict=True):
-                own.lerp_(seen.view(-1), weight)
+        for own, made in zip(self._site.gradients, self._made, strict=True):
+            own.add_(made) if accumulate else own.copy_(made)
+        context, momentum = self._context, self._layer.momentum
+        nowhere = not self._view[0] and context.share == 1.0  # no data rank has rows
+        if context.training and not nowhere:  # here, as a forward may be computed again (RECOMPUTE)
+            for own, seen in zip(self._site.buffers, self._seen, strict=True):
+                own.mul_(1 - momentum).add_(seen, alpha=momentum * context.share)

@@ -64,6 +64,9 @@ class Buffers:
         own = rank_network(plan, self.network, self.at.tensor)
         parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
+        if self.at.data != min({*range(plan.mesh.data)} - {*plan.servers}):
+            for net in self.stages.values():  # running statistics are summands of which one begins with the start
+                net.flat_buffers.zero_()
         kinds = {action.kind for row in plan.rows for action in row}
         if plan.mesh.data > 1:
             self._place_gradients(plan)
@@ -187,7 +190,7 @@ class Buffers:
         for stage, net in self.stages.items():
             self._copies[stage] = [net, *(net.copy() for _ in range(counts.get(stage, 1) - 1))]
             for other in self._copies[stage][1:]:
-                other.bind(gradients=net.flat_gradients)
+                other.bind(gradients=net.flat_gradients, buffers=net.flat_buffers)
                 other._skips = net._skips  # whose ends may stand in two stages
         return self._copies
 

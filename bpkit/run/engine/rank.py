@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bpkit.nn import Network
 from bpkit.nn.losses import Loss
 from bpkit.plan.plan import Plan
 from bpkit.plan.program import Program
@@ -99,6 +100,9 @@ class Runner:
         own = slice(shard.low, shard.high)
         inputs, targets = self.feed(job.data.inputs[rows[own]]), self.feed(everyone[own])
         self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
+        if len(self.network.flat_buffers):
+            shares = job.microbatch_shares(self.buffers.at.data, number)
+            self.step.contexts = [replace(c, share=s) for c, s in zip(self.step.contexts, shares, strict=True)]
         self.step.weights, self.step.scale = shard.weights, shard.scale
         self.executor.run(number, log, line)
         self._flights.append((number, began, shard.share, self.step.loss(self.executor.ahead > 0)))
@@ -176,9 +180,14 @@ def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
 
 
 def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
-    """Each stage's parameters, whole, and what is kept beside them."""
-    return {stage: (buffers.whole(stage).cpu(), net.flat_buffers.cpu().clone())
-            for stage, net in buffers.stages.items()}  # fmt: skip
+    """Each stage's parameters, whole, and what is kept beside them: the sum over data ranks, all of which call this."""
+    data = buffers.groups.data
+
+    def kept(net: Network) -> Tensor:
+        own = net.flat_buffers.clone()
+        return (data.all_reduce(own) if data.size > 1 and len(own) else own).cpu()
+
+    return {stage: (buffers.whole(stage).cpu(), kept(net)) for stage, net in buffers.stages.items()}
 
 
 def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:

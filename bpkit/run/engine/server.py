@@ -56,7 +56,7 @@ def _load(runner: Runner, job: Job) -> None:
         inputs.append(runner.feed(job.data.inputs[rows]))
         own = job.data.targets[rows]
         targets.append(runner.feed(own))
-        contexts.append(Context(step=m, first=low, training=True))
+        contexts.append(Context(step=m, first=low, training=True, share=job.microbatch_shares(rank, m)[0]))
         weights.append(1.0 / max(1, job.network.loss.terms(own)))
     step.inputs, step.targets, step.contexts, step.weights = inputs, targets, contexts, weights
 
