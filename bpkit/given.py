@@ -3,6 +3,7 @@
 import contextlib
 import math
 import operator
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -47,18 +48,22 @@ def integers(caller: str, least: float = 1, **values: Any) -> list[int]:
     return [integer(f"{caller}: {name}", value, least) for name, value in values.items()]
 
 
-def whole(caller: str, name: str, value: Any, least: int | None = 1) -> int:
-    """Return a whole number as an int; ValueError for a float, a bool, or what is below `least`, by name."""
-    return integer(f"{caller}: {name}", value, least, floats=False)
+def between(what: str, value: Any, least: float, most: float) -> float:
+    """Return a finite number from `least` to `most` as a float; ValueError for something else."""
+    if (found := number(what, value, least)) > most:
+        raise ValueError(f"{what} must be a number from {least:g} to {most:g}, not {value!r}")
+    return found
 
 
 def whole_number(caller: str, least: int = 1, **values: Any) -> None:
     """Refuse what is no whole number, or below `least`, by name."""
     for name, value in values.items():
-        whole(caller, name, value, least)
+        integer(f"{caller}: {name}", value, least, floats=False)
 
 
-def whole_fields(described: Any, *names: str, least: int = 1) -> None:
-    """Make fields of a frozen dataclass ints, or refuse them, naming its class and the field."""
-    for name in names:
-        object.__setattr__(described, name, whole(type(described).__name__, name, getattr(described, name), least))
+def settle(described: Any, takes: Mapping[str, int | tuple[float, float]]) -> None:
+    """Make fields of a frozen dataclass ints of at least so much, or floats between two, or refuse them by name."""
+    for name, wanted in takes.items():
+        what, value = f"{type(described).__name__}: {name}", getattr(described, name)
+        found = integer(what, value, wanted, False) if isinstance(wanted, int) else between(what, value, *wanted)
+        object.__setattr__(described, name, found)

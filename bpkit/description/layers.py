@@ -4,23 +4,29 @@
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import ClassVar
 
 from bpkit.description.costs import StageCost
 from bpkit.description.flat import Shape
+from bpkit.given import settle
 
 
 class Layer:
     """Base of all layers. Subclasses are frozen dataclasses of hyperparameters.
 
     A layer with parameters overrides `parameter_shapes`; every layer overrides `cost`. `leaves` counts the layers in
-    it that have a number of their own, on which dropout masks depend.
+    it that have a number of their own, on which dropout masks depend. `takes` says what hyperparameters must be: whole
+    numbers of at least so much, or numbers between two, both included; others are refused by name.
     """
 
     leaves: int = 1
+    takes: ClassVar[Mapping[str, int | tuple[float, float]]] = {}
+
+    def __post_init__(self) -> None:
+        settle(self, self.takes)
 
     def output_shape(self, shape: Shape) -> Shape:
         """Return the shape of one output sample for input samples of `shape`; ValueError if it can't be."""
@@ -128,10 +134,12 @@ class Dropout(Elementwise):
 
     p: float = 0.5
     start: int = 0
+    takes = {"p": (0, 1), "start": 0}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p < 1:
-            raise ValueError(f"Dropout's p is a probability from 0 to below 1, not {self.p}")
+        super().__post_init__()
+        if self.p == 1:
+            raise ValueError("Dropout: p is a probability below 1, which would drop everything")
 
 
 @dataclass(frozen=True)
@@ -141,10 +149,7 @@ class Linear(Layer):
     inputs: int
     outputs: int
     bias: bool = True
-
-    def __post_init__(self) -> None:
-        if self.inputs < 1 or self.outputs < 1:
-            raise ValueError(f"Linear needs at least 1 input and 1 output, not {self.inputs}, {self.outputs}")
+    takes = {"inputs": 1, "outputs": 1}
 
     def output_shape(self, shape: Shape) -> Shape:
         if not shape or shape[-1] != self.inputs:
@@ -171,6 +176,7 @@ class Embedding(Layer):
     width: int
     tied: str = ""
     rows: tuple[int, int] | None = None
+    takes = {"vocabulary": 1, "width": 1}
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -198,6 +204,7 @@ class Positions(Layer):
 
     length: int
     width: int
+    takes = {"length": 1, "width": 1}
 
     def output_shape(self, shape: Shape) -> Shape:
         if shape != (self.length, self.width):
@@ -240,6 +247,7 @@ class LayerNorm(Norm):
     features: int
     eps: float = 1e-5
     shared: bool = False  # on a tensor rank that has some of the tokens: its gradient is a share
+    takes = {"features": 1, "eps": (0, math.inf)}
 
     def partial(self, shape: Shape) -> tuple[bool, ...]:
         return (self.shared, self.shared)
@@ -260,6 +268,7 @@ class Heads(Layer):
     heads: int
     causal: bool = True
     fused: bool | None = None
+    takes = {"heads": 1}
 
     def output_shape(self, shape: Shape) -> Shape:
         if len(shape) != 2 or shape[1] % (3 * self.heads):
@@ -279,6 +288,7 @@ class Skip(Layer):
     """One end of the skip connection of a number, unique in its network."""
 
     number: int
+    takes = {"number": 0}
     leaves = 0  # not counted, so that masks of dropout are those of the closed container
 
     def cost(self, shape: Shape) -> StageCost:
@@ -296,13 +306,7 @@ class AddSkip(Skip):
 
 
 class Sequential(Layer):
-    """Layers one after another, treated as one layer: a network is never cut inside it.
-
-    Parameters
-    ----------
-    *layers : Layer
-        At least one.
-    """
+    """Layers one after another, at least one, treated as one layer: a network is never cut inside it."""
 
     def __init__(self, *layers: Layer) -> None:
         if not layers:

@@ -3,9 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from bpkit.description.flat import ALIGNMENT, Shape
@@ -47,8 +45,3 @@ def check_flat(name: str, flat: Tensor, size: int, dtype: torch.dtype) -> None:
                          f"{flat.dtype}")  # fmt: skip
     if size and (flat.data_ptr() % ALIGNMENT or not flat.is_contiguous()):
         raise ValueError(f"flat {name} must be contiguous and start on a {ALIGNMENT}-byte boundary")
-
-
-def as_bytes(flat: Tensor) -> NDArray[np.uint8]:
-    """Return a flat buffer as bytes on the CPU: of any dtype, also those that NumPy lacks."""
-    return flat.cpu().view(torch.uint8).numpy()

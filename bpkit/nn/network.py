@@ -14,10 +14,10 @@ from torch import Tensor
 from bpkit.description.costs import StageCost, balanced_cuts
 from bpkit.description.flat import Shape
 from bpkit.description.network import Description
-from bpkit.nn.flat import aligned, as_bytes, check_flat, fitting, packed, views
+from bpkit.given import integer
+from bpkit.nn.flat import aligned, check_flat, fitting, packed, views
 from bpkit.nn.layer import START, Chain, Context, Layer, Site
 from bpkit.nn.losses import Loss, make_loss
-from bpkit.nn.words import check_form
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,13 @@ class Network:
         for i, layer in enumerate(layers):
             if not isinstance(layer, Layer):
                 raise TypeError(f"layer {i} is {layer!r}, not a bp.nn layer")
-        shape = (input_shape,) if isinstance(input_shape, int) else tuple(int(n) for n in input_shape)
+        given = input_shape if isinstance(input_shape, Iterable) else (input_shape,)
+        shape = tuple(integer("Network: each number of input_shape", n, 1, floats=False) for n in given)
         made = make_loss(loss)
         description = Description(tuple(layers), shape, made.name, _name(dtype))
         description.skips()  # refuses those with one end
-        self._define(description, made, seed, torch.device(device))
-        generator = torch.Generator().manual_seed(seed)
+        self._define(description, made, integer("Network: seed", seed), torch.device(device))
+        generator = torch.Generator().manual_seed(self.seed)
         drawn = [p for layer, s in self._placed() for p in layer.initial(s, generator)]
         self.load([drawn[i] for i in self.owners])
 
@@ -251,7 +252,7 @@ class Network:
         ValueError, TypeError
             With what is wrong, and what would be right.
         """
-        check_form(x, self.input_shape, self.input_dtype, self.device)
+        self._check_form(x)
         self.layers[0].check(x)
 
     @property
@@ -262,9 +263,17 @@ class Network:
         """
         return max(layer.least_rows(s) for layer, s in self._placed())
 
+    def _check_form(self, x: Tensor) -> None:
+        if tuple(x.shape[1:]) != self.input_shape or x.ndim == 0:
+            raise ValueError(f"the network takes inputs of shape {('rows', *self.input_shape)}, not {tuple(x.shape)}")
+        if x.dtype is not self.input_dtype:
+            raise TypeError(f"the network takes inputs of {self.input_dtype} and got inputs of {x.dtype}")
+        if x.device.type != self.device.type:
+            raise ValueError(f"the network is on {self.device} and got inputs on {x.device}")
+
     def _prepare(self, slot: Hashable, x: Tensor) -> _Run:
         """Check an input's form and bind a chain for its shape."""
-        check_form(x, self.input_shape, self.input_dtype, self.device)
+        self._check_form(x)
         self._runs[slot] = run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
         return run
 
@@ -363,7 +372,7 @@ class Network:
     def __getstate__(self) -> dict[str, Any]:
         # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
         define = (self.description, self.loss, self.seed, self.device)
-        return {"define": define, "flats": [as_bytes(flat) for flat in self._flats()]}
+        return {"define": define, "flats": [flat.cpu().view(torch.uint8).numpy() for flat in self._flats()]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._define(*state["define"])

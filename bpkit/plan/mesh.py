@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from bpkit.given import whole_fields
+from bpkit.given import settle
 
 
 class Coordinate(NamedTuple):
@@ -33,7 +33,7 @@ class Mesh:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        whole_fields(self, "data", "pipeline", "tensor")
+        settle(self, {"data": 1, "pipeline": 1, "tensor": 1})
 
     @property
     def size(self) -> int:

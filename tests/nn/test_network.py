@@ -190,7 +190,7 @@ def test_predict_and_accuracy_switch_dropout_off() -> None:
         (lambda: nn.mlp([6, 4], activation="swish"), ValueError, "swish.*relu"),
         (lambda: nn.mlp([6, 4], loss="hinge"), ValueError, "hinge.*cross_entropy"),
         (lambda: nn.mlp([6]), ValueError, "input and its output"),
-        (lambda: nn.Linear(0, 4), ValueError, "at least 1 input"),
+        (lambda: nn.Linear(0, 4), ValueError, "Linear: inputs must be a whole number of at least 1, not 0"),
         (lambda: nn.Dropout(1.0), ValueError, "probability"),
         (lambda: nn.Sequential(), ValueError, "Sequential needs at least one layer"),
         (lambda: nn.mlp([6, 4]).forward(torch.zeros(2, 5)), ValueError, r"'rows', 6.*\(2, 5\)"),

@@ -37,6 +37,7 @@ class Conv2d(Layer):
     stride: int = 1
     padding: int = 0
     bias: bool = True
+    takes = {"inputs": 1, "outputs": 1, "kernel": 1, "stride": 1, "padding": 0}
 
     def output_shape(self, shape: Shape) -> Shape:
         if len(shape) != 3 or shape[0] != self.inputs or min(shape[1:]) + 2 * self.padding < self.kernel:
@@ -98,6 +99,7 @@ class AveragePool2d(Layer):
     """The mean of each square of size x size places, side by side; dx = dy / size^2 on all of them."""
 
     size: int = 2
+    takes = {"size": 1}
 
     def output_shape(self, shape: Shape) -> Shape:
         if len(shape) != 3 or shape[1] % self.size or shape[2] % self.size:
@@ -166,7 +168,7 @@ class Reshape(Layer):
     fresh_gradient = False
 
     def output_shape(self, shape: Shape) -> Shape:
-        if math.prod(shape) != math.prod(self.shape):
+        if math.prod(shape) != math.prod(self.shape) or min(self.shape, default=1) < 1:
             raise ValueError(f"{self!r} takes samples of {math.prod(self.shape)} numbers")
         return self.shape
 

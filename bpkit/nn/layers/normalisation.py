@@ -70,10 +70,13 @@ class _ChannelNorm(_Norm):
 
     channels: int
     eps: float = field(default=1e-5, kw_only=True)
+    takes = {"channels": 1, "eps": (0, math.inf)}
 
     def output_shape(self, shape: Shape) -> Shape:
-        if not shape or shape[0] != self.channels or self.channels % getattr(self, "groups", 1):
-            raise ValueError(f"{self!r} takes samples of shape ({self.channels}, ...), in equal groups")
+        groups = getattr(self, "groups", 0)
+        if not shape or shape[0] != self.channels or self.channels % (groups or 1) or math.prod(shape) == groups:
+            raise ValueError(f"{self!r} takes samples of shape ({self.channels}, ...), in equal groups of more than "
+                             "one value")  # fmt: skip
         return shape
 
     def parameter_shapes(self, shape: Shape) -> tuple[Shape, ...]:
@@ -90,6 +93,7 @@ class GroupNorm(_ChannelNorm):
     """
 
     groups: int = 1
+    takes = {**_ChannelNorm.takes, "groups": 1}
 
     def at(self, site: Site) -> Pass:
         return _GroupNormPass(self, site)
@@ -117,6 +121,7 @@ class BatchNorm(_ChannelNorm):
     """
 
     momentum: float = 0.1
+    takes = {**_ChannelNorm.takes, "momentum": (0, 1)}
 
     def buffer_shapes(self, shape: Shape) -> tuple[Shape, ...]:
         return ((self.channels,), (self.channels,))
@@ -175,25 +180,22 @@ class _BatchNormPass(Pass):
         self._count = total[-1]
         return (total[:-1] / self._count.clamp(min=1)).chunk(len(sums))
 
-    def _refuse_one(self, values: Tensor | int) -> None:
-        if values == 1:
-            raise ValueError(f"layer {self._site.layer}, {self._layer!r}: expected more than 1 value per channel when "
-                             "training, and this microbatch has one, from which nothing is learned: give more samples "
-                             "to each rank and microbatch, or sync_batch_norm=True")  # fmt: skip
-
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._context, self._x = context, x.reshape(self._view)
         together = context.training and context.sum_over_data is not None
         given, rows = self._seen if context.training else self._site.buffers, self._view[0]
+        values: Tensor | int = rows * self._view[2]
         if together:
             (mean,) = self._means(self._x.sum((0, 2)))
             (variance,) = self._means((self._x - mean.view(-1, 1)).square_().sum((0, 2)))
-            self._refuse_one(self._count if self._count.is_cpu else 0)  # a GPU is not waited for
+            values = self._count if self._count.is_cpu else 0  # a GPU is not waited for
             self._seen[0].copy_(mean)
             self._seen[1].copy_(variance * (self._count / (self._count - 1).clamp(min=1)))
             given = mean, variance
-        elif context.training:
-            self._refuse_one(rows * self._view[2])
+        if context.training and values == 1:
+            raise ValueError(f"layer {self._site.layer}, {self._layer!r}: expected more than 1 value per channel when "
+                             "training, and this microbatch has one, from which nothing is learned: give more samples "
+                             "to each rank and microbatch, or sync_batch_norm=True")  # fmt: skip
         local, (weight, bias) = context.training and not together, self._site.parameters
         self._given, self._training, eps = given, local, self._layer.eps
         if not rows:

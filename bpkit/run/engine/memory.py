@@ -64,9 +64,8 @@ class Buffers:
         own = rank_network(plan, self.network, self.at.tensor)
         parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
-        if self.at.data != min({*range(plan.mesh.data)} - {*plan.servers}):
-            for net in self.stages.values():  # running statistics are summands of which one begins with the start
-                net.flat_buffers.zero_()
+        for net in self.stages.values():  # running statistics are summands: the first that trains has the start
+            net.flat_buffers.mul_(self.at.data == min({*range(plan.mesh.data)} - {*plan.servers}))
         kinds = {action.kind for row in plan.rows for action in row}
         if plan.mesh.data > 1:
             self._place_gradients(plan)

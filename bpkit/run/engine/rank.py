@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bpkit.nn import Network
 from bpkit.nn.losses import Loss
 from bpkit.plan.plan import Plan
 from bpkit.plan.program import Program
@@ -181,13 +180,9 @@ def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
 
 def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
     """Each stage's parameters, whole, and what is kept beside them: the sum over data ranks, all of which call this."""
-    data = buffers.groups.data
-
-    def kept(net: Network) -> Tensor:
-        own = net.flat_buffers.clone()
-        return (data.all_reduce(own) if data.size > 1 and len(own) else own).cpu()
-
-    return {stage: (buffers.whole(stage).cpu(), kept(net)) for stage, net in buffers.stages.items()}
+    add = buffers.groups.data.all_reduce
+    return {stage: (buffers.whole(stage).cpu(), add(net.flat_buffers.clone()).cpu() if len(net.flat_buffers) else
+                    net.flat_buffers) for stage, net in buffers.stages.items()}  # fmt: skip
 
 
 def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
