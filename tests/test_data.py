@@ -202,3 +202,10 @@ def test_text_of_ones_own() -> None:
     for length in (0, 5):
         with pytest.raises(ValueError, match=f"5 characters give no sample of {length}"):
             text(length, source="ababc")
+
+
+def test_samples_are_not_followed_by_autograd() -> None:
+    x = torch.randn(4, 3, requires_grad=True)
+    made = Dataset("numbers", x * 2, x, x[:1], x[:1])
+    assert not any(t.requires_grad for t in (made.inputs, made.targets, made.test_inputs, made.test_targets))
+    assert torch.equal(made.inputs, x.detach() * 2)

@@ -39,6 +39,8 @@ class Dataset:
     test_targets: Tensor
 
     def __post_init__(self) -> None:
+        # Autograd does not follow samples.
+        vars(self).update({name: held.detach() for name, held in vars(self).items() if isinstance(held, Tensor)})
         for kind, x, t in (("training", self.inputs, self.targets), ("test", self.test_inputs, self.test_targets)):
             if len(x) != len(t):
                 raise ValueError(f"{self.name}: {len(x)} {kind} inputs, but {len(t)} {kind} targets")

@@ -83,7 +83,7 @@ def gradcheck(network: Network, x: Tensor, targets: Tensor, *, context: Context 
     wanted = [point, *leaves] if point.requires_grad else leaves
     theirs = torch.autograd.grad(reference_loss(network, point, leaves, targets, context), wanted)
     largest = max(float(g.abs().max()) for g in theirs)
-    moved = x.clone()  # is changed element by element, as parameters are
+    moved = x.detach().clone(memory_format=torch.contiguous_format)  # is changed element by element, as parameters are
 
     def value() -> float:
         return float(network.loss.value(network.forward(moved, "gradcheck", context), targets))
@@ -120,7 +120,7 @@ def _by_hand(network: Network, x: Tensor, targets: Tensor, context: Context) -> 
 
 def _difference_error(tensor: Tensor, gradient: Tensor, value: Callable[[], float], samples: int, step: float) -> float:
     """Return the largest |gradient - central difference| over evenly spread elements of `tensor`."""
-    flat, worst = tensor.view(-1), 0.0
+    flat, worst = tensor.view(-1), 0.0  # of either, in the order of its elements, however they lie
     for i in torch.linspace(0, flat.numel() - 1, min(samples, flat.numel())).long().unique().tolist():
         old = float(flat[i])
         flat[i] = old + step
@@ -128,5 +128,5 @@ def _difference_error(tensor: Tensor, gradient: Tensor, value: Callable[[], floa
         flat[i] = old - step
         below = value()
         flat[i] = old
-        worst = max(worst, abs(float(gradient.view(-1)[i]) - (above - below) / (2 * step)))
+        worst = max(worst, abs(float(gradient.reshape(-1)[i]) - (above - below) / (2 * step)))
     return worst

@@ -176,7 +176,7 @@ class MSE(Loss):
     def _fitted(self, y: Tensor, targets: Tensor) -> Tensor:
         if y.shape != targets.shape or not targets.is_floating_point():
             self._refuse(y, targets)
-        return targets.to(y.dtype)
+        return targets.detach().to(y.dtype)
 
     name = "mse"
 

@@ -167,3 +167,38 @@ def test_gradcheck_refuses_what_it_cannot_check() -> None:
         nn.gradcheck(nn.mlp([6, 4]), *batch())
     with pytest.raises(ValueError, match="empty batch"):
         nn.gradcheck(network("linear"), *batch(0))
+
+
+IMAGES = {
+    "channels last": lambda x: x.to(memory_format=torch.channels_last),
+    "turned": lambda x: x.transpose(2, 3),
+    "every second": lambda x: x.repeat_interleave(2, 0)[::2],
+    "expanded": lambda x: x[:1].expand(4, -1, -1, -1),
+    "followed by autograd": lambda x: x.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("norm", [[nn.GroupNorm(4, 2)], [nn.BatchNorm(4)], []], ids=["group", "batch", "no norm"])
+@pytest.mark.parametrize("how", IMAGES)
+def test_inputs_may_lie_in_memory_as_they_like(how: str, norm: list[nn.Layer]) -> None:
+    pools: list[nn.Layer] = [nn.MaxPool2d(2), nn.Conv2d(4, 3, 2, stride=2), nn.AveragePool2d(2)]
+    layers = [nn.Conv2d(3, 4, 3, padding=1), *norm, nn.GELU(), *pools, nn.Flatten(), nn.Linear(3, 5)]
+    net = nn.Network(layers, (3, 8, 8), dtype=D)
+    x = IMAGES[how](torch.randn(4, 3, 8, 8, dtype=D, generator=torch.Generator().manual_seed(0)))
+    before = x.clone()
+    result = nn.gradcheck(net, x, torch.tensor([0, 4, 1, 2]))
+    assert result.ok, str(result)
+    assert torch.equal(x, before)
+    y = net.forward(x).clone()
+    dy = torch.randn(5, 4, dtype=D).t()
+    strided = net.backward(dy, need_input=True).clone()  # type: ignore[union-attr]
+    assert torch.allclose(y, net.forward(x.detach().contiguous()), rtol=1e-12)
+    assert torch.allclose(strided, net.backward(dy.contiguous(), need_input=True), rtol=1e-12)  # type: ignore[arg-type]
+
+
+def test_vectors_and_tokens_may_be_strided() -> None:
+    x, t = torch.randn(6, 7, dtype=D).t(), torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    assert nn.gradcheck(network("nested"), x, t).ok
+    text = nn.gpt(7, 5, width=8, heads=2, layers=1, dtype=D)
+    tokens = torch.randint(7, (5, 3)).t()
+    assert nn.gradcheck(text, tokens, tokens).ok and nn.gradcheck(text, tokens[:1].expand(3, 5), tokens).ok

@@ -183,16 +183,15 @@ class _BatchNormPass(Pass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         self._context, self._x = context, x.reshape(self._view)
         together = context.training and context.sum_over_data is not None
-        given, rows = self._seen if context.training else self._site.buffers, self._view[0]
-        values: Tensor | int = rows * self._view[2]
+        given, (rows, _, places) = self._seen if context.training else self._site.buffers, self._view
         if together:
             (mean,) = self._means(self._x.sum((0, 2)))
             (variance,) = self._means((self._x - mean.view(-1, 1)).square_().sum((0, 2)))
-            values = self._count if self._count.is_cpu else 0  # a GPU is not waited for
             self._seen[0].copy_(mean)
             self._seen[1].copy_(variance * (self._count / (self._count - 1).clamp(min=1)))
             given = mean, variance
-        if context.training and values == 1:
+        # A GPU is not waited for.
+        if context.training and (self._count.is_cpu and self._count == 1 if together else rows * places == 1):
             raise ValueError(f"layer {self._site.layer}, {self._layer!r}: expected more than 1 value per channel when "
                              "training, and this microbatch has one, from which nothing is learned: give more samples "
                              "to each rank and microbatch, or sync_batch_norm=True")  # fmt: skip
