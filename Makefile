@@ -17,7 +17,7 @@ COURSE := $(VENV)/.bpkit-course
 DEV := $(VENV)/.bpkit-dev
 BENCH := $(VENV)/.bpkit-bench
 
-.PHONY: help setup lab test book execute bench lint format freeze clean
+.PHONY: help setup lab test book execute bench lighthouse lint format freeze clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make book     the book, into build/book (open build/book/index.html)"
 	@echo "make execute  run the chapters anew and save their outputs (NOTEBOOKS=chapters/x.ipynb for one)"
 	@echo "make bench    the benchmarks against peers, results in build/bench"
+	@echo "make lighthouse  the built pages as a telephone gets them (needs npm)"
 	@echo "make lint     ruff and mypy (make format mends what ruff can)"
 	@echo "make clean    remove what was built (the environment stays)"
 
@@ -56,6 +57,9 @@ execute: $(DEV)
 
 bench: $(BENCH)
 	@$(PY) tools/bench.py $(BENCHMARKS)
+
+lighthouse: $(DEV)
+	@$(PY) tools/lighthouse.py
 
 lint: $(DEV)
 	@$(PY) tools/test.py lint

@@ -13,10 +13,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from lighten import lighten
+
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "book"
 HTML = OUTPUT / "_build" / "html"
-SOURCES = ("_config.yml", "constraints.txt", "pyproject.toml", "book", "chapters", "tools/book.py")
+SOURCES = ("_config.yml", "constraints.txt", "pyproject.toml", "book", "chapters", "tools/book.py", "tools/lighten.py")
 
 
 def sources() -> Iterator[Path]:
@@ -67,6 +69,7 @@ def build_alone(force: bool) -> bool:
     for page in HTML.rglob("*.html"):  # all pages were written anew; what is older is of a chapter that is gone
         if page.stat().st_mtime < start and "_static" not in page.parts:
             page.unlink()
+    lighten(HTML)
     stamp.write_text(wanted)
     print(f"The book: {(HTML / 'index.html').relative_to(ROOT)}")
     return True

@@ -6,13 +6,7 @@
   function mend() {
     // A name that differs from the visible text cannot be spoken: let the text be the name.
     each(".search-button-field[aria-label], details.hide > summary[aria-label]", (e) => e.removeAttribute("aria-label"));
-    // (A script of the theme turns each <i> into an <svg> with a <title>, before or after us.)
-    each(".theme-switch-button :is(i, svg)", (icon) => {
-      icon.removeAttribute("title");
-      icon.removeAttribute("aria-labelledby");
-      icon.querySelector("title")?.remove();
-      icon.setAttribute("aria-hidden", "true");
-    });
+    each(".theme-switch-button svg", (icon) => icon.removeAttribute("title"));
     // The title above the sidebar lies in no landmark.
     each(".sidebar-primary-item:has(> .navbar-brand)", (item) => {
       item.setAttribute("role", "navigation");
@@ -35,7 +29,7 @@
 
   // What scrolls sideways must be reachable by the keyboard.
   function reach() {
-    each("div.math, mjx-container[display='true'], div.cell_output .output, pre, .pst-scrollable-table-container", (box) => {
+    each("div.math, div.cell_output .output, pre, .pst-scrollable-table-container", (box) => {
       const scrolls = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX !== "visible";
       if (scrolls) box.tabIndex = 0;
     });
@@ -43,8 +37,5 @@
 
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", mend);
   else mend();
-  window.addEventListener("load", () => {
-    mend();
-    window.MathJax?.startup?.promise?.then(reach);
-  });
+  window.addEventListener("load", mend);
 })();
