@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import find_browser  # noqa: E402
+import lighten  # noqa: E402
 import nbval_widgets  # noqa: E402
 import notebooks  # noqa: E402
 
@@ -193,3 +194,28 @@ def chapter(tmp_path: Path, run: int, saved: int, said: str = "shown\n") -> subp
 def test_a_chapter_runs_once_for_outputs_and_widgets(tmp_path: Path, run: int, saved: int, said: str,
                                                      outcome: str) -> None:  # fmt: skip
     assert outcome in chapter(tmp_path, run, saved, said).stdout
+
+
+PAGE = """<html><head><link rel="stylesheet" href="_static/a.css"><script src="_static/scripts/fontawesome.js"></script>
+<script src="_static/searchtools.js"></script><script src="_static/own.js"></script></head><body><article>
+<p>What the page is about.</p><i class="fa-solid fa-star"></i><span class="math">\\(a_1 < b\\)</span>
+<p class="used">text</p></article></body></html>"""
+SHEET = ".used, .unused { color: red } .unused { top: 1 } @media print { .unused { top: 2 } } p:not(.x) { top: 0 }"
+
+
+def test_pages_are_made_light(tmp_path: Path) -> None:
+    scripts = tmp_path / "_static" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "fontawesome.js").write_text('star:[9,8,[1],"f0","M outline"]},{star:[9,8,[1],"f0","M1 2z"]')
+    for name, text in {"a.css": SHEET, "own.js": "1", "searchtools.js": "2"}.items():
+        (tmp_path / "_static" / name).write_text(text)
+    (tmp_path / "page.html").write_text(PAGE)
+    lighten.lighten(tmp_path)
+    made = (tmp_path / "page.html").read_text()
+    assert '<path d="M1 2z"></path>' in made and "fa-star" not in made and "fontawesome.js" not in made
+    assert "<math" in made and 'alttext="a_1 &lt; b"' in made and "\\(" not in made
+    assert "searchtools" not in made and '<script defer="" src="_static/own.js">' in made
+    assert '<meta content="What the page is about." name="description"/>' in made
+    (sheet,) = (tmp_path / "_static").glob("book-*.css")
+    assert f'href="_static/{sheet.name}"' in made
+    assert sheet.read_text() == ".used{color: red}\np:not(.x){top: 0}"

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import tinycss2
-from bs4 import BeautifulSoup, Tag
+from bs4 import BeautifulSoup
 from latex2mathml.converter import convert
 
+#: A page, or an element of one; what BeautifulSoup says of the types of attributes is of no help here.
+Element = Any
 SEARCH = ("searchtools.js", "language_data.js", "searchindex.js")
 #: Scripts without which a page does all that it did: icons (drawn here), formulas (made here), tabs (no page has any).
 NEEDLESS = ("fontawesome.js", "formulas-are-made-when-the-book-is-built.js", "design-tabs.js")
@@ -33,9 +35,9 @@ DROPPED = ("vendor", "scripts/fontawesome.js", "styles/pydata-sphinx-theme.css")
 def lighten(folder: Path) -> None:
     """Rewrite all pages of a build, in place."""
     static = folder / "_static"
-    pages = {path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser")
-             for path in sorted(folder.rglob("*.html")) if static not in path.parents}  # fmt: skip
-    pages = {path: page for path, page in pages.items() if page.head}  # the top of the book only leads on
+    files = [path for path in sorted(folder.rglob("*.html")) if static not in path.parents]
+    read: list[Element] = [BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in files]
+    pages = {path: page for path, page in zip(files, read, strict=True) if page.head}  # the top only leads on
     draw = icons((static / "scripts" / "fontawesome.js").read_text(encoding="utf-8"))
     for path, page in pages.items():
         formulas(page)
@@ -53,20 +55,19 @@ def lighten(folder: Path) -> None:
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink(missing_ok=True)
 
 
-def formulas(page: BeautifulSoup) -> None:
+def formulas(page: Element) -> None:
     """Each formula as MathML, with its source as the text for those who copy it."""
     for place in page.select(".math"):
         source = place.get_text().strip()
         display = source.startswith("\\[")
         source = source.removeprefix("\\[").removesuffix("\\]").removeprefix("\\(").removesuffix("\\)").strip()
-        made = BeautifulSoup(convert(source, display="block" if display else "inline"), "html.parser").math
-        assert isinstance(made, Tag), source
+        made: Element = BeautifulSoup(convert(source, display="block" if display else "inline"), "html.parser").math
         made["alttext"] = source
         place.clear()
         place.append(made)
 
 
-def icons(script: str) -> Callable[[Tag], Tag]:
+def icons(script: str) -> Callable[[Element], Element]:
     """What draws the icon that a tag of the theme names, from the theme's own script of icons."""
 
     @cache
@@ -75,10 +76,10 @@ def icons(script: str) -> Callable[[Tag], Tag]:
         found = re.findall(rf'(?:"{name}"|\b{name}):\[(\d+),(\d+),\[[^\]]*\],"\w+","([^"]+)"', script)
         return '<svg viewBox="0 0 {} {}" aria-hidden="true"><path d="{}"/></svg>'.format(*found[-1]) if found else ""
 
-    def draw(tag: Tag) -> Tag:
+    def draw(tag: Element) -> Element:
         names = [name.removeprefix("fa-") for name in tag["class"] if name.startswith("fa-")]
-        svg = BeautifulSoup(next(filter(None, map(drawing, names)), ""), "html.parser").svg
-        if not isinstance(svg, Tag):
+        svg: Element = BeautifulSoup(next(filter(None, map(drawing, names)), ""), "html.parser").svg
+        if svg is None:
             raise ValueError(f"no icon of the theme is called {' or '.join(names)}")
         svg.attrs |= {key: value for key, value in tag.attrs.items() if key.startswith("data-")}
         svg["class"] = ["icon", *(name for name in tag["class"] if not name.startswith("fa"))]
@@ -87,7 +88,7 @@ def icons(script: str) -> Callable[[Tag], Tag]:
     return draw
 
 
-def scripts(page: BeautifulSoup, static: Path, searches: bool) -> None:
+def scripts(page: Element, static: Path, searches: bool) -> None:
     """Scripts run once the page is read, in their order; the needless ones go."""
     for script in page.find_all("script", src=True):
         name = script["src"].split("?")[0].rsplit("/", 1)[-1]
@@ -105,7 +106,7 @@ def scripts(page: BeautifulSoup, static: Path, searches: bool) -> None:
         link.decompose()
 
 
-def pictures(page: BeautifulSoup, path: Path) -> None:
+def pictures(page: Element, path: Path) -> None:
     """The size of each picture, and late loading for all."""
     for image in page.select("article img[src]"):
         image["loading"], image["decoding"] = "lazy", "async"
@@ -116,9 +117,8 @@ def pictures(page: BeautifulSoup, path: Path) -> None:
             image.attrs |= {name: str(round(points * 4 / 3)) for name, points in size.items()}
 
 
-def describe(page: BeautifulSoup, icon: str) -> None:
+def describe(page: Element, icon: str) -> None:
     """A description, from the first paragraph of the page, and the icon of the book."""
-    assert page.head is not None
     first = page.select_one("article p")
     text = " ".join((first or page.head).get_text().split())[:300]
     if not page.select_one("meta[name=description]"):
@@ -129,7 +129,7 @@ def describe(page: BeautifulSoup, icon: str) -> None:
 # -- style sheets --------------------------------------------------------------------------------------------------
 
 
-def styles(folder: Path, pages: dict[Path, BeautifulSoup]) -> str:
+def styles(folder: Path, pages: dict[Path, Element]) -> str:
     """One style sheet of all that any page can use; its name in _static."""
     sheets = dict.fromkeys((path.parent / link["href"].split("?")[0]).resolve() for path, page in pages.items()
                            for link in page.select("link[rel=stylesheet]"))  # fmt: skip
@@ -198,7 +198,7 @@ def _may_apply(selector: str, words: set[str]) -> bool:
     return all(name.replace("\\", "") in words for name in re.findall(r"[.#]((?:[\w-]|\\.)+)", wanted))
 
 
-def one_sheet(page: BeautifulSoup, name: str) -> None:
+def one_sheet(page: Element, name: str) -> None:
     """The one style sheet in place of all."""
     first, *others = page.select("link[rel=stylesheet]")
     for link in others:
