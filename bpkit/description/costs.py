@@ -73,19 +73,16 @@ def balanced_cuts(weights: Sequence[int], parts: int) -> list[int]:
     if not 1 <= parts <= n:
         raise ValueError(f"{n} layers can be cut into 1 to {n} stages, not {parts}")
     prefix = list(accumulate(weights, initial=0))
-    best, starts = prefix, []  # the heaviest run of the first i weights; of each last run where it starts
+    best, starts = prefix, list[list[int]]()  # of the first i weights the heaviest run; where last runs start
     for k in range(2, parts + 1):
         heaviest, where, j = [prefix[n] + 1] * (n + 1), [0] * (n + 1), k - 1
         for i in range(k, n + 1):
             while j < i and best[j] < prefix[i] - prefix[j]:  # up to there the last run is the heaviest, and less so
                 j += 1
+            heaviest[i], where[i] = best[j], j
             if j > k - 1 and (j == i or prefix[i] - prefix[j - 1] <= best[j]):
-                heaviest[i] = prefix[i] - prefix[j - 1]
-                where[i] = max(k - 1, bisect_left(prefix, prefix[j - 1]))
-            else:
-                heaviest[i], where[i] = best[j], j
-        best = heaviest
-        starts.append(where)
+                heaviest[i], where[i] = prefix[i] - prefix[j - 1], max(k - 1, bisect_left(prefix, prefix[j - 1]))
+        best, starts = heaviest, [*starts, where]
     cuts, end = [], n
     for where in reversed(starts):
         end = where[end]

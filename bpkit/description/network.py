@@ -9,25 +9,10 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Final, NamedTuple, Protocol
 
+from bpkit.description import layers as bare
 from bpkit.description.costs import StageCost
 from bpkit.description.flat import Shape, added, lay_out, owners
-from bpkit.description.layers import (
-    GELU,
-    AddSkip,
-    Dropout,
-    Layer,
-    Linear,
-    ReLU,
-    Sequential,
-    Sigmoid,
-    Skip,
-    StashSkip,
-    Tanh,
-    leaves,
-    opened,
-    output_shapes,
-    produced,
-)
+from bpkit.description.layers import Layer
 
 #: Bytes of an element of each dtype that a network may have.
 ITEMSIZES: Final = {"float32": 4, "float64": 8, "bfloat16": 2}
@@ -107,7 +92,7 @@ class Description:
     @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """Shapes in front of each layer and, last, of the output."""
-        return self.given_shapes or output_shapes(self.layers, self.input_shape)
+        return self.given_shapes or bare.output_shapes(self.layers, self.input_shape)
 
     @property
     def output_shape(self) -> Shape:
@@ -131,9 +116,8 @@ class Description:
     def text(self) -> str:
         """A short text, such as ``mlp 64-512-512-10, 301,066 parameters``."""
         count = sum(math.prod(p.shape) for i, p in enumerate(self.parameters) if p.owner == i)
-        small = (Linear, ReLU, Tanh, Sigmoid, GELU, Dropout)
-        if all(isinstance(layer, small) for layer in self.layers) and len(self.input_shape) == 1:
-            sizes = [self.input_shape[0], *(layer.outputs for layer in self.layers if isinstance(layer, Linear))]
+        if all(isinstance(la, bare.Linear | bare.Elementwise) for la in self.layers) and len(self.input_shape) == 1:
+            sizes = [self.input_shape[0], *(la.outputs for la in self.layers if isinstance(la, bare.Linear))]
             return f"mlp {'-'.join(map(str, sizes))}, {count:,} parameters"
         return f"network of {len(self.layers)} layers, {count:,} parameters"
 
@@ -146,7 +130,7 @@ class Description:
                   for j, shape in enumerate(layer.parameter_shapes(s))]  # fmt: skip
         names, shapes = [name for layer, s in placed for name in layer.ties(s)], [shape for _, _, shape in places]
         own = owners(names, shapes)
-        order = produced(self.layers, self.shapes)
+        order = bare.produced(self.layers, self.shapes)
         offsets, size = lay_out(order, own, shapes, max(4, self.itemsize))
         parts = zip(places, names, own, offsets, added(order, own), strict=True)
         return tuple(Parameter(i, j, name, shape, o, at, adds)
@@ -171,6 +155,11 @@ class Description:
         """Return where each parameter with a name lies in the flat buffers; other stages may hold copies of it."""
         return {p.name: p.slice for p in self.parameters if p.name}
 
+    def shares(self) -> tuple[Parameter, ...]:
+        """Return the parameters of whose gradient a tensor rank has only a share: to be summed over the ranks."""
+        partial = [share for layer, s in self.placed() for share in layer.partial(s)]
+        return tuple(p for p, share in zip(self.parameters, partial, strict=True) if share)
+
     # Skip connections.
 
     def skips(self) -> tuple[tuple[int, int], ...]:
@@ -183,11 +172,11 @@ class Description:
         """
         ends: dict[int, list[tuple[int, Layer, Shape]]] = {}
         for i, (layer, shape) in enumerate(self.placed()):
-            for leaf, at in leaves(layer, shape):
-                if isinstance(leaf, Skip):
+            for leaf, at in bare.leaves(layer, shape):
+                if isinstance(leaf, bare.Skip):
                     ends.setdefault(leaf.number, []).append((i, leaf, at))
         for number, found in ends.items():
-            if len(found) != 2 or not (isinstance(found[0][1], StashSkip) and isinstance(found[1][1], AddSkip)):
+            if [isinstance(leaf, bare.StashSkip) for _, leaf, _ in found] != [True, False]:
                 there = ", ".join(f"{leaf!r} in layer {i}" for i, leaf, _ in found)
                 raise ValueError(f"a skip connection is one StashSkip and, behind it, one AddSkip of a number that no "
                                  f"other has, and number {number} is {there}")  # fmt: skip
@@ -201,11 +190,11 @@ class Description:
     @property
     def is_open(self) -> bool:
         """Whether no layer is a container."""
-        return not any(isinstance(layer, Sequential) for layer in self.layers)
+        return not any(isinstance(layer, bare.Sequential) for layer in self.layers)
 
     def opened(self) -> Description:
         """Return the description with its containers written out as layers, skips as pairs of layers: cut anywhere."""
-        return self if self.is_open else replace(self, layers=tuple(opened(self.layers)), given_shapes=())
+        return self if self.is_open else replace(self, layers=tuple(bare.opened(self.layers)), given_shapes=())
 
     def checked(self, cuts: Sequence[int]) -> tuple[int, ...]:
         """Return layers at which stages 1, 2, ... start.

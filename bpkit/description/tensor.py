@@ -14,20 +14,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+from bpkit.description import layers as bare
 from bpkit.description.flat import Shape, part_bounds
-from bpkit.description.layers import (
-    AddSkip,
-    Dropout,
-    Elementwise,
-    Embedding,
-    Heads,
-    Layer,
-    LayerNorm,
-    Linear,
-    Positions,
-    StashSkip,
-    output_shapes,
-)
+from bpkit.description.layers import Layer, Linear, output_shapes
 from bpkit.description.network import Described, Description
 
 Range = tuple[int, int]
@@ -48,7 +37,7 @@ class Piece:
 Cut = tuple[Layer, list[Piece]]
 ALL, NONE = Piece(), Piece(())
 #: Layers that treat each token alone and whose parameters, if any, know how to be shared or cut by tokens.
-BY_TOKEN = (Elementwise, LayerNorm, Positions, StashSkip, AddSkip)
+BY_TOKEN = (bare.Elementwise, bare.LayerNorm, bare.Positions, bare.StashSkip, bare.AddSkip)
 
 
 def part_of(size: int, index: int, of: int, what: str) -> Range:
@@ -60,7 +49,7 @@ def part_of(size: int, index: int, of: int, what: str) -> Range:
 
 def _first(layer: Linear, index: int, of: int, behind: Sequence[Layer]) -> Cut:
     """A product of which each rank has some outputs; in front of `Heads` those of whole heads, of q, k and v."""
-    heads = next((la.heads for la in behind[:1] if isinstance(la, Heads)), 0)
+    heads = next((la.heads for la in behind[:1] if isinstance(la, bare.Heads)), 0)
     if not heads:
         ranges = [part_of(layer.outputs, index, of, "a width of")]
     else:
@@ -89,7 +78,7 @@ def _pairs(layers: Sequence[Layer]) -> list[Range]:
             else:
                 found.append((start, i))
                 start = None
-        elif not isinstance(layer, Elementwise | Heads):
+        elif not isinstance(layer, bare.Elementwise | bare.Heads):
             start = None
     return found
 
@@ -97,11 +86,11 @@ def _pairs(layers: Sequence[Layer]) -> list[Range]:
 def _by_token(layer: Layer, shape: Shape, index: int, of: int) -> Cut:
     """A layer for this rank's tokens only."""
     own = shape[0] // of
-    if isinstance(layer, Positions):
+    if isinstance(layer, bare.Positions):
         return replace(layer, length=own), [Piece(((index * own, (index + 1) * own),))]
-    if isinstance(layer, LayerNorm):
+    if isinstance(layer, bare.LayerNorm):
         return replace(layer, shared=True), [ALL, ALL]
-    if isinstance(layer, Dropout):
+    if isinstance(layer, bare.Dropout):
         return replace(layer, start=index * own * shape[1]), []
     return layer, []
 
@@ -165,11 +154,11 @@ def _groups(network: Description, sequence: bool) -> list[Group]:
         kind, stop = "whole", i + 1
         if i == n - 1 and scores:
             kind = "classes"
-        elif isinstance(layers[i], Embedding):
+        elif isinstance(layers[i], bare.Embedding):
             kind = "vocabulary"
         elif i in pairs:
             kind, stop = "pair", pairs[i] + 1
-        between_skips = isinstance(layers[i], StashSkip) and i > 0 and isinstance(layers[i - 1], AddSkip)
+        between_skips = isinstance(layers[i], bare.StashSkip) and i > 0 and isinstance(layers[i - 1], bare.AddSkip)
         if kind == "whole" and result and result[-1][0] == "whole" and not between_skips:  # there a pipeline may be cut
             result[-1] = ("whole", result[-1][1], stop)
         else:
@@ -222,7 +211,7 @@ def tensor_layout(network: Described, sequence: bool = False) -> TensorLayout:
         found = {la.number: i for i, layers in enumerate(held) for la in layers if isinstance(la, which)}  # type: ignore
         return [found[number] for number in sorted(found)]
 
-    skips = zip(ends(StashSkip), ends(AddSkip), strict=True)
+    skips = zip(ends(bare.StashSkip), ends(bare.AddSkip), strict=True)
 
     return TensorLayout(tuple(start for _, start, _ in groups[1:]), stages("vocabulary", "pair"),
                         stages("pair", "classes"), stages("tokens"),
@@ -250,15 +239,15 @@ def cut(network: Description, index: int, of: int, sequence: bool) -> list[Cut]:
                     raise ValueError(f"sequence parallelism gives each of {of} tensor ranks as many tokens, which "
                                      f"samples of {shapes[i][0]} tokens do not allow")  # fmt: skip
                 result.append(_by_token(layer, shapes[i], index, of))
-            elif isinstance(layer, Embedding):
+            elif isinstance(layer, bare.Embedding):
                 rows = part_of(layer.vocabulary, index, of, "a vocabulary of")
                 result.append((replace(layer, rows=rows), [Piece((rows,))]))
             elif isinstance(layer, Linear) and kind in ("pair", "classes"):
                 first = i == start
                 result.append(_first(layer, index, of, layers[i + 1 : stop]) if first else _second(layer, index, of))
-            elif kind == "pair" and isinstance(layer, Heads):
+            elif kind == "pair" and isinstance(layer, bare.Heads):
                 result.append((replace(layer, heads=layer.heads // of), []))
-            elif kind == "pair" and isinstance(layer, Dropout):
+            elif kind == "pair" and isinstance(layer, bare.Dropout):
                 raise ValueError(f"layer {i} of the opened network: Dropout between two split products: put it behind "
                                  "the second one, where every rank has all features")  # fmt: skip
             else:

@@ -142,8 +142,7 @@ class Network:
 
     def shares(self) -> list[Tensor]:
         """Return flat views of the gradients that are only a tensor rank's share: to be summed over the ranks."""
-        partial = [share for layer, s in self._placed() for share in layer.partial(s)]
-        return [g.view(-1) for g, share in zip(self._gradients, partial, strict=True) if share]
+        return [self.flat_gradients[parameter.slice] for parameter in self.description.shares()]
 
     def load(self, tensors: Iterable[Tensor]) -> None:
         """Copy values into the parameters, given in the order of `parameters`, for instance ``module.parameters()``.

@@ -249,11 +249,10 @@ def compressor(job: Job) -> Compressor | None:
 
 
 def room(job: Job, backend: str) -> None:
-    """Refuse gradients that do not fit in shared memory."""
-    program = job.program
-    needed = program.plan.workers * sum(program.sizes) * job.network.dtype.itemsize
-    if backend == "shm" and needed > memory.free_room():
-        raise memory.no_room(f"the gradient of {program.plan.workers} workers", needed)
+    """Refuse what does not fit in shared memory: gradients, edges and sums."""
+    needed = job.memory.shared() if backend == "shm" else 0
+    if needed > memory.free_room():
+        raise memory.no_room(f"{job.plan.name} with batches of {job.batch}", needed)
 
 
 # -- what does not stand in a job -----------------------------------------------------------------------------

@@ -3,16 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from bpkit.compress import Compressor
 from bpkit.data import Dataset, shard_sizes
 from bpkit.nn import Network
 from bpkit.optim import Optimizer
+from bpkit.plan.memory import Memory
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan
 from bpkit.plan.program import Program
-from bpkit.run.room import predicted
 from bpkit.trace import Log
 
 Shards = Sequence[float] | Sequence[Sequence[float]]
@@ -95,9 +96,14 @@ class Job:
         """Samples of the largest microbatch of any rank in any step."""
         return max(-(-max(self.shard_sizes(step)) // self.plan.microbatches) for step in self.different_steps)
 
+    @property
+    def memory(self) -> Memory:
+        """What the ranks hold, by calculation."""
+        return Memory(self.program, self.network.description, self.rows)
+
     def needs(self, at: Coordinate) -> dict[str, int]:
-        """The memory that the rank at a coordinate takes, by calculation: bytes of what is kept (see `predicted`)."""
-        return predicted(self.program, at, self.network, self.optimizer, self.rows, self.precision)
+        """The memory that the rank at a coordinate takes, by calculation: bytes of what is kept (see `Memory`)."""
+        return self.memory.kept(at, len(self.optimizer.state(torch.empty(1))), self.precision == "bf16")
 
     def __str__(self) -> str:
         plan, lossy = self.plan, self.compress or self.precision * (self.precision != "full")

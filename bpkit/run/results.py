@@ -45,7 +45,7 @@ class TrainResult:
     peak : tuple of int
         For each rank, the most bytes that the GPU's allocator held for tensors at once; 0 on the CPU.
     predicted : tuple of dict
-        For each rank, the bytes that the plan takes by calculation (see `bpkit.run.room.predicted`).
+        For each rank, the bytes that the plan takes by calculation (see `bpkit.plan.memory`).
     clock_error : float
         Seconds by which times of a GPU's events, brought to the host's clock, were wrong at the end; of the worst rank.
     encoded : tuple of int

@@ -274,7 +274,7 @@ def test_a_wrong_plan_never_starts(cluster):
 
 def test_a_small_shared_memory_is_named(cluster, monkeypatch):
     monkeypatch.setattr(memory, "free_room", lambda: 1000)
-    with pytest.raises(RuntimeError, match=r"the gradient of 2 workers needs .* are free .*backend='gloo'"):
+    with pytest.raises(RuntimeError, match=r"data_parallel\(2\) with batches of 32 needs .* are free .*backend='gloo'"):
         cluster.train(NET, DATA, batch=32, steps=2, lr=0.1)
 
 

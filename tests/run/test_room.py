@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
 import bpkit as bp
-from bpkit.plan import data_parallel, serial, zero
+from bpkit.plan import (
+    data_parallel,
+    expand,
+    interleaved,
+    local_sgd,
+    parameter_server,
+    serial,
+    tensor_parallel,
+    zero,
+)
 from bpkit.plan.strategies.pipeline import gpipe, one_f_one_b
+from bpkit.run import checks
 from bpkit.run import cluster as of_cluster
 from bpkit.run.checks import checked
 from bpkit.run.engine import rank as training
+from bpkit.run.errors import NoRoom
 from bpkit.run.job import Job
+from bpkit.run.transports.shared import files
+from bpkit.run.transports.shared.transport import SharedMemoryComm
 
 DATA = bp.data.digits()
 NETWORK = bp.nn.mlp([64, 48, 40, 32, 10], seed=1)
 PLANS = [serial(), data_parallel(2, 3), zero(2, 1, units=3), zero(2, 2, units=3), zero(2, 3, units=3), gpipe(2, 4),
          one_f_one_b(2, 4), one_f_one_b(2, 4, data=2)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four():
+    """Clusters on shared memory."""
+    made = {n: bp.Cluster(n, backend="shm", timeout=30) for n in (1, 2, 4)}
+    yield made
+    for cluster in made.values():
+        cluster.close()
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=[plan.name for plan in PLANS])
@@ -28,6 +52,56 @@ def test_what_is_kept_is_what_was_calculated(clusters, plan):
         assert kept["optimizer"] == pytest.approx(said["optimizer"], abs=64)  # parts differ by an element
         assert kept["gradients"] == pytest.approx(said["gradients"], abs=256)
         assert shared or kept["parameters"] == pytest.approx(said["parameters"], abs=256)
+
+
+TEXT = bp.data.text(length=8)
+GPT = bp.nn.gpt(TEXT.vocabulary, 8, width=12, heads=2, layers=2)
+IN_COMMON = [
+    *[(plan, NETWORK, DATA) for plan in (*PLANS, local_sgd(2, 2), parameter_server(2, 2), one_f_one_b(4, 8),
+                                         interleaved(2, 4, 2, data=2), expand(data_parallel(4, 2), "ring"))],
+    (one_f_one_b(2, 4), GPT, TEXT), (one_f_one_b(2, 2, data=2), GPT, TEXT),
+    *[(tensor_parallel(plan, 2, bp.nn.tensor_layout(GPT, sequence)), GPT, TEXT)
+      for plan in (serial(), data_parallel(2, 2), gpipe(2, 2)) for sequence in (False, True)],
+]  # fmt: skip
+
+
+def taken(comm, job):
+    """The bytes of shared memory that a rank makes for itself and others, besides those of messages."""
+    sizes, real = [], SharedMemoryComm._map
+
+    def noted(own, size, *args):
+        in_buffers = any(frame.function == "__post_init__" for frame in inspect.stack())
+        sizes.append(size if own.rank == 0 and in_buffers else 0)
+        return real(own, size, *args)
+
+    SharedMemoryComm._map = noted  # in this worker only
+    try:
+        training.train(comm, job)
+    finally:
+        SharedMemoryComm._map = real
+    return sum(sizes)
+
+
+@pytest.mark.parametrize(("plan", "network", "data"), IN_COMMON, ids=[plan.name for plan, _, _ in IN_COMMON])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_the_room_is_what_workers_take(four, plan, network, data, clip):
+    if clip and (plan.holds != "all" or plan.name.startswith("parameter_server")):  # nothing to be clipped
+        return
+    cluster = four[plan.workers]
+    job = cluster.check(Job(plan, network, data, bp.optim.SGD(0.1, clip=clip), 22, steps=1))
+    assert sum(cluster.call(taken, job)) == job.memory.shared()
+
+
+def test_a_pipeline_takes_no_room_for_gradients(monkeypatch):
+    network = bp.nn.mlp([64, 1024, 1024, 1024, 10])
+    jobs = {plan.name: Job(plan, network, DATA, bp.optim.SGD(0.1), 64, compiled=bp.plan.compile(plan, network))
+            for plan in (gpipe(4, 4), data_parallel(4))}  # fmt: skip
+    assert jobs["gpipe(4, 4)"].memory.shared() < 4e6 < 34e6 < jobs["data_parallel(4)"].memory.shared()
+    monkeypatch.setattr(files, "free_room", lambda: 20_000_000)
+    checks.room(jobs["gpipe(4, 4)"], "shm")
+    checks.room(jobs["data_parallel(4)"], "gloo")
+    with pytest.raises(NoRoom, match=r"data_parallel\(4\) with batches of 64 needs 34\.8 MB"):
+        checks.room(jobs["data_parallel(4)"], "shm")
 
 
 def test_activations_follow_the_schedule_and_the_microbatch():

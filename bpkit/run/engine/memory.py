@@ -1,7 +1,5 @@
 """Where a rank's parameters, gradients and optimizer state lie, as a plan needs them."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,11 +10,11 @@ from bpkit.description.flat import part_bounds
 from bpkit.nn import Loss, Network, VocabularyCrossEntropy
 from bpkit.optim import Optimizer
 from bpkit.plan.action import Action
-from bpkit.plan.mesh import Coordinate
+from bpkit.plan.memory import Memory
 from bpkit.plan.plan import Plan, scatters
 from bpkit.plan.program import Program
 from bpkit.run.engine.groups import Groups
-from bpkit.run.transports.comm import Channel, Edges, Handle, Then
+from bpkit.run.transports.comm import Edges, Handle, Then
 from bpkit.run.whole import rank_network
 
 
@@ -60,7 +58,7 @@ class Buffers:
     def __post_init__(self) -> None:
         plan = self.program.plan
         self.at = plan.mesh.coordinate(self.groups.world.rank)
-        self.row = plan.row(self.at)
+        self.row, self.sizes = plan.row(self.at), Memory(self.program, self.network.description, self.rows)
         own = rank_network(plan, self.network, self.at.tensor)
         parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
@@ -74,7 +72,9 @@ class Buffers:
             self.gradients[stage] = net.flat_gradients
             self._own_part(stage, net)
         self.state = {stage: self.optimizer.state(self.masters[stage]) for stage in self.stages}
-        self.edges = self._make_edges(plan) if plan.mesh.pipeline > 1 else None
+        self.edges: Edges | None = None
+        if plan.mesh.pipeline > 1:
+            self.edges = self.groups.world.edges(self.sizes.channels[self.at], *self.sizes.lent, self.network.dtype)
         self._make_sums()
         self.squares = self.groups.world.empty(1, torch.float64) if self._has("NORM") else torch.empty(0)
 
@@ -98,91 +98,35 @@ class Buffers:
 
     # -- placing -----------------------------------------------------------------------------------------
 
-    def _rooms(self, plan: Plan, count: int) -> Callable[[int], int]:
-        """Where each stage begins in a block of this rank: by itself, or sharing one of `count` buffers in turn.
-
-        Every rank reserves as much as the rank that needs most, so that places mean the same on all.
-        """
-        sizes = self.program.sizes
-        if count:
-            widths = [max((sizes[s] for s in range(plan.stages) if s % count == i), default=0) for i in range(count)]
-            starts = [sum(widths[:i]) for i in range(count + 1)]
-            self._most = starts[-1]
-            return lambda stage: starts[stage % count]
-        places: dict[int, int] = {}
-        self._most = 0
-        for pipeline in range(plan.mesh.pipeline):
-            low = 0
-            for stage in plan.owned(pipeline):
-                places[stage] = low
-                low += sizes[stage]
-            self._most = max(self._most, low)
-        return places.__getitem__
-
     def _place_gradients(self, plan: Plan) -> None:
-        place = self._rooms(plan, plan.gradient_buffers)
-        block = self.groups.data.empty(self._most, self.network.dtype)
+        places, size = self.sizes.block(plan.gradient_buffers)
+        block = self.groups.data.empty(size, self.network.dtype)
         for stage, net in self.stages.items():
-            net.bind(gradients=block[place(stage) :][: net.flat_size])
+            net.bind(gradients=block[places[stage] :][: net.flat_size])
 
     def _place_parameters(self, plan: Plan, kinds: set[str]) -> None:
-        if "UNSHARD" in kinds:
-            place = self._rooms(plan, 0)
-            block = self.groups.data.shared(self._most, self.network.dtype)
-            self.one_copy = block is not None
-            if block is None:
-                self.gathered_parts = "RESHARD" in kinds
-                place = self._rooms(plan, plan.parameter_buffers)
-                block = self.groups.data.empty(self._most, self.network.dtype)
-        elif kinds & {"SEND_P", "AVERAGE"}:
-            place = self._rooms(plan, 0)
-            block = self.groups.data.empty(self._most, self.network.dtype)
-        else:
+        if not kinds & {"UNSHARD", "SEND_P", "AVERAGE"}:
             return
+        places, size = self.sizes.block()
+        block = self.groups.data.shared(size, self.network.dtype) if "UNSHARD" in kinds else None
+        self.one_copy = block is not None
+        if block is None:
+            self.gathered_parts = "RESHARD" in kinds
+            places, size = self.sizes.block(plan.parameter_buffers if self.gathered_parts else 0)
+            block = self.groups.data.empty(size, self.network.dtype)
         for stage, net in self.stages.items():
             if self.gathered_parts:
                 self.masters[stage] = net.flat_parameters[slice(*self.own_bounds(net.flat_size))].clone()
-            net.bind(parameters=block[place(stage) :][: net.flat_size])
+            net.bind(parameters=block[places[stage] :][: net.flat_size])
         if self.one_copy:
             self.groups.data.barrier()  # everybody has written the same initial values
 
-    def _make_edges(self, plan: Plan) -> Edges:
-        """What carries activations and their gradients, with the slots that the receivers' rows hold.
-
-        Rows of data replicas may differ in how far they receive ahead: a rank lends to the row that it sends to.
-        """
-        form = self.network.description
-        parts = (form.opened() if plan.opened else form).split(self.program.cuts)
-        channels: dict[Coordinate, dict[Channel, tuple[int, int]]] = {at: {} for at in plan.mesh.coordinates()}
-        for at in channels:
-            for (kind, stage), count in self.program.loans[plan.row_index(at)].items():
-                shape = parts[stage].input_shape if kind == "RECV_F" else parts[stage].output_shape
-                channel = (kind.replace("RECV", "SEND"), stage - 1 if kind == "RECV_F" else stage + 1)
-                channels[plan.partner(at, Action(stage, kind, 0))][channel] = (count, self.rows * math.prod(shape))
-        for stage in plan.tied:
-            size = sum(place.stop - place.start for place in parts[stage].tied_slices().values())
-            for at in channels:
-                if at.pipeline == plan.place[stage]:
-                    channels[at]["SUM_TIED", 0] = (1, size)
-        most = max(sum(count * size for count, size in own.values()) for own in channels.values())
-        tokens = max(sum(count for count, _ in own.values()) for own in channels.values())
-        return self.groups.world.edges(channels[self.at], most, max(1, tokens), self.network.dtype)
-
     def _make_sums(self) -> None:
         """Memory of the tensor axis for each sum of the row, and the gradients of which this rank has a share."""
-        nets, wanted = self.stages, [action for action in self.row if action.verb.stream == "tensor"]
-        self.shares = {a.stage: nets[a.stage].shares() for a in wanted if a.kind == "SUM_G"}
-        sizes = []
-        for action in wanted:
-            if action.kind == "SUM_G":
-                sizes.append(sum(map(len, self.shares[action.stage])))
-            else:
-                net = nets[action.stage]
-                shape = net.output_shape if action.verb.writes[0].edge else net.input_shape
-                parts = self.program.plan.mesh.tensor if action.kind.startswith("GATHER") else 1
-                sizes.append(self.rows * math.prod(shape) * parts)
-        block = self.groups.tensor.empty(sum(sizes), self.network.dtype) if wanted else torch.empty(0)
-        self.sums = dict(zip(wanted, block.split(sizes), strict=True))
+        self.shares = {a.stage: self.stages[a.stage].shares() for a in self.row if a.kind == "SUM_G"}
+        wanted = self.sizes.sums(self.at)
+        block = self.groups.tensor.empty(sum(wanted.values()), self.network.dtype) if wanted else torch.empty(0)
+        self.sums = dict(zip(wanted, block.split(list(wanted.values())), strict=True))
 
     def copies(self, counts: dict[int, int]) -> dict[int, list[Network]]:
         """Each stage so many times (once where nothing is said): parameters of their own, one gradient."""

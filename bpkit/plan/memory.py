@@ -1,0 +1,142 @@
+"""What ranks hold, by calculation: for the places of their buffers, for a prediction, and for the room they take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from bpkit.description.flat import ALIGNMENT, part_bounds
+from bpkit.description.network import Description
+from bpkit.plan.action import Action
+from bpkit.plan.mesh import Coordinate
+from bpkit.plan.plan import scatters
+from bpkit.plan.program import Program, of_rank
+
+Channel = tuple[str, int]  # kind of the send, and stage
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the ranks of a compiled plan hold.
+
+    Parameters
+    ----------
+    program : Program
+    network : Description
+        For which it was compiled.
+    rows : int
+        Samples of a microbatch, at most.
+    """
+
+    program: Program
+    network: Description
+    rows: int
+
+    def stages(self, tensor: int) -> tuple[Description, ...]:
+        """All stages, as a tensor rank holds them."""
+        return of_rank(self.program.plan, self.network, tensor).split(self.program.cuts)
+
+    def block(self, count: int = 0) -> tuple[dict[int, int], int]:
+        """Where each stage begins in a rank's block, by itself or sharing one of `count` buffers in turn; its elements.
+
+        Every rank reserves as much as the rank that needs most, so that places mean the same on all.
+        """
+        plan, sizes = self.program.plan, self.program.sizes
+        if count:
+            widths = [max(sizes[i::count], default=0) for i in range(count)]
+            return {stage: sum(widths[: stage % count]) for stage in range(plan.stages)}, sum(widths)
+        owned = [plan.owned(pipeline) for pipeline in range(plan.mesh.pipeline)]
+        places = {stage: sum(sizes[i] for i in own[: own.index(stage)]) for own in owned for stage in own}
+        return places, max(sum(sizes[stage] for stage in own) for own in owned)
+
+    @cached_property
+    def channels(self) -> dict[Coordinate, dict[Channel, tuple[int, int]]]:
+        """For each rank, the messages under way at a time on each channel on which it sends, and elements of one.
+
+        Rows of data replicas may differ in how far they receive ahead: a rank lends to the row that it sends to.
+        """
+        plan = self.program.plan
+        parts = (self.network.opened() if plan.opened else self.network).split(self.program.cuts)
+        result: dict[Coordinate, dict[Channel, tuple[int, int]]] = {at: {} for at in plan.mesh.coordinates()}
+        for at in result:
+            for (kind, stage), count in self.program.loans[plan.row_index(at)].items():
+                shape = parts[stage].input_shape if kind == "RECV_F" else parts[stage].output_shape
+                channel = (kind.replace("RECV", "SEND"), stage - 1 if kind == "RECV_F" else stage + 1)
+                result[plan.partner(at, Action(stage, kind, 0))][channel] = (count, self.rows * math.prod(shape))
+        for stage in plan.tied:
+            size = sum(place.stop - place.start for place in parts[stage].tied_slices().values())
+            for at in result:
+                if at.pipeline == plan.place[stage]:
+                    result[at]["SUM_TIED", 0] = (1, size)
+        return result
+
+    @property
+    def lent(self) -> tuple[int, int]:
+        """Elements, and messages, that any rank lends at a time, at most."""
+        own = [list(channels.values()) for channels in self.channels.values()]
+        most = max(sum(n * size for n, size in each) for each in own)
+        return most, max(1, max(sum(n for n, _ in each) for each in own))
+
+    def sums(self, at: Coordinate) -> dict[Action, int]:
+        """Elements of memory of the tensor axis that a rank needs for each action of that axis."""
+        parts, tensor = self.stages(at.tensor), self.program.plan.mesh.tensor
+        result = {}
+        for action in self.program.plan.row(at):
+            part = parts[action.stage]
+            if action.kind == "SUM_G":
+                result[action] = sum(math.prod(parameter.shape) for parameter in part.shares())
+            elif action.verb.stream == "tensor":
+                shape = part.output_shape if action.verb.writes[0].edge else part.input_shape
+                ranks = tensor if action.kind.startswith("GATHER") else 1
+                result[action] = self.rows * math.prod(shape) * ranks
+        return result
+
+    def kept(self, at: Coordinate, states: int, half: bool = False) -> dict[str, int]:
+        """Bytes of parameters, gradients, optimizer state and activations that a rank keeps.
+
+        Activations are the rank's saved forwards at their peak (`Program.peak`), each of a microbatch's inputs and
+        outputs of all layers; what a layer allocates for a moment is left out, as are messages.  With a transport whose
+        ranks share memory, gathered parameters are one for all of them and take less.
+
+        Parameters
+        ----------
+        states : int
+            Numbers that the optimizer keeps for each parameter.
+        half : bool
+            Whether there are parameters and gradients in bfloat16 as well.
+        """
+        plan, size, row = self.program.plan, self.network.itemsize, self.program.plan.row(at)
+        held = {stage: part for stage, part in enumerate(self.stages(at.tensor)) if plan.place[stage] == at.pipeline}
+        own = {stage: part.flat_size for stage, part in held.items()}
+        parts = {stage: len(range(*part_bounds(n, plan.mesh.data, at.data)))
+                 for stage, n in own.items() if scatters(row, stage)}  # fmt: skip
+        updated = sum((own | parts).values())
+        gathered = plan.mesh.data > 1 and any(action.kind == "RESHARD" for action in row)
+        count = (plan.gradient_buffers, plan.parameter_buffers if gathered else 0)
+        gradients, parameters = (self.block(n)[1] if n else sum(own.values()) for n in count)
+        edges = sum(cost.inputs + cost.outputs for part in held.values() for cost in part.costs())
+        saved = edges * self.program.peak[plan.row_index(at)] // len(held)
+        return {"parameters": size * (parameters + updated * gathered) + half * 2 * 2 * sum(own.values()),
+                "gradients": size * (gradients + sum(parts.values())), "optimizer": size * updated * states,
+                "activations": size * saved * self.rows}  # fmt: skip
+
+    def shared(self) -> int:
+        """Bytes of memory that all ranks see, of one host whose ranks share memory: what such a transport takes.
+
+        Gradients and parameters where they are reduced, averaged or gathered, edges under way, and sums of the tensor
+        axis; not what a compressor sends.
+        """
+        plan, size = self.program.plan, self.network.itemsize
+        kinds, ranks = {action.kind for row in plan.rows for action in row}, plan.workers
+        taken: list[tuple[int, int]] = []  # so many times so many bytes
+        if plan.mesh.data > 1:
+            taken.append((ranks, size * self.block(plan.gradient_buffers)[1]))
+            if kinds & {"UNSHARD", "SEND_P", "AVERAGE"}:  # what is gathered lies there once for all that gather
+                taken.append((ranks // (plan.mesh.data if "UNSHARD" in kinds else 1), size * self.block()[1]))
+        if plan.mesh.pipeline > 1:
+            elements, messages = self.lent
+            taken += [(ranks, size * elements), (ranks, 2 * 8 * ranks * messages)]  # each end tells the other of places
+        taken += [(1, size * sum(own.values())) for at in plan.mesh.coordinates() if (own := self.sums(at))]
+        taken += [(ranks, 8)] * ("NORM" in kinds)
+        return sum(n * -(-max(1, each) // ALIGNMENT) * ALIGNMENT for n, each in taken)
