@@ -34,6 +34,19 @@ def alive(pid: int) -> bool:
         return False
 
 
+def group_of(pid: int) -> list[int]:
+    """The processes of a worker's group, as far as they live."""
+    found = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [other for other in found if alive(other) and _group(other) == pid]
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return -1
+
+
 def our_files() -> list[str]:
     """Files that bpkit has left in shared memory."""
     return [name for name in os.listdir("/dev/shm") if f"bpkit-{os.getpid()}-" in name]

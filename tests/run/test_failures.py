@@ -205,3 +205,24 @@ def poll_a_broken_sum(comm: Comm) -> bool:
 def test_a_sum_that_ended_by_an_error_is_no_sum() -> None:
     with Pool(1, "gloo") as pool, pytest.raises(WorkerError, match="all_reduce failed: Connection reset by peer"):
         pool.call(poll_a_broken_sum)
+
+
+def lead(comm: Comm, pieces: int, seconds: float) -> int:
+    done = []
+    for _ in range(2):  # the second work is not taken for the first
+        comm.alone(1, (done.append(time.sleep(seconds)) for _ in range(pieces)))
+    comm.barrier()
+    return len(done)
+
+
+def test_work_of_one_rank_may_take_longer_than_the_time_out(pool: Pool) -> None:
+    start = time.monotonic()
+    assert pool.call(lead, 4, 0.5) == [0, 8, 0]
+    assert time.monotonic() - start > 2 * 1.5  # each work is longer than the time-out, each piece is shorter
+    pool._end()
+
+
+def test_work_of_one_rank_that_does_not_move_is_stuck(pool: Pool) -> None:
+    words = r"rank [02] waited 1.5 s in evaluation for rank 1 in (.|\n)*rank 1: lead\(\), in an evaluation of its own"
+    with pytest.raises(WorkerStuck, match=words):
+        pool.call(lead, 1, 60.0)

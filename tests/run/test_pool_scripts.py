@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,13 @@ from .pools import gone
 ROOT = Path(__file__).parents[2]
 
 
-def start(tmp_path: Path, text: str) -> subprocess.Popen:
+def start(tmp_path: Path, text: str, before: Sequence[str] = (), flags: Sequence[str] = (),
+          stdin: int | None = None, **variables: str) -> subprocess.Popen:  # fmt: skip
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(text))
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, str(script)], env=environment, cwd=tmp_path, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_take_interrupts)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
+    return subprocess.Popen([*before, sys.executable, *flags, str(script)], env=environment, cwd=tmp_path, text=True,
+                            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_take_interrupts)
 
 
 def _take_interrupts() -> None:
@@ -127,8 +129,8 @@ def test_files_of_the_dead_are_swept() -> None:
 
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
-    stale = [Path("/dev/shm") / f"{kind}bpkit-{process.pid}-0-abc" for kind in ("", "sem.")]
-    living = Path("/dev/shm") / f"bpkit-{os.getpid()}-living"
+    stale = [Path("/dev/shm") / f"{kind}{memory.prefix(process.pid)}0-abc" for kind in ("", "sem.")]
+    living = Path("/dev/shm") / f"{memory.prefix(os.getpid())}living"
     for path in [*stale, living]:
         path.touch()
     try:

@@ -95,3 +95,29 @@ def test_a_gradient_that_is_not_a_number_names_its_rank_and_layer():
     network.parameters()[2][3, 4] = float("nan")
     with bp.Cluster(2) as cluster, pytest.raises(WorkerError, match=r"(?s)rank \d.*not a number.*layer \d"):
         cluster.train(network, DATA, batch=1437, steps=2, lr=0.1)
+
+
+class SlowPass(bp.nn.ReLU.passage):
+    def forward(self, x, context):
+        if not context.training:
+            time.sleep(0.5)
+        return super().forward(x, context)
+
+
+class Slow(bp.nn.ReLU):
+    """Takes its time in evaluations."""
+
+    passage = SlowPass
+
+
+@pytest.mark.parametrize("backend", ["shm", "gloo"])
+def test_a_long_evaluation_is_no_stuck_worker(backend):
+    inputs, targets = DATA.test_inputs.repeat(12, 1), DATA.test_targets.repeat(12)  # five pieces, 2.5 s
+    data = Dataset("long", DATA.inputs, DATA.targets, inputs, targets)
+    network = bp.nn.Network([bp.nn.Linear(64, 10), Slow()], (64,))
+    with bp.Cluster(2, backend=backend, timeout=1.5) as cluster:
+        cluster.start()
+        start = time.monotonic()
+        result = cluster.train(network, data, batch=32, steps=2, lr=0.1, evaluate_every=2)
+    assert time.monotonic() - start > 2.5
+    assert result.accuracies == ((2, result.network.accuracy(DATA.test_inputs, DATA.test_targets)),)

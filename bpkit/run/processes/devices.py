@@ -1,6 +1,7 @@
 """Which device a cluster's workers compute on, and why it cannot be had."""
 
 import os
+import socket
 
 import torch
 
@@ -25,6 +26,15 @@ def no_gpu() -> str:
     if visible is not None and "driver" not in why:
         return f"CUDA_VISIBLE_DEVICES={visible!r} hides all GPUs: unset it, or name some, as in CUDA_VISIBLE_DEVICES=0"
     return why
+
+
+def check_interface() -> None:
+    """Refuse a network interface for gloo that is not here."""
+    asked, here = os.environ.get("GLOO_SOCKET_IFNAME", ""), [name for _, name in socket.if_nameindex()]
+    for name in filter(None, asked.split(",")):
+        if name.split(":")[0] not in here:
+            raise ValueError(f"GLOO_SOCKET_IFNAME={asked!r}: no network interface {name!r} is here, there are "
+                             f"{', '.join(here)}; name one of them, or unset it to use the loopback")
 
 
 def choose(workers: int, backend: str, device: str) -> str:

@@ -2,8 +2,10 @@
 
 The pickle stream (protocol 5) leaves the memory of CPU tensors and arrays out of band. A parcel above
 `SMALL` bytes is written once into an unnamed file in shared memory whose descriptor goes to every
-worker; each maps it copy-on-write, so ranks neither copy it nor see each other's changes. Tensors that
-share memory still share it on arrival.
+worker; each maps it copy-on-write, so ranks neither copy it nor see each other's changes.
+
+Tensors that share memory still share it on arrival, and it travels once: from the first to the last element that
+any of them has, so 8 rows of a large tensor cost what 8 rows cost (and every thousandth row what all rows cost).
 """
 
 import io
@@ -16,6 +18,7 @@ from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 
 from bpkit.run.errors import NoRoom
@@ -26,25 +29,35 @@ _ALIGN = 64
 
 
 class _Storage:
-    """The memory of one or more tensors; pickled once a stream, so views stay views."""
+    """The memory of one or more tensors, as far as they use it; pickled once a stream, so views stay views."""
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.raw = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[call-overload]
+        self._used = np.array([len(self._raw), 0])  # first and last-plus-one byte; known once all is pickled
+        self.whole = pickle.PickleBuffer(self._raw.data)
+
+    def use(self, first: int, last: int) -> None:
+        """Some tensor has these bytes."""
+        self._used[:] = min(self._used[0], first - first % _ALIGN), max(self._used[1], last)
+
+    def part(self) -> pickle.PickleBuffer:
+        """What travels in place of the whole."""
+        return pickle.PickleBuffer(self._raw[slice(*self._used)].data)
 
     def __reduce__(self) -> tuple:
-        return _storage_from, (pickle.PickleBuffer(self.raw.data),)
+        return _storage_from, (self.whole, pickle.PickleBuffer(self._used.data))
 
 
-def _storage_from(buffer: Any) -> torch.Tensor:
-    if memoryview(buffer).nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(buffer, dtype=torch.uint8)
+def _storage_from(buffer: Any, used: Any) -> tuple[torch.Tensor, int]:
+    raw = torch.frombuffer(buffer, dtype=torch.uint8) if len(memoryview(buffer)) else torch.empty(0, dtype=torch.uint8)
+    return raw, int(np.frombuffer(used, np.int64)[0])
 
 
-def _tensor_from(raw: torch.Tensor, dtype: torch.dtype, offset: int, shape: tuple, stride: tuple,
+def _tensor_from(memory: tuple[torch.Tensor, int], dtype: torch.dtype, offset: int, shape: tuple, stride: tuple,
                  grad: bool) -> torch.Tensor:
-    tensor = torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), offset, shape, stride)
-    return tensor.requires_grad_(grad)
+    raw, first = memory
+    start = max(0, offset - first // dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), start, shape, stride).requires_grad_(grad)
 
 
 def _reduce_tensor(tensor: torch.Tensor, storages: dict[int, _Storage]) -> Any:
@@ -52,12 +65,13 @@ def _reduce_tensor(tensor: torch.Tensor, storages: dict[int, _Storage]) -> Any:
     if (type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided
         or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or not tensor.is_leaf):  # fmt: skip
         return NotImplemented
-    key = tensor.untyped_storage().data_ptr()
-    storage = storages.get(key) or _Storage(tensor.detach())
-    if key:
-        storages[key] = storage
-    place = (tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-    return _tensor_from, (storage, *place, tensor.requires_grad)
+    whole, shape, stride = tensor.untyped_storage(), tuple(tensor.shape), tensor.stride()
+    storage = storages.setdefault(whole.data_ptr() or -1 - len(storages), _Storage(whole))
+    first, size = int(tensor.storage_offset()), tensor.element_size()
+    if tensor.numel():
+        last = first + sum((int(n) - 1) * step for n, step in zip(shape, stride, strict=True))
+        storage.use(first * size, (last + 1) * size)
+    return _tensor_from, (storage, tensor.dtype, first, shape, stride, tensor.requires_grad)
 
 
 def _pickler_class() -> type:
@@ -95,12 +109,14 @@ class Parcel:
 
     def __init__(self, objects: Sequence[Any]) -> None:
         self._buffers: list[memoryview] = []
-        pickler = _pickler_class()
         self.streams: list[tuple[bytes, list[int]]] = []
         for item in objects:
-            file, first = io.BytesIO(), len(self._buffers)
-            pickler(file, lambda buffer: self._buffers.append(buffer.raw())).dump(item)
-            self.streams.append((file.getvalue(), list(range(first, len(self._buffers)))))
+            file, found = io.BytesIO(), list[pickle.PickleBuffer]()
+            pickler = _pickler_class()(file, found.append)
+            pickler.dump(item)
+            parts = {id(storage.whole): storage.part() for storage in pickler.storages.values()}
+            self.streams.append((file.getvalue(), [len(self._buffers) + index for index in range(len(found))]))
+            self._buffers += [parts.get(id(buffer), buffer).raw() for buffer in found]
         self.size = sum(len(data) for data, _ in self.streams) + sum(b.nbytes for b in self._buffers)
         self._fd = self._write() if self.size > SMALL else None
         self._message: bytes | None = None
@@ -175,7 +191,12 @@ def explain(function: Any, args: tuple, error: BaseException) -> str:
     if of_a_cell and not sys.modules.get("cloudpickle"):
         return (f"cannot send {name}() to the workers: it is defined in a cell, a script or another "
                 "function. Install cloudpickle (pip install cloudpickle), or put it into a module")
-    for place, value in _named_parts(function, args):
+    parts: list[tuple[str, Any]] = [(f"argument {i + 1}", value) for i, value in enumerate(args)]
+    if code := getattr(function, "__code__", None):
+        cells, used = zip(code.co_freevars, function.__closure__ or (), strict=False), function.__globals__
+        parts += [(f"its variable {name!r}", cell.cell_contents) for name, cell in cells]
+        parts += [(f"its global {name!r}", used[name]) for name in code.co_names if name in used]
+    for place, value in parts:
         try:
             Parcel([value]).close()
         except Exception as problem:
@@ -183,15 +204,3 @@ def explain(function: Any, args: tuple, error: BaseException) -> str:
                     f"{type(value).__qualname__}, which cannot be pickled ({problem}). "
                     "Make it inside the function, or pass what it is made of")
     return f"cannot send {name}() to the workers: it cannot be pickled ({why})"
-
-
-def _named_parts(function: Any, args: tuple) -> list[tuple[str, Any]]:
-    """The objects that travel with a call, each with words for where it stands."""
-    parts = [(f"argument {i + 1}", value) for i, value in enumerate(args)]
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
-        parts += [(f"its variable {name!r}", cell.cell_contents) for name, cell in cells]
-        used = function.__globals__
-        parts += [(f"its global {name!r}", used[name]) for name in code.co_names if name in used]
-    return parts

@@ -1,5 +1,6 @@
 """Persistent worker processes that run a function on every rank."""
 
+import contextlib
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ from bpkit.given import whole_number
 from bpkit.run.errors import CommunicationError, Stopped, WorkerDied, WorkerError, WorkerStuck
 from bpkit.run.processes import devices
 from bpkit.run.processes import parcel as payload
+from bpkit.run.processes.imports import agrees, outdated
 from bpkit.run.processes.launch import Workers, start_methods
 from bpkit.run.transports.shared import files as memory
 from bpkit.run.transports.shared import names as layout
@@ -59,8 +61,11 @@ class Pool:
     """Worker processes, one a rank, that stay from call to call.
 
     They start at the first call, from a fork server that has loaded torch (by spawn where there is none),
-    and start anew after a failure. They end with `close`, with the pool, and within 2 s of
-    the caller's death.
+    and start anew after a failure, and after a module that they imported was edited and reloaded. They end with
+    `close`, with the pool, and within 2 s of the caller's death; so do the processes that they have started.
+
+    The random numbers of torch, NumPy and ``random`` are unlike on all ranks and in all launches: a function that
+    is to draw the same ones sets the seed. (Training draws from coordinates, not from these.)
 
     Parameters
     ----------
@@ -104,7 +109,7 @@ class Pool:
         self.start_method = method
         self.generation = 0
         self.logs = [""] * workers
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # `watch` may close the pool whose call it watches
         self._running: Workers | None = None
         self._finalizer: Any = None
         self._closed = False
@@ -114,10 +119,6 @@ class Pool:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def __repr__(self) -> str:
-        where = " on GPUs" if self.device == "cuda" else ""
-        return f"<{type(self).__name__}: {self.workers} workers{where} over {self.backend}>"
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -130,9 +131,10 @@ class Pool:
             self._start()
 
     def close(self) -> None:
-        """End the workers. A closed pool takes no more calls."""
+        """End the workers, and a call that runs in another thread (`Stopped`). A closed pool takes no more calls."""
         self._closed = True
-        self._end()
+        with self._lock:
+            self._end()
 
     def call(self, fn: Callable[..., Any], *args: Any, timeout: float | None = None, watch: Watch | None = None,
              describe: Describe | None = None, stop: threading.Event | None = None) -> list[Any]:  # fmt: skip
@@ -141,10 +143,12 @@ class Pool:
         Parameters
         ----------
         fn : callable
-            Functions from cells, scripts and closures too (with cloudpickle). ``comm`` has ``rank``, ``size``,
-            ``send``, ``recv``, ``barrier`` and the collectives (see `bpkit.run.transports.comm.Comm`).
+            Functions from cells, scripts and closures too (with cloudpickle); those of modules travel by name, and
+            an edited module must be reloaded here first. ``comm`` has ``rank``, ``size``, ``send``, ``recv``,
+            ``barrier`` and the collectives (see `bpkit.run.transports.comm.Comm`).
         *args
-            Pickled once for all ranks. A worker may change what it gets; nobody else sees it.
+            Pickled once for all ranks. A worker may change what it gets; nobody else sees it. Of a tensor travels
+            what lies between its first and last element.
         timeout : float, optional
             Limit for the whole call in seconds.
         watch : callable, optional
@@ -163,9 +167,11 @@ class Pool:
         WorkerStuck
             A worker waited for a peer longer than the pool's time-out, or `timeout` is over.
         Stopped
-            `stop` was set.
+            `stop` was set, or the pool closed by another thread.
         CommunicationError
             A message was sent that nobody received.
+        RuntimeError
+            A module was edited and not reloaded, so that the workers ran another text of it than this program does.
         """
         try:
             parcel = payload.Parcel([(fn, args)])
@@ -177,7 +183,7 @@ class Pool:
                 assert self._running is not None
                 run = _Run(self._running, getattr(fn, "__name__", repr(fn)), describe)
                 try:
-                    return run.results(parcel, timeout, watch, stop)
+                    return run.results(parcel, timeout, watch, lambda: self._why_end(stop))
                 except BaseException:
                     self._end()
                     raise
@@ -186,23 +192,29 @@ class Pool:
         finally:
             parcel.close()
 
+    def _why_end(self, stop: threading.Event | None) -> str:
+        """Why the call in flight is to end before its time; empty if it is not."""
+        if self._closed:
+            return "ended: its cluster was closed meanwhile"
+        return "stopped" if stop is not None and stop.is_set() else ""
+
     def _start(self) -> None:
         if self._closed:
             raise RuntimeError("this pool is closed; make a new one")
-        if self._running and (self._running.dead() or connection.wait(self._running.channels, 0)):
-            self._end()  # somebody killed a resting worker: its channel is at its end
+        if self._running and (self._running.dead() or connection.wait(self._running.channels, 0)
+                              or outdated(self._running.imported)):  # fmt: skip
+            self._end()  # somebody killed a resting worker (its channel is at its end), or a module was edited
         if self._running is None:
-            running = Workers(self.workers, self.backend, self.device, self.threads_per_worker, self.timeout,
-                              self.start_method)  # fmt: skip
-            self._running = running
-            self._finalizer = weakref.finalize(self, running.end)
+            self._running = Workers(self.workers, self.backend, self.device, self.threads_per_worker, self.timeout,
+                                    self.start_method)  # fmt: skip
+            self._finalizer = weakref.finalize(self, self._running.end)
             self.generation += 1
 
     def _end(self) -> None:
-        running, self._running = self._running, None
-        if running:
+        if self._running:
+            self._running.end()  # again, should an interrupt end this in the middle
             self._finalizer.detach()
-            running.end()
+            self._running = None
 
     def _take_logs(self, running: Workers) -> None:
         """Keep what the ranks printed, and print it, each line with its rank."""
@@ -221,10 +233,9 @@ class _Run:
         self._answers: dict[int, payload.Received] = {}
 
     def results(self, parcel: payload.Parcel, timeout: float | None, watch: Watch | None,
-                stop: threading.Event | None) -> list[Any]:
+                why_end: Callable[[], str]) -> list[Any]:
         """Send the call, wait for every answer, and return the results by rank."""
-        self.workers.block.marks[:] = -1
-        self.workers.block.waits[:] = 0
+        self.workers.board.clear()
         for channel in self.workers.channels:
             try:
                 parcel.send(channel, "call")
@@ -232,8 +243,8 @@ class _Run:
                 break  # a dead worker: `_collect` finds it
         limit = time.monotonic() + timeout if timeout is not None else float("inf")
         while len(self._answers) < len(self.workers.channels):
-            if stop is not None and stop.is_set():
-                raise Stopped(f"{self._name}() was stopped")
+            if why := why_end():
+                raise Stopped(f"{self._name}() was {why}")
             if time.monotonic() > limit:
                 raise self._stuck(f"{self._name}() did not finish within {timeout:g} s")
             self._collect(min(_TICK, max(limit - time.monotonic(), 0.0)))
@@ -241,16 +252,20 @@ class _Run:
             if failure is not None:
                 raise failure
             if watch is not None:
-                watch(self.workers.marks())
+                watch(self.workers.board.marks.copy())
         loaded = [self._answers[rank].load(0) for rank in range(len(self.workers.channels))]
-        _check_messages([messages for _, messages in loaded])
-        return [result for result, _ in loaded]
+        _check_messages([messages for _, messages, _ in loaded])
+        for name, known in (item for _, _, imported in loaded for item in imported.items()):
+            if not agrees(name):
+                raise RuntimeError(f"{name} was edited after this program imported it: the workers run {known[0]} as "
+                                   "it is now, this program as it was; reload it (importlib.reload), or start anew")
+            self.workers.imported[name] = known
+        return [result for result, _, _ in loaded]
 
     def _collect(self, timeout: float) -> None:
         """Wait for something to happen and read the answers that came."""
         missing = {c: r for r, c in enumerate(self.workers.channels) if r not in self._answers}
-        sentinels = [process.sentinel for process in self.workers.processes]
-        for ready in connection.wait([*missing, *sentinels], timeout):
+        for ready in connection.wait([*missing, *(process.sentinel for process in self.workers.processes)], timeout):
             if ready in missing:
                 try:
                     self._answers[missing[ready]] = payload.Received(ready, copy=True)  # type: ignore[arg-type]
@@ -281,28 +296,23 @@ class _Run:
         if answer.kind == "stuck":
             return self._stuck(f"rank {rank} {short} in {action}", rank)
         error = WorkerError(f"rank {rank} raised in {action}:\n{text}", rank, action)
-        try:
+        with contextlib.suppress(Exception):  # the text says it all
             error.__cause__ = answer.load(1)
-        except Exception:
-            error.__cause__ = None  # the text says it all
         return error
 
     def _stuck(self, message: str, rank: int = -1) -> WorkerStuck:
         """A time-out, with what every other rank was doing."""
-        others = [r for r in range(len(self.workers.channels)) if r != rank]
-        lines = [f"rank {r}: {'had finished' if self._done(r) else self._action(r)}" for r in others]
+        others, done = [r for r in range(len(self.workers.channels)) if r != rank], self._kinds("result")
+        lines = [f"rank {r}: {'had finished' if r in done else self._action(r)}" for r in others]
         return WorkerStuck("\n  ".join([message, *lines]), rank, self._action(rank) if rank >= 0 else "")
-
-    def _done(self, rank: int) -> bool:
-        return rank in self._answers and self._answers[rank].kind == "result"
 
     def _action(self, rank: int) -> str:
         """What a rank is doing: the action of its mark, or the function, and what it waits in."""
-        step, index = (int(x) for x in self.workers.block.marks[rank])
+        step, index = (int(x) for x in self.workers.board.marks[rank])
         text = f"{self._name}()"
         if self._describe is not None and step >= 0:
             text = f"step {step}, {self._describe(rank, step, index)}"
-        waiting = self.workers.block.waiting(rank)
+        waiting = self.workers.board.waiting(rank)
         return f"{text}, {waiting}" if waiting else text
 
 

@@ -5,95 +5,101 @@ run a multi-threaded product hangs.
 """
 
 import contextlib
-import mmap
 import multiprocessing
 import os
 import pickle
+import random
+import shutil
 import signal
 import sys
 import threading
 import traceback
-from multiprocessing import connection, reduction
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
 import torch
 
 from bpkit.run.errors import CommunicationError, PeerTimeout
+from bpkit.run.processes.imports import Imports
 from bpkit.run.processes.parcel import Parcel, Received
+from bpkit.run.transports.board import Board
 from bpkit.run.transports.comm import Comm
-from bpkit.run.transports.shared.names import Layout
-from bpkit.run.transports.shared.semaphores import Block
 from bpkit.run.transports.shared.transport import SharedMemoryComm
 from bpkit.run.transports.through_host import Staged
 
 
-def main(rank: int, channel: Connection) -> None:
+def main(rank: int, channel: Connection, setup: dict[str, Any]) -> None:
     """Entry point of the process of `rank`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's to handle
-    files: list[str] = []
-    threading.Thread(target=_die_with_parent, args=(files,), daemon=True).start()
+    os.setpgid(0, 0)  # a group with the processes that calls start: they end together
+    multiprocessing.current_process().daemon = False  # which may have no processes of its own
+    multiprocessing.set_start_method(setup["method"], force=True)  # for these, as in the caller
+    threading.Thread(target=_die_with_caller, args=(setup,), daemon=True).start()
     try:
-        comm = _join(rank, channel, files)
+        comm = _join(rank, setup)
     except BaseException as error:
-        channel.send(("failed", "".join(traceback.format_exception(error))))
+        channel.send("".join(traceback.format_exception(error)))
         return
-    channel.send(("ready", None))
+    channel.send("")
+    imports = Imports()
     while True:
         try:
             call = Received(channel)
         except (EOFError, OSError):
             return
-        _answer(comm, call, channel)
+        _answer(comm, call, channel, imports)
 
 
-def _die_with_parent(files: list[str]) -> None:
-    """End when the caller is gone, and remove the files that it no longer can."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        for path in files:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        os._exit(1)
+def _die_with_caller(setup: dict[str, Any]) -> None:
+    """End when the caller is gone, with the processes of this worker, and remove the folder that it no longer can.
+
+    The caller's end of a pipe lives on in processes that it forked, so its process itself is watched too; and where
+    a start was interrupted that end is closed while the caller lives.
+    """
+    caller, mother = multiprocessing.parent_process(), os.getppid()
+    assert caller is not None and caller.pid is not None
+    ends: list[Any] = [caller.sentinel]
+    with contextlib.suppress(AttributeError, OSError):  # an old kernel, or no Linux: the mother tells
+        ends.append(os.pidfd_open(caller.pid))
+    while not connection.wait(ends, 0.5) and os.getppid() == mother:
+        pass
+    if connection.wait(ends[1:], 0.5) or os.getppid() != mother == caller.pid:
+        shutil.rmtree(setup["meeting"], ignore_errors=True)
+        if os.getppid() == setup.get("server"):  # kept by the same processes
+            os.kill(os.getppid(), signal.SIGKILL)
+    os.killpg(0, signal.SIGKILL)
 
 
-def _join(rank: int, channel: Connection, files: list[str]) -> Comm:
+def _join(rank: int, setup: dict[str, Any]) -> Comm:
     """Take over the caller's environment and join the transport."""
-    setup: dict[str, Any] = channel.recv()
-    files.append(setup["path"])
-    log, control, mail = (reduction.recv_handle(channel) for _ in range(3))
     os.environ.clear()  # a fork server keeps the environment of its own start
     os.environ.update(setup["environment"])
     os.chdir(setup["folder"])
     for descriptor in (1, 2):
-        os.dup2(log, descriptor)
+        os.dup2(setup["log"], descriptor)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed worker's lines are kept
     torch.set_num_threads(setup["threads"])
-    there = _take(rank, setup["device"])
-    size = setup["ranks"]
-    block = Block(memoryview(mmap.mmap(control, Block.size(size))), size)
-    os.close(control)
+    for seed in (torch.seed, np.random.seed, random.seed):
+        seed()  # forked from one server, all ranks and launches would draw the same numbers
+    there = torch.device(setup["device"])
+    if there.type == "cuda":  # which nothing has touched before
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    size, timeout = setup["ranks"], setup["timeout"]
+    board = Board(setup["control"], size)
     if setup["backend"] == "shm":
-        layout: Layout = setup["layout"]
-        comm: Comm = SharedMemoryComm(rank, layout, mail, block, setup["timeout"])
+        comm: Comm = SharedMemoryComm(rank, setup["layout"], setup["mail"], board, timeout)
     else:
         from bpkit.run.transports.distributed import DistributedComm, loopback
 
         loopback()
-        comm = DistributedComm(rank, size, block, setup["backend"], setup["timeout"], setup["path"])
+        comm = DistributedComm(rank, size, board, setup["backend"], timeout, setup["path"])
     return comm if comm.device.type == there.type else Staged(comm, there)
 
 
-def _take(rank: int, device: str) -> torch.device:
-    """The device of this process, from now on its current one; nothing has touched CUDA before."""
-    if device == "cuda":
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    return torch.device(device)
-
-
-def _answer(comm: Comm, call: Received, channel: Connection) -> None:
+def _answer(comm: Comm, call: Received, channel: Connection, imports: Imports) -> None:
     """Run one call and send its result or its error."""
     try:
         function, args = call.load(0)
@@ -102,7 +108,7 @@ def _answer(comm: Comm, call: Received, channel: Connection) -> None:
         comm.finish()
         messages = ([b - a for a, b in zip(sent, comm.sent_to, strict=True)],
                     [b - a for a, b in zip(received, comm.received_from, strict=True)])
-        parcel, kind = Parcel([(result, messages)]), "result"
+        parcel, kind = Parcel([(result, messages, imports.new())]), "result"
     except BaseException as error:
         kind, parcel = _failure(error)
     for stream in (sys.stdout, sys.stderr):

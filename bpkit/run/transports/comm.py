@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from bpkit.description.flat import part_bounds
-from bpkit.run.transports.shared.semaphores import Block
+from bpkit.run.errors import PeerTimeout
+from bpkit.run.transports.board import OPERATIONS, Board
 
 # Types that travel in a message's header, by position.
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
           torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128)  # fmt: skip
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_DIMS = 8
+_NAP = 1e-3  # seconds between two looks at what a rank does by itself
 
 Channel = tuple[str, int]  # kind of the send, and stage
 Slots = Mapping[Channel, tuple[int, int]]  # slots of a channel, and elements of one
@@ -124,13 +127,13 @@ class Comm(abc.ABC):
 
     name = ""
 
-    def __init__(self, rank: int, size: int, block: Block, timeout: float, device: str = "cpu") -> None:
+    def __init__(self, rank: int, size: int, board: Board, timeout: float, device: str = "cpu") -> None:
         self.rank, self.size = rank, size
         self.device = torch.device(device)
         self.sent = 0
         self.timeout = timeout
-        self.block = block
-        self.mark: np.ndarray = block.marks[rank]
+        self.board = board
+        self.mark: np.ndarray = board.marks[rank]
         self.cache: dict[Any, Any] = {}
         self.sent_to = [0] * size  # messages, compared with what peers received after each call
         self.received_from = [0] * size
@@ -237,6 +240,33 @@ class Comm(abc.ABC):
             raise ValueError(f"broadcast: root {root} is not a rank (0 to {self.size - 1})")
         self.post_broadcast(tensor, root).wait()
         return tensor
+
+    def alone(self, root: int, pieces: Iterable[object]) -> None:
+        """Let rank `root` do work of its own, piece by piece, while the others wait for it; on all ranks.
+
+        However long the work takes, the time-out is for one piece.  Only the wait is common: what comes of the work
+        travels by an operation afterwards.
+
+        Raises
+        ------
+        PeerTimeout
+            If no piece ended within the time-out.
+        """
+        waits, own, work = self.board.waits[self.rank], self.board.works[self.rank], self.board.works[root]
+        waits[1], waits[0] = root, OPERATIONS.index("evaluation")
+        if self.rank == root:
+            for _ in pieces:
+                own[1] += 1
+        own[0] += 1
+        seen, since = -1, 0.0
+        while work[0] < own[0]:
+            self.progress()
+            if work[1] != seen:
+                seen, since = int(work[1]), time.monotonic()
+            if time.monotonic() - since > self.timeout:
+                raise PeerTimeout(f"waited {self.timeout:g} s in evaluation for rank {root}")
+            time.sleep(_NAP)
+        waits[0] = 0
 
     @abc.abstractmethod
     def finish(self) -> None:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from bpkit.run.errors import CommunicationError, PeerTimeout
+from bpkit.run.transports.board import OPERATIONS, Board
 from bpkit.run.transports.comm import (
     DTYPE_CODES,
     DTYPES,
@@ -36,7 +37,6 @@ from bpkit.run.transports.comm import (
     Then,
     check_message,
 )
-from bpkit.run.transports.shared.semaphores import OPERATIONS, Block
 
 PACKET = 4096
 _HELD = 4096  # packets to one rank that may be under way where nobody tells us what it has received
@@ -88,7 +88,7 @@ class DistributedComm(Comm):
     Parameters
     ----------
     rank, size : int
-    block : Block
+    board : Board
     backend : {"gloo", "nccl"}
     timeout : float
         Seconds that one wait may take.
@@ -97,11 +97,11 @@ class DistributedComm(Comm):
         (``torchrun``) has set up, or whose address the environment gives.
     """
 
-    def __init__(self, rank: int, size: int, block: Block, backend: str, timeout: float,
+    def __init__(self, rank: int, size: int, board: Board, backend: str, timeout: float,
                  path: str | None = None) -> None:
         self.name = backend
         device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
-        super().__init__(rank, size, block, timeout, device)
+        super().__init__(rank, size, board, timeout, device)
         self._waited = 0
         self._members: Any = None  # the process group; None is all ranks
         self._threads: ThreadPoolExecutor | None = None
@@ -145,7 +145,7 @@ class DistributedComm(Comm):
 
     def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Run a blocking call of torch.distributed: timed, noted for the caller, its errors translated."""
-        waits = self.block.waits[self.rank]
+        waits = self.board.waits[self.rank]
         waits[1], waits[0] = peer, OPERATIONS.index(operation)
         start = perf_counter_ns()
         try:
@@ -168,7 +168,7 @@ class DistributedComm(Comm):
         A send's `is_completed` of gloo stays false until somebody waits, and a wait that times out breaks
         the connection; so the receiver's count tells which waits return at once.
         """
-        held, received = self._held[to], int(self.block.received[to, self.rank])
+        held, received = self._held[to], int(self.board.received[to, self.rank])
         while held and (held[0][0] < received or len(held) > _HELD):
             self.run("send", to, held.popleft()[1].wait)
         held.append((self.sent_to[to], dist.isend(packet, to, self._way(self.rank, to)), packet))
@@ -216,7 +216,7 @@ class DistributedComm(Comm):
     def count_received(self, source: int) -> None:
         """Tell the sender, and the check after the call, that one more message has arrived."""
         self.received_from[source] += 1
-        self.block.received[self.rank, source] = self.received_from[source]
+        self.board.received[self.rank, source] = self.received_from[source]
 
     def finish(self) -> None:
         """Nothing to do: gloo delivers on its own threads, and the caller compares the counts."""
@@ -329,7 +329,7 @@ class _Group(DistributedComm):
     """The end of a group of ranks; its messages go the way of all ranks, so they keep one order a pair."""
 
     def __init__(self, parent: DistributedComm, ranks: Sequence[int], members: Any) -> None:
-        Comm.__init__(self, ranks.index(parent.rank), len(ranks), parent.block, parent.timeout, str(parent.device))
+        Comm.__init__(self, ranks.index(parent.rank), len(ranks), parent.board, parent.timeout, str(parent.device))
         self.name, self._parent, self._ranks, self._members, self._waited = parent.name, parent, ranks, members, 0
 
     def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:

@@ -26,7 +26,7 @@ class Staged(Comm):
     def __init__(self, host: Comm, device: torch.device) -> None:
         self._host, self.device, self.name = host, device, host.name
         self.rank, self.size, self.timeout = host.rank, host.size, host.timeout
-        self.block, self.mark, self.cache = host.block, host.mark, host.cache
+        self.board, self.mark, self.cache = host.board, host.mark, host.cache
         self.sent_to, self.received_from = host.sent_to, host.received_from
         self.progress = host.progress  # type: ignore[method-assign]
         self._mirrors: dict[int, tuple[int, Tensor]] = {}  # by address: bytes, and what mirrors them

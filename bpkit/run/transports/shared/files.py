@@ -1,11 +1,14 @@
 """Files in shared memory that leave nothing behind.
 
 A file is unlinked as soon as it is open wherever it is needed, so a killed program leaves no file. A
-name carries the pid of the program for the short time between, and `sweep` removes those of dead pids.
+name carries the program's pid for the short time between, and the world in which pids mean what they do here:
+`sweep` removes those of the dead of this world, and lets alone what another container or host has put there.
 """
 
 import contextlib
 import errno
+import functools
+import hashlib
 import itertools
 import os
 import re
@@ -16,6 +19,7 @@ from pathlib import Path
 from bpkit.run.errors import NoRoom
 
 PREFIX = "bpkit"
+SHORT = ("/tmp", "/var/tmp", "/dev/shm")  # where sockets may lie if the folder for temporary files has a long path
 _numbers = itertools.count()
 
 
@@ -25,8 +29,8 @@ def directory() -> str:
 
 
 def free_room() -> int:
-    """Bytes that are free in shared memory now."""
-    return shutil.disk_usage(directory()).free
+    """Bytes that are free in shared memory now; none where it cannot be written."""
+    return shutil.disk_usage(directory()).free if os.access(directory(), os.W_OK) else 0
 
 
 def megabytes(count: float) -> str:
@@ -37,14 +41,30 @@ def megabytes(count: float) -> str:
 def no_room(what: str, needed: int, free: int | None = None) -> NoRoom:
     """The error for a shared memory that is too small: what is needed, what is free, what helps."""
     free = free_room() if free is None else free
-    return NoRoom(f"{what} needs {megabytes(needed)} of shared memory, {megabytes(free)} are free in {directory()}: "
-                  "enlarge it (docker run --shm-size=2g, or mount -o remount,size=2G /dev/shm), "
+    state = "" if os.access(directory(), os.W_OK) else ", which is read-only"
+    return NoRoom(f"{what} needs {megabytes(needed)} of shared memory, {megabytes(free)} are free in {directory()}"
+                  f"{state}: enlarge it (docker run --shm-size=2g, or mount -o remount,rw,size=2G /dev/shm), "
                   "or use backend='gloo'")  # fmt: skip
 
 
+@functools.cache
+def world() -> str:
+    """What tells this boot and its namespace of pids from others that may see the same files; empty if not Linux."""
+    try:
+        boot, pids = Path("/proc/sys/kernel/random/boot_id").read_text(), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return ""
+    return hashlib.blake2b(f"{boot} {pids}".encode(), digest_size=4).hexdigest() + "-"
+
+
+def prefix(pid: int) -> str:
+    """What the names of a program of this world begin with."""
+    return f"{PREFIX}-{pid}-{world()}"
+
+
 def unique_name() -> str:
-    """A name nobody else uses; it carries this program's pid for `sweep`."""
-    return f"{PREFIX}-{os.getpid()}-{next(_numbers)}-{os.urandom(3).hex()}"
+    """A name nobody else uses; it tells `sweep` whose it is."""
+    return f"{prefix(os.getpid())}{next(_numbers)}-{os.urandom(3).hex()}"
 
 
 def create(path: str, size: int, what: str, reserve: bool = True) -> int:
@@ -80,18 +100,32 @@ def anonymous(size: int, what: str, reserve: bool = True) -> int:
     return fd
 
 
+def unnamed(size: int) -> int:
+    """A small file of zeros that needs no room where shared memory lives; the descriptor is all there is."""
+    if not hasattr(os, "memfd_create"):
+        return anonymous(size, "the workers' board")
+    fd = os.memfd_create(PREFIX)
+    os.ftruncate(fd, size)
+    return fd
+
+
 def remove(name: str) -> None:
-    """Remove the files and semaphores whose names begin with `name`."""
-    for folder in {directory(), tempfile.gettempdir()}:
-        for path in (*Path(folder).glob(f"{name}*"), *Path(folder).glob(f"sem.{name}*")):
-            with contextlib.suppress(OSError):
-                path.unlink()
+    """Remove the files, folders and semaphores whose names begin with `name`."""
+    for path in _found(name):
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _found(name: str) -> list[Path]:
+    """What lies under names that begin with `name`, wherever names of ours may lie."""
+    folders = [folder for folder in {tempfile.gettempdir(), *SHORT} if os.access(folder, os.R_OK)]
+    return [Path(folder, entry) for folder in folders for entry in os.listdir(folder)
+            if entry.removeprefix("sem.").startswith(name)]  # fmt: skip
 
 
 def sweep() -> None:
-    """Remove files that programs left which were killed in the short time while a file has a name."""
-    found = [path.name for folder in {directory(), tempfile.gettempdir()} for path in Path(folder).glob(f"*{PREFIX}-*")]
-    pids = {match[1] for name in found if (match := re.match(rf"(?:sem\.)?{PREFIX}-(\d+)-", name))}
-    for pid in pids if os.path.isdir("/proc") else ():
+    """Remove what programs of this world left which were killed while something had a name."""
+    pids = {int(match[1]) for path in _found(PREFIX) if (match := re.search(rf"{PREFIX}-(\d+)-{world()}", path.name))}
+    for pid in pids if world() else ():
         if not os.path.exists(f"/proc/{pid}"):
-            remove(f"{PREFIX}-{pid}-")
+            remove(prefix(pid))

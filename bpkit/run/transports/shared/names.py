@@ -1,9 +1,13 @@
 """What the workers of one launch find each other by: names of semaphores, and the mailboxes' file."""
 
+import contextlib
+import errno
+import os
 from dataclasses import dataclass
 
+from bpkit.run.transports.board import Board
 from bpkit.run.transports.shared import files as memory
-from bpkit.run.transports.shared.semaphores import Block, SemLock, create_semaphore, unlink_semaphore
+from bpkit.run.transports.shared.semaphores import create_semaphore, unlink_semaphore
 
 _MAIL = 1 << 26  # bytes of all mailboxes together, at most
 _PAGE = 4096
@@ -47,7 +51,7 @@ class Layout:
 def needed(ranks: int) -> int:
     """Bytes of shared memory without which `ranks` workers cannot start: a page a semaphore and frame."""
     smallest = Layout("", ranks, _PAGE)
-    return Block.size(ranks) + smallest.mail_bytes + _PAGE * len(smallest.semaphores())
+    return Board.size(ranks) + smallest.mail_bytes + _PAGE * len(smallest.semaphores())
 
 
 class Hub:
@@ -61,27 +65,29 @@ class Hub:
     """
 
     def __init__(self, ranks: int) -> None:
-        memory.sweep()
         budget = min(_MAIL, memory.free_room() // 4)
         self.layout = Layout(memory.unique_name(), ranks, frame_size(ranks, budget))
-        self._names: list[str] = []
-        self._held: list[SemLock] = []
         try:
-            for name, value in self.layout.semaphores().items():
-                self._held.append(create_semaphore(name, value))
-                self._names.append(name)
+            self._held = [create_semaphore(name, value) for name, value in self.layout.semaphores().items()]
             # Not reserved: a mailbox takes pages only as far as messages fill it.
             self.fd = memory.anonymous(self.layout.mail_bytes, "mail between the workers", reserve=False)
-        except BaseException:
+        except BaseException as error:
             self.unlink()
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+                raise memory.no_room(f"backend 'shm' with {ranks} workers", needed(ranks)) from error
             raise
 
+    def close(self) -> None:
+        """Let go of all, once all workers have joined (or none will)."""
+        os.close(self.fd)
+        self.unlink()
+
     def unlink(self) -> None:
-        """Remove the names, once all workers have joined (or none will)."""
-        for name in self._names:
-            unlink_semaphore(name)
-        self._names.clear()
-        self._held.clear()
+        """Remove the names."""
+        for name in self.layout.semaphores():
+            with contextlib.suppress(OSError):  # not made yet, or removed already
+                unlink_semaphore(name)
+        self._held = []
 
 
 def frame_size(ranks: int, budget: int) -> int:

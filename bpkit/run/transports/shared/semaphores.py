@@ -6,7 +6,6 @@ processor; a bare flag in shared memory would only work where the hardware order
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from _multiprocessing import SemLock  # type: ignore[import-not-found]
@@ -17,6 +16,7 @@ from time import perf_counter_ns
 import numpy as np
 
 from bpkit.run.errors import PeerTimeout
+from bpkit.run.transports.board import OPERATIONS
 
 _COUNTING = 1  # SemLock's kind for a counting semaphore
 _TRIES = 20  # tries before the first yield: a peer on another core answers within these
@@ -24,9 +24,6 @@ _YIELDS = 200  # yields before blocking: with more workers than cores the peer n
 _SLICE = 0.1  # seconds of one blocking wait
 _BUSY_SLICE = 0.001  # the same while there is work of our own to move along
 _NAP = 1e-4  # seconds between two looks at several peers
-
-# What a rank waits in, as a number that fits into the shared block (index 0: not waiting).
-OPERATIONS = ("", "send", "recv", "barrier", "empty", "all_reduce", "reduce_scatter", "all_gather", "broadcast")
 
 yield_core: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 
@@ -46,54 +43,6 @@ def unlink_semaphore(name: str) -> None:
     from _multiprocessing import sem_unlink  # not on Windows, where `Pool` refuses with a clear message
 
     sem_unlink("/" + name)
-
-
-class Block:
-    """The block that the caller shares with its workers: one row a rank.
-
-    A row holds the mark (step, action index), the operation that the rank waits in and the rank it
-    waits for. Rows lie in cache lines of their own. They only inform: nothing is synchronised by them.
-
-    Attributes
-    ----------
-    marks : numpy.ndarray
-        ``(ranks, 2)`` int64.
-    waits : numpy.ndarray
-        ``(ranks, 2)`` int64: index into `OPERATIONS`, rank waited for (-1: unknown).
-    received : numpy.ndarray
-        ``(ranks, ranks)`` int64: messages that the first rank has received from the second, where the
-        transport cannot know when it may let go of what it has sent.
-    room : numpy.ndarray
-        One int64 for the answer of the rank that allocates shared memory.
-    """
-
-    WIDTH = 16
-
-    def __init__(self, buffer: memoryview, ranks: int) -> None:
-        table = np.frombuffer(buffer, np.int64, (ranks + 1) * self.WIDTH).reshape(ranks + 1, self.WIDTH)
-        self.room = table[0, :1]
-        self.marks = table[1:, :2]
-        self.waits = table[1:, 2:4]
-        self.received = np.frombuffer(buffer, np.int64, ranks * ranks, table.nbytes).reshape(ranks, ranks)
-
-    @classmethod
-    def size(cls, ranks: int) -> int:
-        """Bytes of the block."""
-        return 8 * (cls.WIDTH * (ranks + 1) + ranks * ranks)
-
-    def of(self, path: str, ranks: Sequence[int]) -> Block:
-        """The block of a group of ranks: a file of its own; what informs the caller stays where it is."""
-        with open(path, "r+b") as file:
-            block = Block(memoryview(mmap.mmap(file.fileno(), self.size(len(ranks)))), len(ranks))
-        block.marks, block.waits = ([rows[rank] for rank in ranks] for rows in (self.marks, self.waits))  # type: ignore
-        return block
-
-    def waiting(self, rank: int) -> str:
-        """What a rank waits in, as text; empty when it does not wait."""
-        operation, peer = (int(x) for x in self.waits[rank])
-        if not operation:
-            return ""
-        return f"waiting in {OPERATIONS[operation]}" + (f" for rank {peer}" if peer >= 0 else "")
 
 
 class Waiter:

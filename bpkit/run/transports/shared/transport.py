@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from bpkit.run.errors import NoRoom
+from bpkit.run.transports.board import Board
 from bpkit.run.transports.comm import Comm, Edges, Handle, Slots, Then
 from bpkit.run.transports.shared import files
 from bpkit.run.transports.shared.mailbox import Mail
 from bpkit.run.transports.shared.names import Layout
 from bpkit.run.transports.shared.protocols import Loans, Posted, Protocols
 from bpkit.run.transports.shared.scratch import Scratch
-from bpkit.run.transports.shared.semaphores import Block, Waiter, create_semaphore, unlink_semaphore
+from bpkit.run.transports.shared.semaphores import Waiter, create_semaphore, unlink_semaphore
 from bpkit.run.transports.shared.symmetric import Steps, Symmetric
 
 _LINE = 64
@@ -30,11 +31,11 @@ class SharedMemoryComm(Comm):
 
     name = "shm"
 
-    def __init__(self, rank: int, layout: Layout, fd: int, block: Block, timeout: float,
+    def __init__(self, rank: int, layout: Layout, fd: int, board: Board, timeout: float,
                  ranks: Sequence[int] = (), duties: dict[Callable[[], object], None] | None = None) -> None:
-        super().__init__(rank, layout.ranks, block, timeout)
+        super().__init__(rank, layout.ranks, board, timeout)
         self._layout = layout
-        self._waiter = Waiter(rank, block.waits[rank], timeout, ranks, duties)
+        self._waiter = Waiter(rank, board.waits[rank], timeout, ranks, duties)
         self.progress = self._waiter.progress  # type: ignore[method-assign]  # of all groups of this rank
         self._protocols = Protocols(layout, rank, self._waiter)
         self._mail = Mail(layout, rank, fd, self._protocols)
@@ -55,10 +56,10 @@ class SharedMemoryComm(Comm):
         first, held = self.rank == groups[index][0], []
         if first:
             held = [create_semaphore(name, value) for name, value in layout.semaphores().items()]
-            os.close(files.create(path, Block.size(layout.ranks), "a group of ranks"))
+            os.close(files.create(path, Board.size(layout.ranks), "a group of ranks"))
         self._meet("barrier")
-        block = self.block.of(path, groups[index])
-        comm = SharedMemoryComm(groups[index].index(self.rank), layout, -1, block, self.timeout, groups[index],
+        board = self.board.of(path, groups[index])
+        comm = SharedMemoryComm(groups[index].index(self.rank), layout, -1, board, self.timeout, groups[index],
                                 self._waiter.duties)
         self._meet("barrier")
         if first:
@@ -140,11 +141,11 @@ class SharedMemoryComm(Comm):
         if self.rank == 0:
             try:
                 fd = files.create(path, size, what)
-                self.block.room[0] = -1
+                self.board.room[0] = -1
             except NoRoom:
-                self.block.room[0] = files.free_room()
+                self.board.room[0] = files.free_room()
         self._meet(operation)
-        free = int(self.block.room[0])
+        free = int(self.board.room[0])
         if free < 0 and self.rank != 0:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._meet(operation)
