@@ -116,7 +116,7 @@ VERBS: Final[dict[str, Verb]] = {
     "UNSHARD": _verb("data", "data", "P", "P", "", "stage"),
     "RESHARD": _verb("data", None, "P", "P", "", "stage"),
     "AVERAGE": _verb("data", "data", "P", "P", "", "stage"),
-    "NORM": _verb("data", "all", "G", "N", "", "stage"),
+    "NORM": _verb("data", "all", "G R", "N", "", "stage"),
     "SEND_G": _verb("out", "data", "G", "", "", "part", ">"),
     "ADD_G": _verb("in", "data", "G", "G", "", "part", "<"),
     "RECV_G": _verb("in", "data", "", "G", "", "part", "<"),

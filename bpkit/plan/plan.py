@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.mesh import Coordinate, Mesh
@@ -144,7 +144,8 @@ class Plan:
                                  "pipeline rank, in this order: give cuts that no skip connection goes past")
         for index, row in enumerate(self.rows):
             for action in row:
-                self._fits(action, index)
+                if not self._fits(action):
+                    self._refuse(action, index)
 
     def _places(self) -> tuple[int, ...]:
         """Where each stage's forwards stand."""
@@ -159,15 +160,18 @@ class Plan:
             raise ValueError(f"{self.name}: no row runs stage {missing[0]} forward")
         return tuple(found[stage] for stage in range(self.stages))
 
-    def _fits(self, action: Action, row: int) -> None:
+    def _fits(self, action: Action) -> bool:
+        return (action.stage < self.stages and (action.mb is None or action.mb < self.microbatches)
+                and (action.peer is None or (self.expanded and action.peer < self.mesh.data)))  # fmt: skip
+
+    def _refuse(self, action: Action, row: int) -> NoReturn:
         where = f"{self.name}: {action} in row {row}"
         if action.stage >= self.stages:
             raise ValueError(f"{where}: the plan has stages 0 to {self.stages - 1}")
         if action.mb is not None and action.mb >= self.microbatches:
             raise ValueError(f"{where}: the plan has microbatches 0 to {self.microbatches - 1}")
-        if action.peer is not None and not (self.expanded and action.peer < self.mesh.data):
-            raise ValueError(f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of "
-                             "an expanded plan")  # fmt: skip
+        raise ValueError(f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of "
+                         "an expanded plan")  # fmt: skip
 
     @property
     def exact(self) -> bool:

@@ -47,8 +47,12 @@ def frames(program: Program) -> dict[str, Any]:
     parts = max((action.part.of for row in plan.rows for action in row if action.part), default=1)
     firsts = [world.inside(Part(i, i + 1, parts))[0] for i in range(parts)]  # atoms of a part share their fate
 
+    def members(rank: Holdings, atom: int) -> str:
+        """The data ranks whose contributions are in an atom."""
+        return "".join(str(one[0]) for one in world.named(rank.gradients[0][atom].there) if one)
+
     def held() -> str:
-        return "|".join(" ".join(_members(rank, atom) for atom in firsts) for rank in ranks)
+        return "|".join(" ".join(members(rank, atom) for atom in firsts) for rank in ranks)
 
     def described(message: Message) -> str:
         step, receive = program.rows[message.source][message.send], program.rows[message.to][message.receive]
@@ -65,11 +69,6 @@ def frames(program: Program) -> dict[str, Any]:
         shown.append(held())
         steps.append("|".join(described(m) for m in step))
     return {"parts": parts, "frames": shown, "steps": steps}
-
-
-def _members(rank: Holdings, atom: int) -> str:
-    """The data ranks in a multiset, each as often as it is there."""
-    return "".join(sorted(str(shard) for shard, _ in rank.gradients[0][atom].elements()))  # type: ignore[misc, has-type]
 
 
 class Merging(anywidget.AnyWidget):

@@ -6,9 +6,10 @@ multisets of (data shard, microbatch) instead of numbers, so a missing, doubled 
 gradient and a partial sum read as a whole are seen before anything starts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from heapq import heappop, heappush
 
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.effects import COMPUTE, GROUP
@@ -22,12 +23,26 @@ from bpkit.plan.plan import Plan, PlanError
 Together = tuple[tuple[int, int], ...]
 
 
+class _Waits:
+    """What the actions of a row wait for, and which actions each one lets start; shared by the ranks of the row."""
+
+    def __init__(self, waits: Sequence[Sequence[int]]) -> None:
+        self.counts = [len(own) for own in waits]
+        self.followers: list[list[int]] = [[] for _ in waits]
+        for index, own in enumerate(waits):
+            for earlier in own:
+                self.followers[earlier].append(index)
+
+
 @dataclass
 class _Rank:
     """How far one rank has come."""
 
+    number: int
     holds: Holdings
-    waits: tuple[tuple[int, ...], ...]
+    waits: _Waits
+    left: list[int]  # for each action, how many that it waits for have not ended
+    ready: list[int]  # a heap: what can start
     started: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
 
@@ -38,6 +53,14 @@ class _Rank:
     @property
     def row(self) -> tuple[Action, ...]:
         return self.holds.row
+
+    def end(self, index: int) -> None:
+        """Note that an action has ended, and what can start now."""
+        self.done.add(index)
+        for later in self.waits.followers[index]:
+            self.left[later] -= 1
+            if not self.left[later]:
+                heappush(self.ready, later)
 
 
 def check(plan: Plan) -> None:
@@ -76,38 +99,36 @@ class _Walk:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world = Provenance(plan)
-        self.ranks = {at: _Rank(self.world.holdings(at), waits(plan.row(at), plan.shared))
-                      for at in plan.mesh.coordinates()}  # fmt: skip
+        of_rows = [_Waits(waits(row, plan.shared)) for row in plan.rows]
+        self.ranks = [self._rank(number, at, of_rows[plan.row_index(at)])
+                      for number, at in enumerate(plan.mesh.coordinates())]  # fmt: skip
         self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
         # By from, to, and whether it sends: what has no partner yet, and what it carries.
         self.posted: dict[tuple[Coordinate, Coordinate, bool], tuple[_Rank, int, object]] = {}
         self.order: list[Together] = []
 
+    def _rank(self, number: int, at: Coordinate, waits: _Waits) -> _Rank:
+        free = [index for index, count in enumerate(waits.counts) if not count]
+        return _Rank(number, self.world.holdings(at), waits, list(waits.counts), free)
+
     def run(self) -> None:
         """Walk to the end, or to the first fault."""
-        moved = True
-        while moved:
-            moved = False
-            for rank in self.ranks.values():
-                for index in self._startable(rank):
-                    moved = True
+        while any(rank.ready for rank in self.ranks):
+            for rank in self.ranks:
+                while rank.ready:
+                    index = heappop(rank.ready)
                     rank.started.add(index)
                     self._start(rank, index)
-        for rank in self.ranks.values():
+        for rank in self.ranks:
             if len(rank.done) < len(rank.row):
                 self._blocked(rank)
-        for rank in self.ranks.values():
+        for rank in self.ranks:
             self.world.finish(rank.holds)
-
-    def _startable(self, rank: _Rank) -> Iterator[int]:
-        for index in range(len(rank.row)):
-            if index not in rank.started and all(i in rank.done for i in rank.waits[index]):
-                yield index
 
     def _blocked(self, rank: _Rank) -> None:
         index = min(i for i in range(len(rank.row)) if i not in rank.done)
         action = rank.row[index]
-        why = f"deadlock: rank {self.plan.mesh.rank(rank.at)} never gets past it"
+        why = f"deadlock: rank {rank.number} never gets past it"
         if index in rank.started:
             why += "; " + (f"no partner of {action.kind} ever comes" if action.verb.axis else "its inputs never come")
         raise PlanError(self.plan, rank.holds.index, index, why)
@@ -165,9 +186,8 @@ class _Walk:
             return
         partner, at, given = self.posted.pop((peer, rank.at, not sends))
         (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
-        if not _fit(sender.row[i], receiver.row[j]):
-            self.world.fail(receiver.holds, j, f"the next message from rank {self.plan.mesh.rank(sender.at)} is "
-                            f"{sender.row[i]}")  # fmt: skip
+        if not self._fit(sender.row[i], receiver.row[j]):
+            self.world.fail(receiver.holds, j, f"the next message from rank {sender.number} is {sender.row[i]}")
         self.world.deliver(receiver.holds, j, content if sends else given)
         self._done((sender, i), (receiver, j))
 
@@ -175,15 +195,14 @@ class _Walk:
         if peer == rank.at:
             self.world.fail(rank.holds, index, "its partner is this rank itself, where nothing has to be sent")
 
+    def _fit(self, send: Action, receive: Action) -> bool:
+        """Whether a receive takes what a send gives."""
+        kinds, step = PARTNERS[send.kind]
+        return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
+                and self.world.inside(receive.part) == self.world.inside(send.part))  # fmt: skip
+
     def _done(self, *ends: tuple[_Rank, int]) -> None:
         """Note what has happened together."""
         for rank, index in ends:
-            rank.done.add(index)
-        self.order.append(tuple((self.plan.mesh.rank(rank.at), index) for rank, index in ends))
-
-
-def _fit(send: Action, receive: Action) -> bool:
-    """Whether a receive takes what a send gives."""
-    kinds, step = PARTNERS[send.kind]
-    return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
-            and (send.part and send.part.fractions()) == (receive.part and receive.part.fractions()))  # fmt: skip
+            rank.end(index)
+        self.order.append(tuple((rank.number, index) for rank, index in ends))

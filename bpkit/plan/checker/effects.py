@@ -1,11 +1,11 @@
 """What each kind of action does to the multisets of `bpkit.plan.checker.provenance`."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
 
-from bpkit.plan.action import ON_EDGES, Action, Buffer, buffer
-from bpkit.plan.checker.provenance import STALE, Contributions, Holdings, Members, Provenance, Shares
-from bpkit.plan.plan import scatters
+from bpkit.plan.action import ON_EDGES, Action, buffer
+from bpkit.plan.checker.provenance import NOTHING, STALE, Contributions, Holdings, Members, Provenance, Shares
 
 # -- compute actions ---------------------------------------------------------------------------------------
 
@@ -13,55 +13,53 @@ from bpkit.plan.plan import scatters
 def _zero(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.lives_here(rank, index, action.stage)
     rank.tied |= {action.stage: Counter()} if action.stage in rank.tied else {}
-    rank.gradients[action.stage] = [Counter() for _ in world.atoms]
-    rank.reduced[action.stage] = [Counter() for _ in world.atoms]
+    rank.gradients[action.stage] = [NOTHING] * len(world.atoms)
+    rank.reduced[action.stage] = [NOTHING] * len(world.atoms)
 
 
 def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    version = rank.seen[action.stage, action.mb] = world.weights(rank, index, action.stage)
-    world.reads[action.stage, rank.at.data, action.mb] = version
-    if action.stage > 0:
-        world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
-    saved = Buffer("S", action.stage, action.mb)
-    if saved in rank.edges:
+    stage, mb = action.stage, action.mb
+    version = rank.seen[stage, mb] = world.weights(rank, index, stage)
+    world.reads[stage, rank.at.data, mb] = version
+    if stage > 0:
+        world.whole_edge(rank, index, ("A", stage, mb))
+    if ("S", stage, mb) in rank.edges:
         world.fail(rank, index, "this forward already ran and its backward has not")
-    partial = action.stage in world.plan.partial_outputs
-    rank.edges[Buffer("A", action.stage + 1, action.mb)] = world.given(rank, action.stage, partial)
-    if not any(a.kind == "RECOMPUTE" and (a.stage, a.mb) == (action.stage, action.mb) for a in rank.row):
-        rank.edges[saved] = world.wanted(rank, action.stage)
+    rank.edges["A", stage + 1, mb] = world.given(rank, stage, stage in world.plan.partial_outputs)
+    if (stage, mb) not in rank.facts.recomputed:
+        rank.edges["S", stage, mb] = world.wanted(rank, stage)
 
 
 def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     if action.stage != world.plan.stages - 1:
         world.fail(rank, index, f"the loss follows the last stage, {world.plan.stages - 1}")
-    world.whole_edge(rank, index, Buffer("A", action.stage + 1, action.mb))
-    del rank.edges[Buffer("A", action.stage + 1, action.mb)]
-    rank.edges[Buffer("D", action.stage + 1, action.mb)] = world.wanted(rank, action.stage)
+    world.whole_edge(rank, index, ("A", action.stage + 1, action.mb))
+    del rank.edges["A", action.stage + 1, action.mb]
+    rank.edges["D", action.stage + 1, action.mb] = world.wanted(rank, action.stage)
 
 
 def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.same_weights(rank, index, action.stage, action.mb)
-    world.whole_edge(rank, index, Buffer("D", action.stage + 1, action.mb))
-    world.whole_edge(rank, index, Buffer("S", action.stage, action.mb))
-    partial = action.stage in world.plan.partial_inputs
-    if action.stage > 0:  # nobody asks for the gradient of the network's input
-        rank.edges[Buffer("D", action.stage, action.mb)] = world.given(rank, action.stage, partial)
-    rank.edges[Buffer("K", action.stage, action.mb)] = world.wanted(rank, action.stage)
+    stage, mb = action.stage, action.mb
+    world.same_weights(rank, index, stage, mb)
+    world.whole_edge(rank, index, ("D", stage + 1, mb))
+    world.whole_edge(rank, index, ("S", stage, mb))
+    if stage > 0:  # nobody asks for the gradient of the network's input
+        rank.edges["D", stage, mb] = world.given(rank, stage, stage in world.plan.partial_inputs)
+    rank.edges["K", stage, mb] = world.wanted(rank, stage)
 
 
 def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.whole_edge(rank, index, Buffer("K", action.stage, action.mb))
-    for buf in (Buffer("K", action.stage, action.mb), Buffer("S", action.stage, action.mb),
-                Buffer("D", action.stage + 1, action.mb), Buffer("A", action.stage, action.mb)):  # fmt: skip
-        rank.edges.pop(buf, None)
-    for stage in world.sharing("G", rank, action.stage):
-        if any(counts and STALE not in counts for counts in rank.gradients[stage]):
-            world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {stage}")
-    if action.stage in rank.tied:
-        rank.tied[action.stage][rank.at.data, action.mb, action.stage] += 1
-    share = (rank.at.tensor,) if action.stage in world.plan.own_tokens else ()
-    for counts in rank.gradients[action.stage]:
-        counts[(rank.at.data, action.mb, *share)] += 1
+    stage, mb = action.stage, action.mb
+    world.whole_edge(rank, index, ("K", stage, mb))
+    for edge in (("K", stage, mb), ("S", stage, mb), ("D", stage + 1, mb), ("A", stage, mb)):
+        rank.edges.pop(edge, None)
+    for other in world.sharing("G", rank, stage):
+        if any(held != NOTHING and not held.there & STALE.there for held in rank.gradients[other]):
+            world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {other}")
+    if stage in rank.tied:
+        rank.tied[stage][rank.at.data, mb, stage] += 1
+    made = world.one(rank.at.data, mb or 0, rank.at.tensor if stage in world.split else 0)
+    rank.gradients[stage] = [held.plus(made) for held in rank.gradients[stage]]
 
 
 def _backward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -71,32 +69,32 @@ def _backward(world: Provenance, rank: Holdings, index: int, action: Action) -> 
 
 def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.same_weights(rank, index, action.stage, action.mb)
-    if Buffer("S", action.stage, action.mb) in rank.edges:
+    if ("S", action.stage, action.mb) in rank.edges:
         world.fail(rank, index, "what it computes again is kept already")
     if action.stage > 0:
-        world.whole_edge(rank, index, Buffer("A", action.stage, action.mb))
-    rank.edges[Buffer("S", action.stage, action.mb)] = world.wanted(rank, action.stage)
+        world.whole_edge(rank, index, ("A", action.stage, action.mb))
+    rank.edges["S", action.stage, action.mb] = world.wanted(rank, action.stage)
 
 
 def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     world.lives_here(rank, index, action.stage)
-    if not rank.normed and any(other.kind == "NORM" for other in rank.row):
+    if rank.facts.clipped and not rank.normed:
         world.fail(rank, index, "it is clipped by the norm of the whole gradient, and NORM comes later")
     versions = rank.versions[action.stage]
-    scattered = scatters(rank.row, action.stage)
+    scattered = action.stage in rank.facts.scattered
     held = rank.reduced[action.stage] if scattered else rank.gradients[action.stage]
-    atoms = world.inside(action.part)
+    atoms: Sequence[int] = world.inside(action.part)
     if scattered and action.part is None:
-        atoms = [atom for atom in atoms if world.owner(atom) == rank.at.data]
+        atoms = [atom for atom in atoms if world.owner[atom] == rank.at.data]
     for atom in atoms:
         world.complete(rank, index, action.stage, atom, held[atom])
         version = versions[atom]
         if version is None:
-            return world.fail(rank, index, f"this part of stage {action.stage} is not on this rank")
+            world.fail(rank, index, f"this part of stage {action.stage} is not on this rank")
         versions[atom] = version + 1
     if action.stage in rank.tied:
         world.complete_tie(rank, index, action.stage)
-    world.used(rank, index, action.stage, held[atoms[0]] if atoms else Counter())
+    world.used(rank, index, action.stage, held[atoms[0]] if atoms else NOTHING)
     rank.averaged.discard(action.stage)
 
 
@@ -111,19 +109,26 @@ def _tie(world: Provenance, members: Members, action: Action) -> None:
 
 def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     versions = rank.versions[action.stage]
-    rank.versions[action.stage] = [v if world.owner(i) == rank.at.data else None for i, v in enumerate(versions)]
+    rank.versions[action.stage] = [v if owner == rank.at.data else None
+                                   for v, owner in zip(versions, world.owner, strict=True)]  # fmt: skip
 
 
 # -- collectives -------------------------------------------------------------------------------------------
 
 
+def _sum(held: Iterable[Contributions]) -> Contributions:
+    return reduce(Contributions.plus, held, NOTHING)
+
+
+def _sums(members: Members, stage: int) -> list[Contributions]:
+    """The sum of each atom over the members of a group."""
+    return list(map(_sum, zip(*(rank.gradients[stage] for rank, _ in members), strict=True)))
+
+
 def _reduce(world: Provenance, members: Members, action: Action) -> None:
-    for atom in range(len(world.atoms)):
-        total: Contributions = Counter()
-        for rank, _ in members:
-            total.update(rank.gradients[action.stage][atom])
-        for rank, _ in members:
-            rank.gradients[action.stage][atom] = Counter(total)
+    total = _sums(members, action.stage)
+    for rank, _ in members:
+        rank.gradients[action.stage] = list(total)
 
 
 def _reduce_data(world: Provenance, members: Members, action: Action) -> None:
@@ -140,22 +145,22 @@ def _reduce_tied(world: Provenance, members: Members, action: Action) -> None:
 
 def _scatter(world: Provenance, members: Members, action: Action) -> None:
     _reduce_tied(world, members, action)
-    if not any(counts for rank, _ in members for counts in rank.gradients[action.stage]):
+    total = _sums(members, action.stage)
+    if not any(held.there for held in total):
         world.fail(*members[0], "there is nothing to scatter: no rank has written this gradient")
-    for atom in range(len(world.atoms)):
-        total: Contributions = Counter()
-        for rank, _ in members:
-            total.update(rank.gradients[action.stage][atom])
-            rank.gradients[action.stage][atom] = Counter()
-        members[world.owner(atom)][0].reduced[action.stage][atom] += total
+    for rank, _ in members:
+        rank.gradients[action.stage] = [NOTHING] * len(total)
+    for atom, (held, owner) in enumerate(zip(total, world.owner, strict=True)):
+        own = members[owner][0].reduced[action.stage]
+        own[atom] = own[atom].plus(held)
 
 
 def _unshard(world: Provenance, members: Members, action: Action) -> None:
     for rank, index in members:
-        if Action(action.stage, "UPDATE") in rank.row and not scatters(rank.row, action.stage):
+        if action.stage in rank.facts.updated_whole - rank.facts.scattered:
             # Where parameters lie once for all ranks, each would apply the gradient.
             world.fail(rank, index, "every rank updates the whole of this stage: there are no parts to gather")
-    owned = [members[world.owner(atom)][0].versions[action.stage][atom] for atom in range(len(world.atoms))]
+    owned = [members[owner][0].versions[action.stage][atom] for atom, owner in enumerate(world.owner)]
     for rank, index in members:
         for stage in world.sharing("P", rank, action.stage):
             if None not in rank.versions[stage]:
@@ -183,13 +188,13 @@ def _on_edge(world: Provenance, members: Members, action: Action) -> None:
     for rank, index in members:
         if buf not in rank.edges:
             world.fail(rank, index, f"there is nothing on edge {buf.stage}")
-        if gathers and rank.edges[buf] != world.own_tokens(rank):
+        if gathers and rank.edges[buf] != rank.own_tokens:
             world.fail(rank, index, f"edge {buf.stage} does not hold the sum of this rank's own tokens")
         if not gathers and any(share != rank.at.tensor for _, share in rank.edges[buf]):
             world.fail(rank, index, f"edge {buf.stage} is not a partial sum: it would be counted {len(members)} times")
     total: Shares = frozenset().union(*(rank.edges[buf] for rank, _ in members))
     for rank, _ in members:
-        rank.edges[buf] = total & world.own_tokens(rank) if action.kind.startswith("SCATTER") else total
+        rank.edges[buf] = total & rank.own_tokens if action.kind.startswith("SCATTER") else total
 
 
 def _norm(world: Provenance, members: Members, action: Action) -> None:
@@ -198,11 +203,10 @@ def _norm(world: Provenance, members: Members, action: Action) -> None:
         for stage in rank.tied:
             world.complete_tie(rank, index, stage)
         for stage in rank.gradients:
-            scattered = scatters(rank.row, stage)
-            held = rank.reduced[stage] if scattered else rank.gradients[stage]
-            for atom, counts in enumerate(held):
-                if not scattered or world.owner(atom) == rank.at.data:
-                    world.complete(rank, index, stage, atom, counts)
+            scattered = stage in rank.facts.scattered
+            for atom, held in enumerate((rank.reduced if scattered else rank.gradients)[stage]):
+                if not scattered or world.owner[atom] == rank.at.data:
+                    world.complete(rank, index, stage, atom, held)
 
 
 COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {

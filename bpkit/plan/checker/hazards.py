@@ -1,36 +1,51 @@
 """What each action of a row waits for, derived from the table of verbs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
-from bpkit.plan.action import Action, Buffer, buffer
+from bpkit.plan.action import VERBS, Action, Touch
+from bpkit.plan.checker.atoms import Atoms
+
+_Key = tuple[str, int, int | None]  # of a buffer: letter, stage, microbatch
+_BY_MICROBATCH = "ADSK"
+_CHANGES = {kind: {*verb.writes, *verb.frees} for kind, verb in VERBS.items()}
+_READS = {kind: {*verb.reads} - _CHANGES[kind] for kind, verb in VERBS.items()}
 
 
-def _overlap(a: Action, b: Action) -> bool:
-    """Whether the parts of two actions share elements (None is the whole)."""
-    if a.part is None or b.part is None:
-        return True
-    (a_lo, a_hi), (b_lo, b_hi) = a.part.fractions(), b.part.fractions()
-    return a_lo < b_hi and b_lo < a_hi
+class _Note:
+    """Which communication touched a buffer last: the whole of it, and since then atoms of it (-1: none).
 
+    Compute needs no note: it runs in the order of the row, and everything waits for the last one before it.
+    """
 
-def _buffers(action: Action, stages: set[int], shared: Mapping[str, int]) -> tuple[set[Buffer], set[Buffer]]:
-    """Buffers that an action only reads, and those that it changes (writes or frees)."""
-    verb = action.verb
-    changed = {buffer(action, touch) for touch in verb.writes + verb.frees}
-    reads = {buffer(action, touch) for touch in verb.reads}
-    if action.kind == "NORM":  # one scalar over all stages of the rank
-        reads = {Buffer(letter, stage, None) for stage in stages for letter in "GR"}
-    if action.kind == "SUM_TIED":  # copies in several stages of the rank
-        changed = {Buffer("G", stage, None) for stage in stages}
-    changed, reads = ({_slot(buf, shared) for buf in bufs} for bufs in (changed, reads))
-    return reads - changed, changed
+    def __init__(self) -> None:
+        self.changed, self.readers = -1, list[int]()
+        self.atoms: dict[int, _Note] = {}
 
+    def _touched(self, where: Iterable[int] | None) -> "list[_Note]":
+        inner = self.atoms.values() if where is None else (self.atoms[i] for i in where if i in self.atoms)
+        return [self, *inner]
 
-def _slot(buf: Buffer, shared: Mapping[str, int]) -> Buffer:
-    """The buffer that stages with the same remainder share, where they share any."""
-    count = shared.get(buf.letter, 0)
-    return Buffer(buf.letter, buf.stage % count, buf.mb) if count else buf
+    def before_reading(self, where: range | None) -> list[int]:
+        """What a read of some atoms (None: all) waits for."""
+        return [note.changed for note in self._touched(where)]
+
+    def before_changing(self, where: range | None) -> list[int]:
+        """What a change of some atoms waits for."""
+        return [i for note in self._touched(where) for i in (note.changed, *note.readers)]
+
+    def read(self, where: range | None, index: int) -> None:
+        """Note a read by communication."""
+        for note in [self] if where is None else [self.atoms.setdefault(i, _Note()) for i in where]:
+            note.readers.append(index)
+
+    def change(self, where: range | None, index: int) -> None:
+        """Note a change, which makes irrelevant what came before it; by compute, -1."""
+        if where is None:
+            self.changed, self.readers, self.atoms = index, [], {}
+        for i in where or ():
+            self.atoms[i] = _Note()
+            self.atoms[i].changed = index
 
 
 def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType({})) -> tuple[tuple[int, ...], ...]:
@@ -53,26 +68,38 @@ def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType(
     """
     result: list[tuple[int, ...]] = []
     stages = {action.stage for action in row}
-    last_compute = -1
-    last_in_stream: dict[str, int] = {}
-    readers: dict[Buffer, list[int]] = {}
-    changers: dict[Buffer, list[int]] = {}
+    atoms = Atoms(action.part for action in row if action.part is not None)
+    last: dict[str, int] = {}  # by stream
+    notes: dict[_Key, _Note] = {}
     for index, action in enumerate(row):
-        reads, changes = _buffers(action, stages, shared)
-        waits = {last_compute, last_in_stream.get(action.verb.stream, -1)}
-        for buf in reads | changes:
-            waits.update(i for i in changers.get(buf, ()) if _overlap(row[i], action))
-        for buf in changes:
-            waits.update(i for i in readers.get(buf, ()) if _overlap(row[i], action))
-        compute = {i for i in waits if i >= 0 and row[i].verb.stream == "compute"}
-        result.append(tuple(sorted({i for i in waits if i >= 0} - compute | ({max(compute)} if compute else set()))))
-        for buf in reads:
-            readers.setdefault(buf, []).append(index)
-        for buf in changes:
-            if action.part is None:  # a change of the whole makes all that came before irrelevant
-                changers[buf], readers[buf] = [], []
-            changers.setdefault(buf, []).append(index)
-        last_in_stream[action.verb.stream] = index
-        if action.verb.stream == "compute":
-            last_compute = index
+        stream = action.verb.stream
+        where = None if action.part is None else atoms.inside(action.part)
+        waits = {last.get("compute", -1), last.get(stream, -1)}
+        communicates = stream != "compute"
+        for key in _keys(action, _READS[action.kind], stages, shared):
+            if key in notes:
+                waits.update(notes[key].before_reading(where))
+            if communicates:
+                notes.setdefault(key, _Note()).read(where, index)
+        for key in _keys(action, _CHANGES[action.kind], stages, shared):
+            if key in notes:
+                waits.update(notes[key].before_changing(where))
+            if communicates or key in notes:
+                notes.setdefault(key, _Note()).change(where, index if communicates else -1)
+        waits.discard(-1)
+        result.append(tuple(sorted(waits)))
+        last[stream] = index
     return tuple(result)
+
+
+def _keys(action: Action, touches: Iterable[Touch], stages: set[int], shared: Mapping[str, int]) -> set[_Key]:
+    """The buffers that an action touches, each by what tells it from others of its rank."""
+    near = stages if action.kind in ("NORM", "SUM_TIED") else (action.stage,)  # those touch every stage's gradient
+    keys: set[_Key] = set()
+    for letter, edge in touches:
+        count, mb = shared.get(letter, 0), action.mb if letter in _BY_MICROBATCH else None
+        if letter == "N":
+            keys.add((letter, -1, None))
+        else:
+            keys.update((letter, (stage + edge) % count if count else stage + edge, mb) for stage in near)
+    return keys

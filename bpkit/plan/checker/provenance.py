@@ -6,17 +6,49 @@ update demands that its part holds every contribution exactly once.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
-from itertools import pairwise
+from typing import NamedTuple, NoReturn
 
-from bpkit.plan.action import Action, Buffer, Part, buffer
+from bpkit.plan.action import Action, Part, buffer
+from bpkit.plan.checker.atoms import Atoms
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
 
-Contributions = Counter[object]
+
+class Contributions(NamedTuple):
+    """A multiset of contributions, each of which is one bit: those that are there, and those that came again.
+
+    How often a contribution came again does not matter: once is right, and more is wrong.
+    """
+
+    there: int = 0
+    again: int = 0
+
+    def plus(self, more: "Contributions") -> "Contributions":
+        """Both together."""
+        return Contributions(self.there | more.there, self.again | more.again | self.there & more.there)
+
+
+NOTHING = Contributions()
+STALE = Contributions(1)  # a gradient of an earlier step; other bits are of (data shard, microbatch, tensor rank)
+Edge = tuple[str, int, int | None]  # a buffer of an edge: A, D, S or K, its number, the microbatch
 Shares = frozenset[tuple[int, int]]  # of an edge: part of the tokens, and tensor rank that has contributed to it
-STALE = "a gradient of an earlier step"
+
+
+class Facts:
+    """What a row says before it runs, looked up once."""
+
+    def __init__(self, row: Sequence[Action]) -> None:
+        self.recomputed = {(a.stage, a.mb) for a in row if a.kind == "RECOMPUTE"}
+        self.scattered = {a.stage for a in row if a.kind == "SCATTER_GRAD"}
+        self.updated_whole = {a.stage for a in row if a.kind == "UPDATE" and a.part is None}
+        self.clipped = any(a.kind == "NORM" for a in row)
+        first: dict[int, str] = {}
+        for a in row:
+            if a.kind in ("F", "UNSHARD"):
+                first.setdefault(a.stage, a.kind)
+        self.sharded = {stage for stage, kind in first.items() if kind == "UNSHARD"}
 
 
 @dataclass
@@ -26,7 +58,10 @@ class Holdings:
     at: Coordinate
     index: int  # its row in the plan
     row: tuple[Action, ...]
-    edges: dict[Buffer, Shares] = field(default_factory=dict)  # A, D, S, K
+    facts: Facts
+    own_tokens: Shares  # a complete sum of this rank's own tokens
+    own_share: Shares  # what it contributes to the sum of all tokens
+    edges: dict[Edge, Shares] = field(default_factory=dict)
     gradients: dict[int, list[Contributions]] = field(default_factory=dict)  # by stage, then atom
     reduced: dict[int, list[Contributions]] = field(default_factory=dict)  # what scatters gave this rank's own part
     versions: dict[int, list[int | None]] = field(default_factory=dict)  # parameters: updates seen, None: not held
@@ -34,7 +69,7 @@ class Holdings:
     seen: dict[tuple[int, int | None], int] = field(default_factory=dict)  # version that each forward read
     averaged: set[int] = field(default_factory=set)  # stages whose parameters are the mean over data ranks
     normed: bool = False  # whether the global norm of the gradient is known
-    tied: dict[int, Contributions] = field(default_factory=dict)  # of the tensor of which stages hold copies
+    tied: dict[int, Counter[object]] = field(default_factory=dict)  # of the tensor of which stages hold copies
 
 
 Members = list[tuple[Holdings, int]]
@@ -45,38 +80,59 @@ class Provenance:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.atoms = _atoms(plan)
+        data = plan.mesh.data
+        shards = [Part(d, d + 1, data) for d in range(data)]
+        self.atoms = Atoms([*shards, *(a.part for row in plan.rows for a in row if a.part is not None)])
+        self.owner = [d for d, part in enumerate(shards) for _ in self.inside(part)]  # of an atom: whose shard it is in
         parts, ranks = range(plan.mesh.tensor if plan.own_tokens else 1), range(plan.mesh.tensor)
         self.whole: Shares = frozenset((part, rank) for part in parts for rank in ranks)
+        self.split = frozenset(plan.own_tokens)
+        self._widths = max(plan.microbatches, data), plan.mesh.tensor  # microbatch, or rank in an all-to-all
+        self._complete = {by_tokens: self._sum_of_all(by_tokens) for by_tokens in (False, True)}
+        self._facts: dict[int, Facts] = {}  # by row
         self.reads: dict[tuple[int, int, int | None], int] = {}  # version that each shard's forward read
-        self._used: set[tuple[int, object, object]] = set()
+        self._used: set[tuple[int, int, int]] = set()
 
     def holdings(self, at: Coordinate) -> Holdings:
         """What the rank at a coordinate holds before the step."""
-        rank = Holdings(at, self.plan.row_index(at), self.plan.row(at))
+        index, row = self.plan.row_index(at), self.plan.row(at)
+        facts = self._facts[index] = self._facts.get(index) or Facts(row)
+        tokens, share = (frozenset(s for s in self.whole if s[i] == at.tensor) for i in (0, 1))
+        rank = Holdings(at, index, row, facts, tokens, share)
         for stage in self.plan.owned(at.pipeline):
             rank.gradients[stage] = [self._before(at.data, atom) for atom in range(len(self.atoms))]
-            rank.reduced[stage] = [Counter({STALE: 1}) for _ in self.atoms]
+            rank.reduced[stage] = [STALE] * len(self.atoms)
             rank.tied |= {stage: Counter()} if stage in self.plan.tied else {}
-            touching = [a.kind for a in rank.row if a.stage == stage and a.kind in ("F", "UNSHARD")]
-            sharded = touching[:1] == ["UNSHARD"] and self.plan.mesh.data > 1
+            sharded = stage in facts.sharded and self.plan.mesh.data > 1
             rank.sharded[stage] = sharded
-            rank.versions[stage] = [0 if not sharded or self.owner(i) == at.data else None
-                                    for i in range(len(self.atoms))]  # fmt: skip
+            rank.versions[stage] = [0 if not sharded or owner == at.data else None for owner in self.owner]
         return rank
 
-    def owner(self, atom: int) -> int:
-        """The data rank whose part [d/D] contains an atom."""
-        return int(self.atoms[atom][0] * self.plan.mesh.data)
+    # -- contributions -------------------------------------------------------------------------------------
 
-    def fail(self, rank: Holdings, index: int, why: str) -> None:
+    def one(self, data: int, mb: int, tensor: int = 0) -> Contributions:
+        """One contribution by itself."""
+        return Contributions(2 << ((data * self._widths[0] + mb) * self._widths[1] + tensor))
+
+    def named(self, held: int) -> list[tuple[int, int] | None]:
+        """Data shard and microbatch of each bit; None for a gradient of an earlier step."""
+        mbs, tensors = self._widths
+        places = [bit for bit in range(held.bit_length()) if held >> bit & 1]
+        return [divmod((bit - 1) // tensors, mbs) if bit else None for bit in places]
+
+    def _sum_of_all(self, by_tokens: bool) -> Contributions:
+        """What a complete gradient holds: every shard's every microbatch once, of all tensor ranks if split."""
+        tensors = range(self.plan.mesh.tensor if by_tokens else 1)
+        keys = [(d, m, t) for d in self.trained() for m in range(self.plan.microbatches) for t in tensors]
+        return Contributions(sum(self.one(*key).there for key in keys))
+
+    def fail(self, rank: Holdings, index: int, why: str) -> NoReturn:
         """Refuse the plan for what one action does."""
         raise PlanError(self.plan, rank.index, index, why)
 
-    def inside(self, part: Part | None) -> list[int]:
+    def inside(self, part: Part | None) -> range:
         """The atoms of a part."""
-        low, high = (Fraction(0), Fraction(1)) if part is None else part.fractions()
-        return [i for i, (a, b) in enumerate(self.atoms) if low <= a and b <= high]
+        return self.atoms.inside(part)
 
     # -- messages ----------------------------------------------------------------------------------------
 
@@ -84,7 +140,7 @@ class Provenance:
         """What a send carries."""
         self.lives_here(rank, index, action.stage if action.verb.scope == "part" else None)
         if action.kind == "SEND_G":
-            return [Counter(rank.gradients[action.stage][i]) for i in self.inside(action.part)]
+            return [rank.gradients[action.stage][i] for i in self.inside(action.part)]
         if action.kind == "SEND_P":
             return [rank.versions[action.stage][i] for i in self.inside(action.part)]
         buf = buffer(action, action.verb.reads[0])
@@ -104,9 +160,9 @@ class Provenance:
             if action.kind == "RECV_P":
                 rank.versions[action.stage][i] = content
             elif action.kind == "ADD_G":
-                rank.gradients[action.stage][i] = rank.gradients[action.stage][i] + content
+                rank.gradients[action.stage][i] = rank.gradients[action.stage][i].plus(content)
             else:
-                rank.gradients[action.stage][i] = Counter(content)
+                rank.gradients[action.stage][i] = content
 
     def swap(self, a: tuple[Holdings, int], b: tuple[Holdings, int]) -> None:
         """Two ranks exchange parts of their buffers."""
@@ -125,31 +181,27 @@ class Provenance:
         if stage is not None and stage not in rank.gradients:
             self.fail(rank, index, f"stage {stage} does not live on this rank")
 
-    def own_tokens(self, rank: Holdings) -> Shares:
-        """A complete sum of this rank's own tokens."""
-        return frozenset(share for share in self.whole if share[0] == rank.at.tensor)
-
     def wanted(self, rank: Holdings, stage: int) -> Shares:
         """What a stage reads."""
-        return self.own_tokens(rank) if stage in self.plan.own_tokens else self.whole
+        return rank.own_tokens if stage in self.split else self.whole
 
     def given(self, rank: Holdings, stage: int, partial: bool) -> Shares:
         """What a stage gives, which may be its rank's share of the sum."""
-        own = frozenset(share for share in self.whole if share[1] == rank.at.tensor)
-        return own if partial else self.wanted(rank, stage)
+        return rank.own_share if partial else self.wanted(rank, stage)
 
-    def whole_edge(self, rank: Holdings, index: int, buf: Buffer) -> Shares:
+    def whole_edge(self, rank: Holdings, index: int, edge: Edge) -> Shares:
         """An activation or its gradient that must be there, and be what its reader needs."""
-        names = {"A": "input", "D": "gradient of output", "S": "saved state", "K": "input half"}
-        if buf not in rank.edges:
-            self.fail(rank, index, f"its {names[buf.letter]} (edge {buf.stage}, microbatch {buf.mb}) is not on this "
-                      "rank")  # fmt: skip
-        reader = min(buf.stage - (buf.letter == "D"), self.plan.stages - 1)
-        held, wanted = rank.edges[buf], self.wanted(rank, reader)
-        if {part for part, _ in held} != {part for part, _ in wanted}:
-            whose = "its own tokens" if reader in self.plan.own_tokens else "all tokens"
-            self.fail(rank, index, f"it needs {whose}, and edge {buf.stage} holds others")
+        letter, number, mb = edge
+        held = rank.edges.get(edge)
+        if held is None:
+            names = {"A": "input", "D": "gradient of output", "S": "saved state", "K": "input half"}
+            return self.fail(rank, index, f"its {names[letter]} (edge {number}, microbatch {mb}) is not on this rank")
+        reader = min(number - (letter == "D"), self.plan.stages - 1)
+        wanted = self.wanted(rank, reader)
         if held != wanted:
+            if {part for part, _ in held} != {part for part, _ in wanted}:
+                whose = "its own tokens" if reader in self.split else "all tokens"
+                self.fail(rank, index, f"it needs {whose}, and edge {number} holds others")
             self.fail(rank, index, f"it reads a partial sum: {len({share for _, share in held})} of "
                       f"{self.plan.mesh.tensor} tensor ranks")  # fmt: skip
         return held
@@ -181,32 +233,35 @@ class Provenance:
         """Data coordinates that hold a shard."""
         return [d for d in range(self.plan.mesh.data) if d not in self.plan.servers]
 
-    def expected(self, stage: int) -> Contributions:
-        """What a complete gradient holds: every shard's every microbatch once, of all tensor ranks if split."""
-        ranks = range(self.plan.mesh.tensor)
-        shares = [(t,) for t in ranks] if stage in self.plan.own_tokens else [()]
-        microbatches = range(self.plan.microbatches)
-        return Counter({(d, m, *share): 1 for d in self.trained() for m in microbatches for share in shares})
-
     def complete(self, rank: Holdings, index: int, stage: int, atom: int, held: Contributions) -> None:
         """Refuse a gradient that is read as complete and is not what the plan declares."""
-        low, high = self.atoms[atom]
+        if self.plan.holds == "all" and held == self._complete[stage in self.split]:
+            return
+        low, high = self.atoms.fractions(atom)
         where = f"the gradient of stage {stage} from {low} to {high} is not"
         if self.plan.holds != "all":
             whose = f"one microbatch of {'its own shard' if self.plan.holds == 'own' else 'one shard'}"
-            own = self.plan.holds == "one" or all(isinstance(c, tuple) and c[0] == rank.at.data for c in held)
-            if held.total() != 1 or STALE in held or not own:
-                self.fail(rank, index, f"{where} {whose}: it holds {_say(held)}")
+            named = self.named(held.there)
+            own = self.plan.holds == "one" or all(c is not None and c[0] == rank.at.data for c in named)
+            if len(named) != 1 or None in named or held.again or not own:
+                self.fail(rank, index, f"{where} {whose}: it holds {self.say(held.there)}")
             return
-        wanted = self.expected(stage)
-        if held != wanted:
-            missing, extra = wanted - held, held - wanted
-            parts = [f"it lacks {_say(missing)}"] * bool(missing) + [f"it holds {_say(extra)} too often"] * bool(extra)
-            self.fail(rank, index, f"{where} the sum of all shards: " + " and ".join(parts))
+        wanted = self._complete[stage in self.split].there
+        missing, extra = wanted & ~held.there, held.again | held.there & ~wanted
+        parts = [f"it lacks {self.say(missing)}"] * bool(missing)
+        parts += [f"it holds {self.say(extra)} too often"] * bool(extra)
+        self.fail(rank, index, f"{where} the sum of all shards: " + " and ".join(parts))
+
+    def say(self, held: int) -> str:
+        """A few contributions in words."""
+        named = self.named(held)
+        words = [f"shard {c[0]} microbatch {c[1]}" if c else "a gradient of an earlier step" for c in named[:3]]
+        return (", ".join(words) or "nothing") + (f" and {len(named) - 3} more" if len(named) > 3 else "")
 
     def complete_tie(self, rank: Holdings, index: int, stage: int) -> None:
         """Refuse a tied gradient that lacks what another stage's copy contributed, or holds it twice."""
-        wanted = Counter({(*key, s): 1 for key in self.expected(-1) for s in self.plan.tied})  # type: ignore[misc]
+        keys = [(d, m) for d in self.trained() for m in range(self.plan.microbatches)]
+        wanted = Counter({(*key, s): 1 for key in keys for s in self.plan.tied})
         if rank.tied[stage] != wanted:
             self.fail(rank, index, f"the gradient of the tensor that stages {self.plan.tied} share is not the sum of "
                       "all their contributions: SUM_TIED comes once, after the last backward of each")  # fmt: skip
@@ -220,8 +275,8 @@ class Provenance:
         """Where updates hold one contribution each: every one is used once, and none is too old."""
         if self.plan.holds == "all":
             return
-        for contribution in held:
-            assert isinstance(contribution, tuple)
+        for contribution in self.named(held.there):
+            assert contribution is not None
             data, mb = contribution
             key = (stage, data, mb)
             if key in self._used:
@@ -237,29 +292,29 @@ class Provenance:
     def _before(self, data: int, atom: int) -> Contributions:
         """A gradient before the plan: stale in training, this rank's own in a collective by itself."""
         if self.plan.purpose == "train":
-            return Counter({STALE: 1})
+            return STALE
         if self.plan.purpose == "all_to_all":
-            return Counter({(data, self.owner(atom)): 1})
-        holds = {"all_gather": self.owner(atom) == data, "broadcast": data == 0}.get(self.plan.purpose, True)
-        return Counter({(data, 0): 1}) if holds else Counter()
+            return self.one(data, self.owner[atom])
+        holds = {"all_gather": self.owner[atom] == data, "broadcast": data == 0}.get(self.plan.purpose, True)
+        return self.one(data, 0) if holds else NOTHING
 
     def _after(self, data: int, atom: int) -> Contributions | None:
         """What a collective by itself must leave; None where it does not matter."""
-        purpose, everyone = self.plan.purpose, Contributions({(d, 0): 1 for d in range(self.plan.mesh.data)})
+        purpose, everyone = self.plan.purpose, self._complete[False]
         if purpose == "all_reduce":
             return everyone
         if purpose == "reduce_scatter":
-            return everyone if self.owner(atom) == data else None
+            return everyone if self.owner[atom] == data else None
         if purpose == "all_to_all":
-            return Contributions({(self.owner(atom), data): 1})
-        return Counter({(self.owner(atom) if purpose == "all_gather" else 0, 0): 1})
+            return self.one(self.owner[atom], data)
+        return self.one(self.owner[atom] if purpose == "all_gather" else 0, 0)
 
     def finish(self, rank: Holdings) -> None:
         """After the last action: everything consumed, every part updated as often as declared, replicas alike."""
         end = len(rank.row)
-        left = [buf for buf in rank.edges if buf.letter in "AK"]
-        if left:
-            self.fail(rank, end, f"edge {left[0].stage}, microbatch {left[0].mb} was produced and never used")
+        for letter, number, mb in rank.edges:
+            if letter in "AK":
+                self.fail(rank, end, f"edge {number}, microbatch {mb} was produced and never used")
         if self.plan.purpose != "train":
             return self._finish_collective(rank)
         if self.plan.holds == "one" and self.plan.servers and rank.at.data not in self.plan.servers:
@@ -269,7 +324,7 @@ class Provenance:
             if resharded and not rank.sharded[stage]:
                 self.fail(rank, end, f"stage {stage} ends sharded, and the next step begins with a read of the whole")
             for atom, version in enumerate(versions):
-                mine = not resharded or self.owner(atom) == rank.at.data
+                mine = not resharded or self.owner[atom] == rank.at.data
                 if mine and version != self.updates():
                     self.fail(rank, end, f"stage {stage} was updated {version or 0} times, not {self.updates()}")
             if self.plan.holds == "own" and self.plan.mesh.data > 1 and stage not in rank.averaged:
@@ -279,22 +334,6 @@ class Provenance:
         for atom, held in enumerate(rank.gradients[0]):
             wanted = self._after(rank.at.data, atom)
             if wanted is not None and held != wanted:
-                low, high = self.atoms[atom]
-                self.fail(rank, len(rank.row), f"elements {low} to {high} end as {_say(held)}, not as {_say(wanted)}")
-
-
-def _atoms(plan: Plan) -> list[tuple[Fraction, Fraction]]:
-    """The finest parts that any action of the plan names, and the shards of the data axis."""
-    bounds = {Fraction(d, plan.mesh.data) for d in range(plan.mesh.data + 1)}
-    for row in plan.rows:
-        for action in row:
-            if action.part is not None:
-                bounds.update(action.part.fractions())
-    ordered = sorted(bounds)
-    return list(pairwise(ordered))
-
-
-def _say(counts: Contributions) -> str:
-    """A few contributions in words."""
-    words = [str(c) if isinstance(c, str) else f"shard {c[0]} microbatch {c[1]}" for c in list(counts)[:3]]  # type: ignore[index]
-    return (", ".join(words) or "nothing") + (f" and {len(counts) - 3} more" if len(counts) > 3 else "")
+                low, high = self.atoms.fractions(atom)
+                ends = f"{self.say(held.there)}, not as {self.say(wanted.there)}"
+                self.fail(rank, len(rank.row), f"elements {low} to {high} end as {ends}")

@@ -1,0 +1,38 @@
+"""Atoms: the finest parts of a buffer that actions name."""
+
+from collections.abc import Iterable
+from fractions import Fraction
+from math import lcm
+
+from bpkit.plan.action import Part
+
+
+class Atoms:
+    """A flat buffer cut at every bound of some parts; an atom is what lies between two cuts.
+
+    Bounds are whole numbers of one unit, so that none is ever rounded.
+    """
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        known = set(parts)
+        self._unit = lcm(*(part.of for part in known))
+        self._bounds = sorted({0, self._unit, *(bound for part in known for bound in part.bounds(self._unit))})
+        self._index = {bound: i for i, bound in enumerate(self._bounds)}
+        self._inside = {part: self._between(part) for part in known}
+
+    def _between(self, part: Part) -> range:
+        low, high = part.bounds(self._unit)
+        return range(self._index[low], self._index[high])
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def inside(self, part: Part | None) -> range:
+        """The atoms of a part whose bounds are named; None is the whole."""
+        if part is None:
+            return range(len(self))
+        return self._inside[part] if part in self._inside else self._between(part)
+
+    def fractions(self, atom: int) -> tuple[Fraction, Fraction]:
+        """The bounds of an atom as fractions of the buffer."""
+        return Fraction(self._bounds[atom], self._unit), Fraction(self._bounds[atom + 1], self._unit)
