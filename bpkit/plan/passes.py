@@ -7,6 +7,7 @@ one thing that follows from that order.  ``complete`` applies them all.
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from heapq import heappop, heappush
 
 from bpkit.plan.action import ON_EDGES, Action, Touch
 from bpkit.plan.plan import Plan
@@ -114,19 +115,26 @@ def communicate(plan: Plan) -> Plan:
     rows: Rows = [[] for _ in queues]
     free = [0] * len(rows)
     arrived: dict[tuple[str, int, int | None], int] = {}
-    while any(queues):
-        ends = []
-        for rank, queue in enumerate(queues):
-            ready = _ready(plan, queue[0], arrived) if queue else None
+    ends: list[tuple[int, int]] = []  # a heap: when the next action of a rank ends, where its inputs are there
+    known: set[int] = set()  # ranks that are in it
+    near: set[int] = set(range(len(rows)))  # ranks whose next action may have got its inputs
+    while True:
+        for rank in near - known:
+            ready = _ready(plan, queues[rank][0], arrived) if queues[rank] else None
             if ready is not None:
-                ends.append((max(free[rank], ready) + _UNITS.get(queue[0].kind, 0), rank))
+                heappush(ends, (max(free[rank], ready) + _UNITS.get(queues[rank][0].kind, 0), rank))
+                known.add(rank)
         if not ends:
-            heads = ", ".join(f"row {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue)
-            raise ValueError(f"{plan.name}: the compute actions wait for each other ({heads})")
-        end, rank = min(ends)
+            break
+        end, rank = heappop(ends)
+        known.remove(rank)
         free[rank], action = end, queues[rank].popleft()
         rows[rank].append(action)
         _hand_over(plan, rank, action, end, rows, arrived)
+        near = {rank, *plan.place[max(action.stage - 1, 0) : action.stage + 2]}
+    if any(queues):
+        heads = ", ".join(f"row {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue)
+        raise ValueError(f"{plan.name}: the compute actions wait for each other ({heads})")
     return plan.with_rows(rows)
 
 

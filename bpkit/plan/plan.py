@@ -213,9 +213,9 @@ class Plan:
     def partner(self, at: Coordinate, action: Action) -> Coordinate:
         """Where the other end of a message of the rank at a coordinate stands."""
         if action.peer is not None:
-            return at._replace(data=action.peer)
+            return Coordinate(at.pipeline, action.peer, at.tensor)
         after = (action.kind in PARTNERS) == action.kind.endswith("F")  # SEND_F and RECV_B face the next stage
-        return at._replace(pipeline=self.place[action.stage + (1 if after else -1)])
+        return Coordinate(self.place[action.stage + (1 if after else -1)], at.data, at.tensor)
 
     def with_rows(self, rows: list[list[Action]]) -> Plan:
         """The same plan with other rows."""

@@ -104,7 +104,7 @@ class _Walk:
                       for number, at in enumerate(plan.mesh.coordinates())]  # fmt: skip
         self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
         # By from, to, and whether it sends: what has no partner yet, and what it carries.
-        self.posted: dict[tuple[Coordinate, Coordinate, bool], tuple[_Rank, int, object]] = {}
+        self.posted: dict[tuple[int, int, bool], tuple[_Rank, int, object]] = {}
         self.order: list[Together] = []
 
     def _rank(self, number: int, at: Coordinate, waits: _Waits) -> _Rank:
@@ -155,8 +155,7 @@ class _Walk:
             if action.stage not in self.plan.tied:
                 self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
-            self._other(rank, index, self.plan.partner(rank.at, action))
-            size, key = 2, (action.stage, *sorted((rank.at, rank.at._replace(data=action.peer or 0))))
+            size, key = 2, (action.stage, *sorted((rank.number, self._partner(rank, index, action))))
         else:
             axis = action.verb.axis or ""
             size, key = getattr(self.plan.mesh, axis), (action.stage, action.mb, rank.at._replace(**{axis: 0}))
@@ -178,22 +177,24 @@ class _Walk:
         other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
         if action.peer is None and not 0 <= other < self.plan.stages:
             self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
-        peer = self.plan.partner(rank.at, action)
-        self._other(rank, index, peer)
+        peer = self._partner(rank, index, action)
         content = self.world.take(rank.holds, index, action) if sends else None
-        if (peer, rank.at, not sends) not in self.posted:
-            self.posted[rank.at, peer, sends] = (rank, index, content)
+        if (peer, rank.number, not sends) not in self.posted:
+            self.posted[rank.number, peer, sends] = (rank, index, content)
             return
-        partner, at, given = self.posted.pop((peer, rank.at, not sends))
+        partner, at, given = self.posted.pop((peer, rank.number, not sends))
         (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
         if not self._fit(sender.row[i], receiver.row[j]):
             self.world.fail(receiver.holds, j, f"the next message from rank {sender.number} is {sender.row[i]}")
         self.world.deliver(receiver.holds, j, content if sends else given)
         self._done((sender, i), (receiver, j))
 
-    def _other(self, rank: _Rank, index: int, peer: Coordinate) -> None:
-        if peer == rank.at:
+    def _partner(self, rank: _Rank, index: int, action: Action) -> int:
+        """The rank at the other end of a message."""
+        peer = self.plan.mesh.rank(self.plan.partner(rank.at, action))
+        if peer == rank.number:
             self.world.fail(rank.holds, index, "its partner is this rank itself, where nothing has to be sent")
+        return peer
 
     def _fit(self, send: Action, receive: Action) -> bool:
         """Whether a receive takes what a send gives."""

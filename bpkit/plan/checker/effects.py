@@ -53,7 +53,7 @@ def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) 
     world.whole_edge(rank, index, ("K", stage, mb))
     for edge in (("K", stage, mb), ("S", stage, mb), ("D", stage + 1, mb), ("A", stage, mb)):
         rank.edges.pop(edge, None)
-    for other in world.sharing("G", rank, stage):
+    for other in world.sharing("G", rank, stage) if world.plan.gradient_buffers else ():
         if any(held != NOTHING and not held.there & STALE.there for held in rank.gradients[other]):
             world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {other}")
     if stage in rank.tied:

@@ -8,8 +8,8 @@ from bpkit.plan.checker.atoms import Atoms
 
 _Key = tuple[str, int, int | None]  # of a buffer: letter, stage, microbatch
 _BY_MICROBATCH = "ADSK"
-_CHANGES = {kind: {*verb.writes, *verb.frees} for kind, verb in VERBS.items()}
-_READS = {kind: {*verb.reads} - _CHANGES[kind] for kind, verb in VERBS.items()}
+_CHANGES = {kind: tuple({*verb.writes, *verb.frees}) for kind, verb in VERBS.items()}
+_READS = {kind: tuple({*verb.reads} - {*_CHANGES[kind]}) for kind, verb in VERBS.items()}
 
 
 class _Note:
@@ -92,14 +92,18 @@ def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType(
     return tuple(result)
 
 
-def _keys(action: Action, touches: Iterable[Touch], stages: set[int], shared: Mapping[str, int]) -> set[_Key]:
+def _keys(action: Action, touches: Iterable[Touch], stages: set[int], shared: Mapping[str, int]) -> list[_Key]:
     """The buffers that an action touches, each by what tells it from others of its rank."""
-    near = stages if action.kind in ("NORM", "SUM_TIED") else (action.stage,)  # those touch every stage's gradient
+    own, mb = action.stage, action.mb
+    if mb is not None and not shared:  # most actions by far
+        return [(letter, own + edge, mb if letter in _BY_MICROBATCH else None) for letter, edge in touches]
+    near = stages if action.kind in ("NORM", "SUM_TIED") else (own,)  # those touch every stage's gradient
     keys: set[_Key] = set()
     for letter, edge in touches:
-        count, mb = shared.get(letter, 0), action.mb if letter in _BY_MICROBATCH else None
+        count = shared.get(letter, 0)
         if letter == "N":
             keys.add((letter, -1, None))
         else:
-            keys.update((letter, (stage + edge) % count if count else stage + edge, mb) for stage in near)
-    return keys
+            keys.update((letter, (stage + edge) % count if count else stage + edge,
+                         mb if letter in _BY_MICROBATCH else None) for stage in near)  # fmt: skip
+    return list(keys)

@@ -282,10 +282,11 @@ def expand(plan: Plan, name: str, **options: int) -> Plan:
         raise ValueError(f"{plan.name} is expanded already")
     rows: list[list[Action]] = []
     for row in plan.rows:
-        for data in range(plan.mesh.data):
-            out: list[Action] = []
-            for action in row:
-                written = action.kind == "REDUCE_GRAD"
-                out += _algorithm(name, plan.mesh.data, action.stage, options)[data] if written else [action]
-            rows.append(out)
+        each: Rows = [[] for _ in range(plan.mesh.data)]
+        for action in row:
+            written = action.kind == "REDUCE_GRAD"
+            every = _algorithm(name, plan.mesh.data, action.stage, options) if written else [[action]] * len(each)
+            for out, part in zip(each, every, strict=True):
+                out += part
+        rows += each
     return replace(plan, name=f"{plan.name} by {name}", rows=tuple(map(tuple, rows)), expanded=True)
