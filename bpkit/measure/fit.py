@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bpkit.measure.messages import messages
 from bpkit.plan import Plan
-from bpkit.plan.messages import messages
 from bpkit.plan.program import compile_collective
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Final, NamedTuple
 
 from bpkit.description.flat import part_bounds
@@ -34,10 +33,6 @@ class Part(NamedTuple):
     def bounds(self, size: int) -> tuple[int, int]:
         """Element bounds of this part in a buffer of `size` elements."""
         return part_bounds(size, self.of, self.lo, self.hi)
-
-    def fractions(self) -> tuple[Fraction, Fraction]:
-        """The bounds as fractions of the buffer, for reasoning without a size."""
-        return Fraction(self.lo, self.of), Fraction(self.hi, self.of)
 
     def __str__(self) -> str:
         span = f"{self.lo}" if self.hi == self.lo + 1 else f"{self.lo}:{self.hi}"

@@ -117,21 +117,22 @@ def communicate(plan: Plan) -> Plan:
     arrived: dict[tuple[str, int, int | None], int] = {}
     ends: list[tuple[int, int]] = []  # a heap: when the next action of a rank ends, where its inputs are there
     known: set[int] = set()  # ranks that are in it
-    near: set[int] = set(range(len(rows)))  # ranks whose next action may have got its inputs
-    while True:
-        for rank in near - known:
+
+    def look(ranks: Iterable[int]) -> None:
+        for rank in {*ranks} - known:
             ready = _ready(plan, queues[rank][0], arrived) if queues[rank] else None
             if ready is not None:
                 heappush(ends, (max(free[rank], ready) + _UNITS.get(queues[rank][0].kind, 0), rank))
                 known.add(rank)
-        if not ends:
-            break
+
+    look(range(len(rows)))
+    while ends:
         end, rank = heappop(ends)
         known.remove(rank)
         free[rank], action = end, queues[rank].popleft()
         rows[rank].append(action)
         _hand_over(plan, rank, action, end, rows, arrived)
-        near = {rank, *plan.place[max(action.stage - 1, 0) : action.stage + 2]}
+        look([rank, *plan.place[max(action.stage - 1, 0) : action.stage + 2]])
     if any(queues):
         heads = ", ".join(f"row {rank} at {queue[0]}" for rank, queue in enumerate(queues) if queue)
         raise ValueError(f"{plan.name}: the compute actions wait for each other ({heads})")

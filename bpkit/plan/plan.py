@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.mesh import Coordinate, Mesh
@@ -144,8 +144,7 @@ class Plan:
                                  "pipeline rank, in this order: give cuts that no skip connection goes past")
         for index, row in enumerate(self.rows):
             for action in row:
-                if not self._fits(action):
-                    self._refuse(action, index)
+                self._fits(action, index)
 
     def _places(self) -> tuple[int, ...]:
         """Where each stage's forwards stand."""
@@ -160,11 +159,10 @@ class Plan:
             raise ValueError(f"{self.name}: no row runs stage {missing[0]} forward")
         return tuple(found[stage] for stage in range(self.stages))
 
-    def _fits(self, action: Action) -> bool:
-        return (action.stage < self.stages and (action.mb is None or action.mb < self.microbatches)
-                and (action.peer is None or (self.expanded and action.peer < self.mesh.data)))  # fmt: skip
-
-    def _refuse(self, action: Action, row: int) -> NoReturn:
+    def _fits(self, action: Action, row: int) -> None:
+        if (action.stage < self.stages and (action.mb is None or action.mb < self.microbatches)
+                and (action.peer is None or (self.expanded and action.peer < self.mesh.data))):
+            return
         where = f"{self.name}: {action} in row {row}"
         if action.stage >= self.stages:
             raise ValueError(f"{where}: the plan has stages 0 to {self.stages - 1}")

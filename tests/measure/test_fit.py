@@ -10,8 +10,8 @@ import pytest
 
 from bpkit.measure import alpha_beta, machine
 from bpkit.measure.fit import AlphaBeta, collective_time
+from bpkit.measure.messages import messages
 from bpkit.plan import collective, data_parallel
-from bpkit.plan.messages import messages
 from bpkit.plan.program import compile_collective
 
 

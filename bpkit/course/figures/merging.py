@@ -9,9 +9,9 @@ import anywidget
 import traitlets
 
 from bpkit.course.figures.explorers import bundle, stylesheet
+from bpkit.measure.messages import Message, messages
 from bpkit.plan import Part, collective
 from bpkit.plan.checker.provenance import Holdings, Provenance
-from bpkit.plan.messages import Message, messages
 from bpkit.plan.program import Program, compile_collective
 
 #: The all-reduces that the figure offers, in its order.
@@ -25,7 +25,7 @@ MODULES = ("text", "dom", "data", "describe", "controls", "predict", "merging_wo
 def frames(program: Program) -> dict[str, Any]:
     """What every rank holds before the first step of a collective and after each, and the messages between.
 
-    Messages that may run at the same time, by `bpkit.plan.messages`, make a step.  Who is in which part comes from
+    Messages that may run at the same time, by `bpkit.measure.messages`, make a step.  Who is in which part comes from
     the multisets on which `bpkit.plan.checker.check` runs the plan.
 
     Parameters
@@ -45,7 +45,7 @@ def frames(program: Program) -> dict[str, Any]:
     plan, world = program.plan, Provenance(program.plan)
     ranks = [world.holdings(at) for at in plan.mesh.coordinates()]
     parts = max((action.part.of for row in plan.rows for action in row if action.part), default=1)
-    firsts = [world.inside(Part(i, i + 1, parts))[0] for i in range(parts)]  # atoms of a part share their fate
+    firsts = [world.atoms.inside(Part(i, i + 1, parts))[0] for i in range(parts)]  # atoms of a part share their fate
 
     def members(rank: Holdings, atom: int) -> str:
         """The data ranks whose contributions are in an atom."""

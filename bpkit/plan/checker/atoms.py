@@ -18,20 +18,13 @@ class Atoms:
         self._unit = lcm(*(part.of for part in known))
         self._bounds = sorted({0, self._unit, *(bound for part in known for bound in part.bounds(self._unit))})
         self._index = {bound: i for i, bound in enumerate(self._bounds)}
-        self._inside = {part: self._between(part) for part in known}
-
-    def _between(self, part: Part) -> range:
-        low, high = part.bounds(self._unit)
-        return range(self._index[low], self._index[high])
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
     def inside(self, part: Part | None) -> range:
         """The atoms of a part whose bounds are named; None is the whole."""
-        if part is None:
-            return range(len(self))
-        return self._inside[part] if part in self._inside else self._between(part)
+        return range(len(self)) if part is None else range(*(self._index[bound] for bound in part.bounds(self._unit)))
 
     def fractions(self, atom: int) -> tuple[Fraction, Fraction]:
         """The bounds of an atom as fractions of the buffer."""

@@ -15,23 +15,11 @@ from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.effects import COMPUTE, GROUP
 from bpkit.plan.checker.provenance import Holdings, Provenance
 from bpkit.plan.liveness import waits
-from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import Plan, PlanError
 
 #: Actions that happen together, each as its rank and its index in the row: one of compute, or all ends of a
 #: communication, of a message the sender first.
 Together = tuple[tuple[int, int], ...]
-
-
-class _Waits:
-    """What the actions of a row wait for, and which actions each one lets start; shared by the ranks of the row."""
-
-    def __init__(self, waits: Sequence[Sequence[int]]) -> None:
-        self.counts = [len(own) for own in waits]
-        self.followers: list[list[int]] = [[] for _ in waits]
-        for index, own in enumerate(waits):
-            for earlier in own:
-                self.followers[earlier].append(index)
 
 
 @dataclass
@@ -40,24 +28,15 @@ class _Rank:
 
     number: int
     holds: Holdings
-    waits: _Waits
+    followers: Sequence[Sequence[int]]  # of each action: those that wait for it
     left: list[int]  # for each action, how many that it waits for have not ended
     ready: list[int]  # a heap: what can start
-    started: set[int] = field(default_factory=set)
     done: set[int] = field(default_factory=set)
-
-    @property
-    def at(self) -> Coordinate:
-        return self.holds.at
-
-    @property
-    def row(self) -> tuple[Action, ...]:
-        return self.holds.row
 
     def end(self, index: int) -> None:
         """Note that an action has ended, and what can start now."""
         self.done.add(index)
-        for later in self.waits.followers[index]:
+        for later in self.followers[index]:
             self.left[later] -= 1
             if not self.left[later]:
                 heappush(self.ready, later)
@@ -93,48 +72,51 @@ def order(plan: Plan) -> tuple[Together, ...]:
     return tuple(walk.order)
 
 
+def _rank(number: int, holds: Holdings, waits: Sequence[Sequence[int]]) -> _Rank:
+    """A rank before its first action."""
+    followers: list[list[int]] = [[] for _ in waits]
+    for index, own in enumerate(waits):
+        for earlier in own:
+            followers[earlier].append(index)
+    return _Rank(number, holds, followers, list(map(len, waits)), [i for i, own in enumerate(waits) if not own])
+
+
 class _Walk:
     """One walk over a plan in an order that its waits allow."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world = Provenance(plan)
-        of_rows = [_Waits(waits(row, plan.shared)) for row in plan.rows]
-        self.ranks = [self._rank(number, at, of_rows[plan.row_index(at)])
+        rows = [waits(row, plan.shared) for row in plan.rows]
+        self.ranks = [_rank(number, self.world.holdings(at), rows[plan.row_index(at)])
                       for number, at in enumerate(plan.mesh.coordinates())]  # fmt: skip
         self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
         # By from, to, and whether it sends: what has no partner yet, and what it carries.
         self.posted: dict[tuple[int, int, bool], tuple[_Rank, int, object]] = {}
         self.order: list[Together] = []
 
-    def _rank(self, number: int, at: Coordinate, waits: _Waits) -> _Rank:
-        free = [index for index, count in enumerate(waits.counts) if not count]
-        return _Rank(number, self.world.holdings(at), waits, list(waits.counts), free)
-
     def run(self) -> None:
         """Walk to the end, or to the first fault."""
         while any(rank.ready for rank in self.ranks):
             for rank in self.ranks:
                 while rank.ready:
-                    index = heappop(rank.ready)
-                    rank.started.add(index)
-                    self._start(rank, index)
+                    self._start(rank, heappop(rank.ready))
         for rank in self.ranks:
-            if len(rank.done) < len(rank.row):
+            if len(rank.done) < len(rank.holds.row):
                 self._blocked(rank)
         for rank in self.ranks:
             self.world.finish(rank.holds)
 
     def _blocked(self, rank: _Rank) -> None:
-        index = min(i for i in range(len(rank.row)) if i not in rank.done)
-        action = rank.row[index]
+        index = min(i for i in range(len(rank.holds.row)) if i not in rank.done)
+        action = rank.holds.row[index]
         why = f"deadlock: rank {rank.number} never gets past it"
-        if index in rank.started:
+        if not rank.left[index]:  # it has started
             why += "; " + (f"no partner of {action.kind} ever comes" if action.verb.axis else "its inputs never come")
         raise PlanError(self.plan, rank.holds.index, index, why)
 
     def _start(self, rank: _Rank, index: int) -> None:
-        action = rank.row[index]
+        action = rank.holds.row[index]
         if action.kind in COMPUTE:
             COMPUTE[action.kind](self.world, rank.holds, index, action)
             self._done((rank, index))
@@ -145,26 +127,26 @@ class _Walk:
 
     def _collective(self, rank: _Rank, index: int) -> None:
         """Wait until all members of the group have come; each has one collective of a stream under way at a time."""
-        action = rank.row[index]
+        action, at = rank.holds.row[index], rank.holds.at
         self.world.lives_here(rank.holds, index, action.stage)
         key: tuple[object, ...]
         if action.kind == "NORM":
             size, key = self.plan.mesh.size, ("NORM",)
         elif action.kind == "SUM_TIED":
-            size, key = len({self.plan.place[stage] for stage in self.plan.tied}), (rank.at.data, rank.at.tensor)
+            size, key = len({self.plan.place[stage] for stage in self.plan.tied}), (at.data, at.tensor)
             if action.stage not in self.plan.tied:
                 self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
             size, key = 2, (action.stage, *sorted((rank.number, self._partner(rank, index, action))))
         else:
             axis = action.verb.axis or ""
-            size, key = getattr(self.plan.mesh, axis), (action.stage, action.mb, rank.at._replace(**{axis: 0}))
+            size, key = getattr(self.plan.mesh, axis), (action.stage, action.mb, at._replace(**{axis: 0}))
         arrivals = self.arrivals.setdefault((action.kind, key), [])
         arrivals.append((rank, index))
         if len(arrivals) == size:
             del self.arrivals[action.kind, key]
-            arrivals.sort(key=lambda pair: pair[0].at)
-            GROUP[action.kind](self.world, [(member.holds, at) for member, at in arrivals], action)
+            arrivals.sort(key=lambda pair: pair[0].holds.at)
+            GROUP[action.kind](self.world, [(member.holds, i) for member, i in arrivals], action)
             self._done(*arrivals)
 
     def _match(self, rank: _Rank, index: int) -> None:
@@ -172,7 +154,7 @@ class _Walk:
 
         Both end when both have started, as on a transport whose sends wait for their receives.
         """
-        action = rank.row[index]
+        action = rank.holds.row[index]
         sends = action.kind in PARTNERS
         other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
         if action.peer is None and not 0 <= other < self.plan.stages:
@@ -184,14 +166,14 @@ class _Walk:
             return
         partner, at, given = self.posted.pop((peer, rank.number, not sends))
         (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
-        if not self._fit(sender.row[i], receiver.row[j]):
-            self.world.fail(receiver.holds, j, f"the next message from rank {sender.number} is {sender.row[i]}")
+        if not self._fit(sender.holds.row[i], receiver.holds.row[j]):
+            self.world.fail(receiver.holds, j, f"the next message from rank {sender.number} is {sender.holds.row[i]}")
         self.world.deliver(receiver.holds, j, content if sends else given)
         self._done((sender, i), (receiver, j))
 
     def _partner(self, rank: _Rank, index: int, action: Action) -> int:
         """The rank at the other end of a message."""
-        peer = self.plan.mesh.rank(self.plan.partner(rank.at, action))
+        peer = self.plan.mesh.rank(self.plan.partner(rank.holds.at, action))
         if peer == rank.number:
             self.world.fail(rank.holds, index, "its partner is this rank itself, where nothing has to be sent")
         return peer
@@ -200,7 +182,7 @@ class _Walk:
         """Whether a receive takes what a send gives."""
         kinds, step = PARTNERS[send.kind]
         return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
-                and self.world.inside(receive.part) == self.world.inside(send.part))  # fmt: skip
+                and self.world.atoms.inside(receive.part) == self.world.atoms.inside(send.part))  # fmt: skip
 
     def _done(self, *ends: tuple[_Rank, int]) -> None:
         """Note what has happened together."""

@@ -1,7 +1,7 @@
 """What each kind of action does to the multisets of `bpkit.plan.checker.provenance`."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 from bpkit.plan.action import ON_EDGES, Action, buffer
@@ -19,8 +19,7 @@ def _zero(world: Provenance, rank: Holdings, index: int, action: Action) -> None
 
 def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     stage, mb = action.stage, action.mb
-    version = rank.seen[stage, mb] = world.weights(rank, index, stage)
-    world.reads[stage, rank.at.data, mb] = version
+    world.reads[stage, rank.at.data, mb] = rank.seen[stage, mb] = world.weights(rank, index, stage)
     if stage > 0:
         world.whole_edge(rank, index, ("A", stage, mb))
     if ("S", stage, mb) in rank.edges:
@@ -83,7 +82,7 @@ def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> No
     versions = rank.versions[action.stage]
     scattered = action.stage in rank.facts.scattered
     held = rank.reduced[action.stage] if scattered else rank.gradients[action.stage]
-    atoms: Sequence[int] = world.inside(action.part)
+    atoms: Sequence[int] = world.atoms.inside(action.part)
     if scattered and action.part is None:
         atoms = [atom for atom in atoms if world.owner[atom] == rank.at.data]
     for atom in atoms:
@@ -116,13 +115,10 @@ def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> N
 # -- collectives -------------------------------------------------------------------------------------------
 
 
-def _sum(held: Iterable[Contributions]) -> Contributions:
-    return reduce(Contributions.plus, held, NOTHING)
-
-
 def _sums(members: Members, stage: int) -> list[Contributions]:
     """The sum of each atom over the members of a group."""
-    return list(map(_sum, zip(*(rank.gradients[stage] for rank, _ in members), strict=True)))
+    atoms = zip(*(rank.gradients[stage] for rank, _ in members), strict=True)
+    return [reduce(Contributions.plus, held) for held in atoms]
 
 
 def _reduce(world: Provenance, members: Members, action: Action) -> None:
@@ -179,10 +175,6 @@ def _average(world: Provenance, members: Members, action: Action) -> None:
         rank.averaged.add(action.stage)
 
 
-def _swap(world: Provenance, members: Members, action: Action) -> None:
-    world.swap(*members)
-
-
 def _on_edge(world: Provenance, members: Members, action: Action) -> None:
     buf, gathers = buffer(action, action.verb.writes[0]), action.kind.startswith("GATHER")
     for rank, index in members:
@@ -215,5 +207,5 @@ COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
 }  # fmt: skip
 GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
     "REDUCE_GRAD": _reduce_data, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard, "AVERAGE": _average,
-    "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": _swap, **dict.fromkeys(ON_EDGES, _on_edge),
+    "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": Provenance.swap, **dict.fromkeys(ON_EDGES, _on_edge),
 }  # fmt: skip

@@ -1,51 +1,14 @@
 """What each action of a row waits for, derived from the table of verbs."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from bpkit.plan.action import VERBS, Action, Touch
+from bpkit.plan.action import VERBS, Action
 from bpkit.plan.checker.atoms import Atoms
 
-_Key = tuple[str, int, int | None]  # of a buffer: letter, stage, microbatch
-_BY_MICROBATCH = "ADSK"
-_CHANGES = {kind: tuple({*verb.writes, *verb.frees}) for kind, verb in VERBS.items()}
-_READS = {kind: tuple({*verb.reads} - {*_CHANGES[kind]}) for kind, verb in VERBS.items()}
-
-
-class _Note:
-    """Which communication touched a buffer last: the whole of it, and since then atoms of it (-1: none).
-
-    Compute needs no note: it runs in the order of the row, and everything waits for the last one before it.
-    """
-
-    def __init__(self) -> None:
-        self.changed, self.readers = -1, list[int]()
-        self.atoms: dict[int, _Note] = {}
-
-    def _touched(self, where: Iterable[int] | None) -> "list[_Note]":
-        inner = self.atoms.values() if where is None else (self.atoms[i] for i in where if i in self.atoms)
-        return [self, *inner]
-
-    def before_reading(self, where: range | None) -> list[int]:
-        """What a read of some atoms (None: all) waits for."""
-        return [note.changed for note in self._touched(where)]
-
-    def before_changing(self, where: range | None) -> list[int]:
-        """What a change of some atoms waits for."""
-        return [i for note in self._touched(where) for i in (note.changed, *note.readers)]
-
-    def read(self, where: range | None, index: int) -> None:
-        """Note a read by communication."""
-        for note in [self] if where is None else [self.atoms.setdefault(i, _Note()) for i in where]:
-            note.readers.append(index)
-
-    def change(self, where: range | None, index: int) -> None:
-        """Note a change, which makes irrelevant what came before it; by compute, -1."""
-        if where is None:
-            self.changed, self.readers, self.atoms = index, [], {}
-        for i in where or ():
-            self.atoms[i] = _Note()
-            self.atoms[i].changed = index
+_CHANGES = {kind: {*verb.writes, *verb.frees} for kind, verb in VERBS.items()}
+_READS = {kind: {*verb.reads} - _CHANGES[kind] for kind, verb in VERBS.items()}
+_Key = tuple[str, int, int | None, int]  # of a buffer: letter, stage, microbatch, and an atom of it
 
 
 def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType({})) -> tuple[tuple[int, ...], ...]:
@@ -67,43 +30,36 @@ def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType(
         For each action, sorted indices; of earlier compute only the last.
     """
     result: list[tuple[int, ...]] = []
-    stages = {action.stage for action in row}
-    atoms = Atoms(action.part for action in row if action.part is not None)
+    stages, atoms = {action.stage for action in row}, Atoms(action.part for action in row if action.part)
     last: dict[str, int] = {}  # by stream
-    notes: dict[_Key, _Note] = {}
+    # Communication that touched a buffer; compute needs no note, since all later actions wait for the last of it.
+    changer: dict[_Key, int] = {}
+    readers: dict[_Key, list[int]] = {}
     for index, action in enumerate(row):
         stream = action.verb.stream
-        where = None if action.part is None else atoms.inside(action.part)
-        waits = {last.get("compute", -1), last.get(stream, -1)}
-        communicates = stream != "compute"
-        for key in _keys(action, _READS[action.kind], stages, shared):
-            if key in notes:
-                waits.update(notes[key].before_reading(where))
-            if communicates:
-                notes.setdefault(key, _Note()).read(where, index)
-        for key in _keys(action, _CHANGES[action.kind], stages, shared):
-            if key in notes:
-                waits.update(notes[key].before_changing(where))
-            if communicates or key in notes:
-                notes.setdefault(key, _Note()).change(where, index if communicates else -1)
-        waits.discard(-1)
-        result.append(tuple(sorted(waits)))
+        waits = {-1, last.get("compute", -1), last.get(stream, -1)}
+        for key in _keys(action, False, stages, atoms, shared):
+            waits.add(changer.get(key, -1))
+            if stream != "compute":
+                readers.setdefault(key, []).append(index)
+        for key in _keys(action, True, stages, atoms, shared):
+            waits.update(readers.pop(key, ()), (changer.pop(key, -1),))
+            if stream != "compute":
+                changer[key] = index
+        result.append(tuple(sorted(waits - {-1})))
         last[stream] = index
     return tuple(result)
 
 
-def _keys(action: Action, touches: Iterable[Touch], stages: set[int], shared: Mapping[str, int]) -> list[_Key]:
-    """The buffers that an action touches, each by what tells it from others of its rank."""
-    own, mb = action.stage, action.mb
-    if mb is not None and not shared:  # most actions by far
-        return [(letter, own + edge, mb if letter in _BY_MICROBATCH else None) for letter, edge in touches]
-    near = stages if action.kind in ("NORM", "SUM_TIED") else (own,)  # those touch every stage's gradient
-    keys: set[_Key] = set()
-    for letter, edge in touches:
-        count = shared.get(letter, 0)
-        if letter == "N":
-            keys.add((letter, -1, None))
+def _keys(action: Action, changes: bool, stages: set[int], atoms: Atoms, shared: Mapping[str, int]) -> list[_Key]:
+    """The buffers that an action changes, or only reads."""
+    keys: list[_Key] = []
+    for letter, edge in (_CHANGES if changes else _READS)[action.kind]:
+        stage, count = action.stage + edge, shared.get(letter, 0)
+        if letter in "ADSKN":
+            keys.append((letter, -1 if letter == "N" else stage, action.mb, 0))
         else:
-            keys.update((letter, (stage + edge) % count if count else stage + edge,
-                         mb if letter in _BY_MICROBATCH else None) for stage in near)  # fmt: skip
-    return list(keys)
+            near = stages if action.kind in ("NORM", "SUM_TIED") else (stage,)  # those touch every stage's gradient
+            places = {other % count if count else other for other in near}
+            keys += [(letter, place, None, atom) for place in places for atom in atoms.inside(action.part)]
+    return keys

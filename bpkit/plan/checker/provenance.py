@@ -8,6 +8,7 @@ update demands that its part holds every contribution exactly once.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple, NoReturn
 
 from bpkit.plan.action import Action, Part, buffer
@@ -44,11 +45,8 @@ class Facts:
         self.scattered = {a.stage for a in row if a.kind == "SCATTER_GRAD"}
         self.updated_whole = {a.stage for a in row if a.kind == "UPDATE" and a.part is None}
         self.clipped = any(a.kind == "NORM" for a in row)
-        first: dict[int, str] = {}
-        for a in row:
-            if a.kind in ("F", "UNSHARD"):
-                first.setdefault(a.stage, a.kind)
-        self.sharded = {stage for stage, kind in first.items() if kind == "UNSHARD"}
+        first = {a.stage: a.kind for a in reversed(row) if a.kind in ("F", "UNSHARD")}
+        self.sharded = {stage for stage, kind in first.items() if kind == "UNSHARD"}  # the step begins with parts only
 
 
 @dataclass
@@ -65,7 +63,6 @@ class Holdings:
     gradients: dict[int, list[Contributions]] = field(default_factory=dict)  # by stage, then atom
     reduced: dict[int, list[Contributions]] = field(default_factory=dict)  # what scatters gave this rank's own part
     versions: dict[int, list[int | None]] = field(default_factory=dict)  # parameters: updates seen, None: not held
-    sharded: dict[int, bool] = field(default_factory=dict)  # whether the step begins with this rank's part only
     seen: dict[tuple[int, int | None], int] = field(default_factory=dict)  # version that each forward read
     averaged: set[int] = field(default_factory=set)  # stages whose parameters are the mean over data ranks
     normed: bool = False  # whether the global norm of the gradient is known
@@ -80,31 +77,27 @@ class Provenance:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        data = plan.mesh.data
-        shards = [Part(d, d + 1, data) for d in range(data)]
+        shards = [Part(d, d + 1, plan.mesh.data) for d in range(plan.mesh.data)]
         self.atoms = Atoms([*shards, *(a.part for row in plan.rows for a in row if a.part is not None)])
-        self.owner = [d for d, part in enumerate(shards) for _ in self.inside(part)]  # of an atom: whose shard it is in
-        parts, ranks = range(plan.mesh.tensor if plan.own_tokens else 1), range(plan.mesh.tensor)
-        self.whole: Shares = frozenset((part, rank) for part in parts for rank in ranks)
+        self.owner = [d for d, part in enumerate(shards) for _ in self.atoms.inside(part)]  # of each atom
+        ranks = range(plan.mesh.tensor)
+        self.whole: Shares = frozenset(product(ranks if plan.own_tokens else [0], ranks))
         self.split = frozenset(plan.own_tokens)
-        self._widths = max(plan.microbatches, data), plan.mesh.tensor  # microbatch, or rank in an all-to-all
+        self._widths = max(plan.microbatches, plan.mesh.data), plan.mesh.tensor  # microbatch, or rank in an all-to-all
         self._complete = {by_tokens: self._sum_of_all(by_tokens) for by_tokens in (False, True)}
-        self._facts: dict[int, Facts] = {}  # by row
         self.reads: dict[tuple[int, int, int | None], int] = {}  # version that each shard's forward read
         self._used: set[tuple[int, int, int]] = set()
 
     def holdings(self, at: Coordinate) -> Holdings:
         """What the rank at a coordinate holds before the step."""
         index, row = self.plan.row_index(at), self.plan.row(at)
-        facts = self._facts[index] = self._facts.get(index) or Facts(row)
         tokens, share = (frozenset(s for s in self.whole if s[i] == at.tensor) for i in (0, 1))
-        rank = Holdings(at, index, row, facts, tokens, share)
+        rank = Holdings(at, index, row, Facts(row), tokens, share)
         for stage in self.plan.owned(at.pipeline):
             rank.gradients[stage] = [self._before(at.data, atom) for atom in range(len(self.atoms))]
             rank.reduced[stage] = [STALE] * len(self.atoms)
             rank.tied |= {stage: Counter()} if stage in self.plan.tied else {}
-            sharded = stage in facts.sharded and self.plan.mesh.data > 1
-            rank.sharded[stage] = sharded
+            sharded = stage in rank.facts.sharded and self.plan.mesh.data > 1
             rank.versions[stage] = [0 if not sharded or owner == at.data else None for owner in self.owner]
         return rank
 
@@ -122,17 +115,12 @@ class Provenance:
 
     def _sum_of_all(self, by_tokens: bool) -> Contributions:
         """What a complete gradient holds: every shard's every microbatch once, of all tensor ranks if split."""
-        tensors = range(self.plan.mesh.tensor if by_tokens else 1)
-        keys = [(d, m, t) for d in self.trained() for m in range(self.plan.microbatches) for t in tensors]
+        keys = product(self.trained(), range(self.plan.microbatches), range(self.plan.mesh.tensor if by_tokens else 1))
         return Contributions(sum(self.one(*key).there for key in keys))
 
     def fail(self, rank: Holdings, index: int, why: str) -> NoReturn:
         """Refuse the plan for what one action does."""
         raise PlanError(self.plan, rank.index, index, why)
-
-    def inside(self, part: Part | None) -> range:
-        """The atoms of a part."""
-        return self.atoms.inside(part)
 
     # -- messages ----------------------------------------------------------------------------------------
 
@@ -140,9 +128,9 @@ class Provenance:
         """What a send carries."""
         self.lives_here(rank, index, action.stage if action.verb.scope == "part" else None)
         if action.kind == "SEND_G":
-            return [rank.gradients[action.stage][i] for i in self.inside(action.part)]
+            return [rank.gradients[action.stage][i] for i in self.atoms.inside(action.part)]
         if action.kind == "SEND_P":
-            return [rank.versions[action.stage][i] for i in self.inside(action.part)]
+            return [rank.versions[action.stage][i] for i in self.atoms.inside(action.part)]
         buf = buffer(action, action.verb.reads[0])
         value = self.whole_edge(rank, index, buf)
         rank.edges.pop(buf)
@@ -156,7 +144,7 @@ class Provenance:
             return
         assert isinstance(message, list)
         self.lives_here(rank, index, action.stage)
-        for i, content in zip(self.inside(action.part), message, strict=True):
+        for i, content in zip(self.atoms.inside(action.part), message, strict=True):
             if action.kind == "RECV_P":
                 rank.versions[action.stage][i] = content
             elif action.kind == "ADD_G":
@@ -164,10 +152,10 @@ class Provenance:
             else:
                 rank.gradients[action.stage][i] = content
 
-    def swap(self, a: tuple[Holdings, int], b: tuple[Holdings, int]) -> None:
+    def swap(self, members: Members, action: Action) -> None:
         """Two ranks exchange parts of their buffers."""
-        (one, i), (two, j) = a, b
-        mine, theirs = self.inside(one.row[i].part), self.inside(two.row[j].part)
+        (one, i), (two, j) = members
+        mine, theirs = self.atoms.inside(one.row[i].part), self.atoms.inside(two.row[j].part)
         if len(mine) != len(theirs):
             self.fail(one, i, f"it exchanges {one.row[i].part} for {two.row[j].part}, which is not of the same size")
         left, right = one.gradients[one.row[i].stage], two.gradients[two.row[j].stage]
@@ -237,8 +225,7 @@ class Provenance:
         """Refuse a gradient that is read as complete and is not what the plan declares."""
         if self.plan.holds == "all" and held == self._complete[stage in self.split]:
             return
-        low, high = self.atoms.fractions(atom)
-        where = f"the gradient of stage {stage} from {low} to {high} is not"
+        where = "the gradient of stage {} from {} to {} is not".format(stage, *self.atoms.fractions(atom))
         if self.plan.holds != "all":
             whose = f"one microbatch of {'its own shard' if self.plan.holds == 'own' else 'one shard'}"
             named = self.named(held.there)
@@ -321,7 +308,7 @@ class Provenance:
             return
         for stage, versions in rank.versions.items():
             resharded = None in versions
-            if resharded and not rank.sharded[stage]:
+            if resharded and stage not in rank.facts.sharded:
                 self.fail(rank, end, f"stage {stage} ends sharded, and the next step begins with a read of the whole")
             for atom, version in enumerate(versions):
                 mine = not resharded or self.owner[atom] == rank.at.data
@@ -334,6 +321,5 @@ class Provenance:
         for atom, held in enumerate(rank.gradients[0]):
             wanted = self._after(rank.at.data, atom)
             if wanted is not None and held != wanted:
-                low, high = self.atoms.fractions(atom)
-                ends = f"{self.say(held.there)}, not as {self.say(wanted.there)}"
-                self.fail(rank, len(rank.row), f"elements {low} to {high} end as {ends}")
+                words = *self.atoms.fractions(atom), self.say(held.there), self.say(wanted.there)
+                self.fail(rank, len(rank.row), "elements {} to {} end as {}, not as {}".format(*words))
