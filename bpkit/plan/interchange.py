@@ -47,8 +47,11 @@ def from_csv(text: str, name: str = "from_csv", data: int = 1, merge: str = "mea
     Raises
     ------
     ValueError
-        If a cell holds anything but F, B, I and W, or the actions wait for each other in a circle.
+        If a cell holds anything but F, B, I and W, a line holds nothing, stages or microbatches have gaps, or the
+        actions wait for each other in a circle.
     """
+    if not text.strip():
+        raise ValueError("the CSV holds no actions")
     rows = []
     for number, line in enumerate(csv.reader(io.StringIO(text.strip())), 1):
         flat = [re.sub(r"^\((.*)\)OVERLAP_F_B$", r"\1", cell.strip()) for cell in line]
@@ -56,12 +59,15 @@ def from_csv(text: str, name: str = "from_csv", data: int = 1, merge: str = "mea
         wrong = [action for action in row if action.kind not in _COMPUTE]
         if wrong:
             raise ValueError(f"line {number} of the CSV: {wrong[0]}: the compute-only form holds {', '.join(_COMPUTE)}")
+        if not row:
+            raise ValueError(f"line {number} of the CSV holds no action: each line is a rank; leave out an idle one")
         rows.append(row)
     every = [action for row in rows for action in row]
-    if not every:
-        raise ValueError("the CSV holds no actions")
-    stages, microbatches = 1 + max(a.stage for a in every), 1 + max(a.mb or 0 for a in every)
-    return complete(Plan(name, tuple(rows), stages, Mesh(data, len(rows)), microbatches, merge))
+    stages, microbatches = {a.stage for a in every}, {a.mb or 0 for a in every}
+    for what, found in (("stage", stages), ("microbatch", microbatches)):
+        if gap := {*range(len(found))} - found:
+            raise ValueError(f"the CSV has {what} {max(found)}, but no {what} {min(gap)}: they are numbered from 0")
+    return complete(Plan(name, tuple(rows), len(stages), Mesh(data, len(rows)), len(microbatches), merge))
 
 
 def torch_schedule(plan: Plan, stages: Sequence[Any], loss: Callable[..., Any], batch: int) -> Any:

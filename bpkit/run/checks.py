@@ -133,6 +133,9 @@ def for_the_workers(plan: Plan, workers: int) -> None:
     if plan.workers != workers:
         raise ValueError(f"{plan.name} is a plan for {plan.workers} workers (mesh {plan.mesh}), but this "
                          f"cluster has {workers}")  # fmt: skip
+    idle = next((rank for rank in range(plan.mesh.pipeline) if not plan.owned(rank)), None)
+    if idle is not None:
+        raise ValueError(f"{plan.name}: pipeline rank {idle} holds no stage: a rank without work has no place here")
 
 
 def batch(job: Job) -> None:
@@ -299,10 +302,8 @@ def checked_collective(plan: Plan, tensors: Sequence[Tensor], workers: int) -> P
         if not isinstance(tensor, Tensor) or not tensor.is_cpu:
             raise TypeError(f"rank {rank} needs a tensor on the CPU, not {_named(tensor)}")
         if tensor.ndim != 1 or tensor.shape != tensors[0].shape or tensor.dtype != tensors[0].dtype:
-            raise ValueError(
-                f"rank {rank} has {tuple(tensor.shape)} of {tensor.dtype}, rank 0 has "
-                f"{tuple(tensors[0].shape)} of {tensors[0].dtype}: all must be 1-D and alike"
-            )
+            raise ValueError(f"rank {rank} has {tuple(tensor.shape)} of {tensor.dtype}, rank 0 has "
+                             f"{tuple(tensors[0].shape)} of {tensors[0].dtype}: all must be 1-D and alike")  # fmt: skip
     size = len(tensors[0])
     if plan.purpose == "all_to_all" and size % workers:
         raise ValueError(f"{plan.name} exchanges equal parts: {workers} ranks do not divide {size} elements")

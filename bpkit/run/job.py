@@ -1,7 +1,7 @@
 """What travels to a worker, and what comes back."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -106,22 +106,12 @@ class Job:
         return self.memory.kept(at, len(self.optimizer.state(torch.empty(1))), self.precision == "bf16")
 
     def __str__(self) -> str:
-        plan, lossy = self.plan, self.compress or self.precision * (self.precision != "full")
-        shards = "" if self.shards is None else f", shards {self.shards}"
-        lines = {
-            "plan": f"{plan.name} (digest {plan.digest}) for {plan.workers} workers: {plan.mesh}, {plan.stages} "
-                    f"stages, {plan.microbatches} microbatches, merge {plan.merge}",
-            "network": f"{self.network.describe()}, {self.network.dtype}",
-            "data": repr(self.data).strip("<>"),
-            "batch": f"{self.batch} samples a step, over all ranks{shards}; order by seed {self.seed}",
-            "steps": f"{self.steps}, the last {min(self.record, self.steps)} recorded",
-            "optimizer": str(self.optimizer),
-            "lossy": str(lossy) if lossy else "",
-            "batch norm": "statistics over all data ranks" if self.sync_batch_norm else "",
-            "evaluated": f"every {self.evaluate_every} steps" if self.evaluate_every else "",
-            "until": f"test accuracy {self.target}" if self.target is not None else "",
-        }  # fmt: skip
-        return "\n".join(f"{key:<11}{text}" for key, text in lines.items() if text)
+        plan, given = self.plan, {f.name: getattr(self, f.name) for f in fields(self) if f.name != "compiled"}
+        changed = {name: value for name, value in given.items() if value != getattr(Job, name, None)}
+        lines = {**changed, "network": f"{self.network.describe()}, {self.network.dtype}",
+                 "plan": f"{plan.name} (digest {plan.digest}) for {plan.workers} workers: {plan.mesh}, {plan.stages} "
+                         f"stages, {plan.microbatches} microbatches, merge {plan.merge}"}  # fmt: skip
+        return "\n".join(f"{name:<15} {lines[name]}" for name in given if name in lines)
 
 
 @dataclass(frozen=True)

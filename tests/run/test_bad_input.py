@@ -265,6 +265,12 @@ def test_a_large_finite_sum_is_no_fault(cluster):
     assert cluster.check(job).program.plan.workers == 2
 
 
+def test_a_plan_with_an_idle_rank(cluster):
+    plan = replace(bp.plan.serial(), mesh=bp.plan.Mesh(pipeline=2), rows=(*bp.plan.serial().rows, ()))
+    with pytest.raises(ValueError, match="pipeline rank 1 holds no stage"):
+        cluster.train(NET, DATA, plan, batch=32, steps=2, lr=0.1)
+
+
 def test_a_wrong_plan_never_starts(cluster):
     plan = bp.plan.data_parallel(2)
     wrong = plan.with_rows([[a for a in plan.rows[0] if a.kind != "REDUCE_GRAD"]])

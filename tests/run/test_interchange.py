@@ -141,5 +141,12 @@ def test_bad_text_is_named():
         from_csv("0F0,0B0\n1F0,1B0,1SEND_B0\n")
     with pytest.raises(ValueError, match="'x' is not an action"):
         from_csv("0F0,x\n")
+    for text, why in (("0F0,0B0\n\n1F0,1B0\n", "line 2 of the CSV holds no action: each line is a rank"),
+                      ("0F0,0B0\n,,\n1F0,1B0\n", "line 2 of the CSV holds no action"),
+                      ("0F0,0F99999999,0B0,0B99999999", "has microbatch 99999999, but no microbatch 1"),
+                      ("0F0,99999999F0,99999999B0,0B0", "has stage 99999999, but no stage 1"),
+                      ("1F0,1B0", "has stage 1, but no stage 0")):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            bp.plan.from_csv(text)
     with pytest.raises(ValueError, match="holds no actions"):
         from_csv("\n")
