@@ -176,8 +176,12 @@ class Log:
     @classmethod
     def empty(cls, steps: Sequence[int], width: int) -> Log:
         """Room for the given steps of a row of `width` actions."""
-        blank = [np.zeros((len(steps), width), dtype=np.int64) for _ in range(5)]
-        return cls(np.asarray(steps, dtype=np.int64), *blank)
+        return cls.of(steps, *([[0] * width] * len(steps) for _ in range(5)))
+
+    @classmethod
+    def of(cls, *columns: Sequence[Any]) -> Log:
+        """What was noted in plain lists, in the order of the columns."""
+        return cls(*(np.asarray(column, dtype=np.int64) for column in columns))
 
     def until(self, line: int) -> Log:
         """The lines up to and with `line`, when a run ended early."""

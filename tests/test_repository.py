@@ -258,7 +258,8 @@ def test_import_loads_torch_and_numpy_only() -> None:
 
 def test_plans_and_descriptions_import_the_standard_library_alone() -> None:
     """So the checker also runs where there is no torch: in a browser."""
-    files = tracked("bpkit/plan/*.py", "bpkit/description/*.py", "bpkit/lazy.py", "bpkit/given.py", "bpkit/__init__.py")
+    rooms = ("plan/*", "description/*", "simulate/*", "lazy", "given", "__init__")
+    files = tracked(*(f"bpkit/{room}.py" for room in rooms))
     allowed = {*sys.stdlib_module_names, "bpkit"}
     found = {(str(path.relative_to(ROOT)), top) for path in files for node in ast.walk(ast.parse(path.read_text()))
              for top in ([alias.name.split(".")[0] for alias in node.names] if isinstance(node, ast.Import)
@@ -275,11 +276,12 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 from bpkit.description import Description, layers
 from bpkit.plan import Plan, check, compile, one_f_one_b
+from bpkit.simulate.events import Times, run
 
 plan = one_f_one_b(8, 32)
 check(plan)
 described = Description((layers.Linear(64, 64), layers.ReLU()) * 8, (64,))
-print(compile(plan, described).sizes)
+print(compile(plan, described).sizes, max(map(max, run(plan, Times(), 1)[0].end)))
 row = list(plan.rows[3])
 row.remove(next(action for action in row if action.kind == "SEND_F"))
 try:
@@ -290,7 +292,8 @@ assert not {"torch", "numpy"} & set(sys.modules)
 """
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(f"{(64 * 64 + 64,) * 8}") and ">>" in run.stdout and "row 7" in run.stdout
+    assert run.stdout.startswith(f"{(64 * 64 + 64,) * 8} {3 * (32 + 7)}000000000\n")
+    assert ">>" in run.stdout and "row 7" in run.stdout
 
 
 # Chapters

@@ -176,25 +176,22 @@ class Description:
                 if isinstance(leaf, bare.Skip):
                     ends.setdefault(leaf.number, []).append((i, leaf, at))
         for number, found in ends.items():
-            if [isinstance(leaf, bare.StashSkip) for _, leaf, _ in found] != [True, False]:
-                there = ", ".join(f"{leaf!r} in layer {i}" for i, leaf, _ in found)
-                raise ValueError(f"a skip connection is one StashSkip and, behind it, one AddSkip of a number that no "
-                                 f"other has, and number {number} is {there}")  # fmt: skip
-            if found[0][2] != found[1][2]:
-                raise ValueError(f"the skip connection of number {number} takes samples of shape {found[0][2]} and "
-                                 f"adds them to samples of shape {found[1][2]}")  # fmt: skip
+            kinds, shapes = [isinstance(leaf, bare.StashSkip) for _, leaf, _ in found], {at for _, _, at in found}
+            if kinds != [True, False] or len(shapes) > 1:
+                there = ", ".join(f"{leaf!r} on samples of shape {at} in layer {i}" for i, leaf, at in found)
+                raise ValueError("a skip connection is one StashSkip and, behind it, one AddSkip of the same shape, of "
+                                 f"a number that no other has, and number {number} is {there}")  # fmt: skip
         return tuple((found[0][0], found[1][0]) for found in ends.values())
 
     # Cutting.
 
-    @property
-    def is_open(self) -> bool:
-        """Whether no layer is a container."""
-        return not any(isinstance(layer, bare.Sequential) for layer in self.layers)
-
     def opened(self) -> Description:
-        """Return the description with its containers written out as layers, skips as pairs of layers: cut anywhere."""
-        return self if self.is_open else replace(self, layers=tuple(bare.opened(self.layers)), given_shapes=())
+        """Return the description with its containers written out as layers, skips as pairs of layers: cut anywhere.
+
+        It is this one where no layer is a container.
+        """
+        contained = any(isinstance(layer, bare.Sequential) for layer in self.layers)
+        return replace(self, layers=tuple(bare.opened(self.layers)), given_shapes=()) if contained else self
 
     def checked(self, cuts: Sequence[int]) -> tuple[int, ...]:
         """Return layers at which stages 1, 2, ... start.

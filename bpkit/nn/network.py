@@ -350,9 +350,10 @@ class Network:
         It computes the same, dropout masks included, and its `parameters` are the same in the same order. Stages must
         run together in one process where a skip goes from one to another.
         """
-        if self.description.is_open:
+        opened = self.description.opened()
+        if opened is self.description:
             return self
-        other = self.like(self.description.opened(), self.loss)
+        other = self.like(opened, self.loss)
         other.load(self.parameters())
         other.flat_buffers.copy_(self.flat_buffers)
         return other

@@ -1,14 +1,18 @@
 """A run of a plan in an order that its waits allow, with given times instead of work."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from bpkit.plan import Plan, Program
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.check import order
 from bpkit.plan.liveness import waits
-from bpkit.trace import Log, Trace
+
+if TYPE_CHECKING:
+    from bpkit.trace import Trace
 
 Time = float | Sequence[float]
 
@@ -82,34 +86,48 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3) -
     for value in (times.forward, times.backward_input, times.backward_weight):
         if isinstance(value, Sequence) and len(value) != plan.stages:
             raise ValueError(f"{plan.name} has {plan.stages} stages, but there are times for {len(value)}")
+    from bpkit.trace import Log, Trace  # they need NumPy, which the simulation itself does not
+
+    ranks = run(plan, times, steps)
+    logs = [Log.of(range(steps), r.start, r.end, r.wait, r.cpu, [[0] * len(r.row)] * steps) for r in ranks]
+    return Trace.collect(logs, [list(map(str, r.row)) for r in ranks], simulated=True)
+
+
+def run(plan: Plan, times: Times, steps: int) -> list[Rank]:
+    """The simulation itself, of plain numbers: each rank with what it notes."""
     together = order(plan)
-    rows = [plan.row(at) for at in plan.mesh.coordinates()]
-    ranks = [_Rank(row, waits(row, plan.shared), Log.empty(range(steps), len(row))) for row in rows]
+    ranks = [Rank(plan.row(at), waits(plan.row(at), plan.shared), steps) for at in plan.mesh.coordinates()]
     for step in range(steps):
-        begun = [int(rank.log.end[step - 1].max(initial=0)) for rank in ranks]  # 0 for the first: nothing has ended
+        begun = [max(rank.end[step - 1], default=0) for rank in ranks]  # 0 for the first: nothing has ended
         for ends in together:
             free = [ranks[rank].reach(step, i, begun[rank]) for rank, i in ends]
             for (rank, i), own in zip(ends, free, strict=True):
                 sends = ranks[rank].row[i].kind in PARTNERS  # it waits for nobody
                 ranks[rank].run(step, i, own if sends else max(free), times)
-    return Trace.collect([rank.log for rank in ranks], [list(map(str, row)) for row in rows], simulated=True)
+    return ranks
 
 
-class _Rank(NamedTuple):
+@dataclass
+class Rank:
+    """The row of one rank, and what it notes by step and action, in nanoseconds (see `bpkit.trace.Trace`)."""
+
     row: tuple[Action, ...]
     waits: tuple[tuple[int, ...], ...]
-    log: Log
+    steps: int
+
+    def __post_init__(self) -> None:
+        blank = ([[0] * len(self.row) for _ in range(self.steps)] for _ in range(4))
+        self.start, self.end, self.wait, self.cpu = blank
 
     def reach(self, step: int, i: int, begun: int) -> int:
         """Note when the row comes to action i; when all that this waits for has ended."""
-        ends = {j: int(self.log.end[step, j]) for j in self.waits[i]}
+        ends = {j: self.end[step][j] for j in self.waits[i]}
         start = max((end for j, end in ends.items() if self.row[j].verb.stream == "compute"), default=begun)
-        self.log.start[step, i] = start
+        self.start[step][i] = start
         return max([start, *ends.values()])
 
     def run(self, step: int, i: int, ready: int, times: Times) -> None:
         """Note the wait and the end of an action that begins when it is ready."""
-        log, at = self.log, (step, i)
         if self.row[i].verb.stream == "compute":
-            log.wait[at], log.cpu[at] = ready - log.start[at], times.nanoseconds(self.row[i])
-        log.end[at] = ready + log.cpu[at]
+            self.wait[step][i], self.cpu[step][i] = ready - self.start[step][i], times.nanoseconds(self.row[i])
+        self.end[step][i] = ready + self.cpu[step][i]
