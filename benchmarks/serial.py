@@ -1,4 +1,5 @@
-"""A training step by hand against eager autograd: four linear layers, ReLU, cross-entropy, SGD with momentum.
+"""A training step by hand against eager autograd: linear layers with ReLU, or convolutions with batch norm, ReLU and
+max pooling; cross-entropy, SGD with momentum.
 
 One thread, denormals off for both, repetitions interleaved. The peer is ``torch.nn`` with
 ``torch.optim.SGD``, fused or foreach, whichever is faster at that size. The rows "ours again" compare the
@@ -8,10 +9,12 @@ hand-written step with a second copy of itself; their spread says what differenc
 
 from __future__ import annotations
 
+import copy
 import shutil
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from _harness import arguments, interleave, report, row
@@ -20,15 +23,34 @@ from torch import Tensor
 from bpkit import nn, optim
 
 SIZES = [(32, 64), (32, 128), (64, 256), (256, 512), (1024, 1024)]
+IMAGES = [(16, 8, (1, 16, 32)), (32, 8, (1, 16, 32)), (32, 16, (1, 16, 32)), (64, 8, (1, 8, 16, 32))]
 CLASSES = 10
 LR, MOMENTUM = 0.01, 0.9
 
 Step = Callable[[], object]
 
 
-def ours(x: Tensor, t: Tensor, width: int) -> Step:
+def mlp(width: int) -> tuple[nn.Network, torch.nn.Sequential]:
+    """Return the multilayer perceptron, ours and as a module."""
+    linear = [torch.nn.Linear(width, width) for _ in range(3)] + [torch.nn.Linear(width, CLASSES)]
+    relu = torch.nn.ReLU(inplace=True)
+    return nn.mlp([width] * 4 + [CLASSES]), torch.nn.Sequential(*(m for la in linear for m in (la, relu)))[:-1]
+
+
+def convnet(side: int, channels: tuple[int, ...]) -> tuple[nn.Network, torch.nn.Sequential]:
+    """Return the convolutional network with batch norm, ours and as a module."""
+    made: list[torch.nn.Module] = [torch.nn.Unflatten(1, (channels[0], side, side))]
+    for a, b in pairwise(channels):
+        made += [torch.nn.Conv2d(a, b, 3, padding=1, bias=False), torch.nn.BatchNorm2d(b), torch.nn.ReLU(inplace=True)]
+        made.append(torch.nn.MaxPool2d(2))
+    features = channels[-1] * (side >> (len(channels) - 1)) ** 2
+    made += [torch.nn.Flatten(), torch.nn.Linear(features, CLASSES)]
+    return nn.convnet(side, channels), torch.nn.Sequential(*made)
+
+
+def ours(x: Tensor, t: Tensor, net: nn.Network) -> Step:
     """Return the hand-written step: forward, loss, backward, one update of the flat buffer."""
-    net = nn.mlp([width] * 4 + [CLASSES])
+    net = net.copy()
     optimizer = optim.SGD(lr=LR, momentum=MOMENTUM)
     state = optimizer.state(net.flat_parameters)
 
@@ -41,12 +63,10 @@ def ours(x: Tensor, t: Tensor, width: int) -> Step:
     return step
 
 
-def eager(x: Tensor, t: Tensor, width: int, compiled: bool = False, **kind: bool) -> Step:
+def eager(x: Tensor, t: Tensor, net: nn.Network, model: torch.nn.Sequential, compiled: bool = False,
+          **kind: bool) -> Step:  # fmt: skip
     """Return the same step with autograd and ``torch.optim.SGD``."""
-    net = nn.mlp([width] * 4 + [CLASSES])
-    linear = [torch.nn.Linear(width, width) for _ in range(3)] + [torch.nn.Linear(width, CLASSES)]
-    relu = torch.nn.ReLU(inplace=True)
-    model = torch.nn.Sequential(*(m for la in linear for m in (la, relu)))[:-1]
+    model = copy.deepcopy(model)
     with torch.no_grad():
         for own, given in zip(model.parameters(), net.parameters(), strict=True):
             own.copy_(given)
@@ -90,24 +110,25 @@ def repeat_for(step: Callable[[], object], seconds: float) -> int:
     return max(1, 4 * count)
 
 
-def measure(batch: int, width: int, seconds: float, repetitions: int, compiler: bool) -> list[dict]:
-    """Return the rows of one size."""
+def measure(case: str, batch: int, both: tuple[nn.Network, torch.nn.Sequential], seconds: float, repetitions: int,
+            compiler: bool) -> list[dict]:  # fmt: skip
+    """Return the rows of one network and batch."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(batch, width, generator=generator)
+    net, model = both
+    x = torch.randn(batch, *net.input_shape, generator=generator)
     t = torch.randint(CLASSES, (batch,), generator=generator)
     fused, foreach = "eager autograd, fused SGD", "eager autograd, foreach SGD"
     steps = {
-        "ours": ours(x, t, width),
-        "ours again": ours(x, t, width),
-        fused: eager(x, t, width, fused=True),
-        foreach: eager(x, t, width, foreach=True),
+        "ours": ours(x, t, net),
+        "ours again": ours(x, t, net),
+        fused: eager(x, t, net, model, fused=True),
+        foreach: eager(x, t, net, model, foreach=True),
     }
     if compiler:
-        steps["torch.compile, fused SGD"] = eager(x, t, width, compiled=True, fused=True)
+        steps["torch.compile, fused SGD"] = eager(x, t, net, model, compiled=True, fused=True)
     runs = {name: timed(step, repeat_for(step, seconds)) for name, step in steps.items()}
     samples = interleave(runs, repetitions)
     best = min((fused, foreach), key=lambda name: statistics.median(samples[name]))
-    case = f"batch {batch}, width {width}"
     return [row(case, name, samples["ours"], samples[name], info=name != best) for name in steps if name != "ours"]
 
 
@@ -119,9 +140,12 @@ def main() -> None:
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     note = f"torch.compile with {compiler}" if compiler else "no C++ compiler found: torch.compile is left out"
     rows = []
+    amount = (0.02, 7) if options.quick else (0.1, 15)
     for batch, width in SIZES:
-        seconds, repetitions = (0.02, 7) if options.quick else (0.1, 15)
-        rows += measure(batch, width, seconds, repetitions, compiler is not None)
+        rows += measure(f"batch {batch}, width {width}", batch, mlp(width), *amount, compiler is not None)
+    for batch, side, channels in IMAGES:
+        case = f"batch {batch}, {side} x {side}, {'-'.join(map(str, channels))}"
+        rows += measure(case, batch, convnet(side, channels), *amount, False)
     print(note)
     report(rows, options.json, note=note)
 

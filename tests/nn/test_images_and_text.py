@@ -159,6 +159,18 @@ def test_plain_and_fused_attention_are_equal() -> None:
         nn.Attention(6, 4)
 
 
+@pytest.mark.parametrize(("channels", "size"), [(1, 2), (2, 3), (16, 2)])
+def test_max_pool_gives_ties_to_the_first_place(channels: int, size: int) -> None:
+    net = nn.Network([nn.ReLU(), nn.MaxPool2d(size)], (channels, 6, 12), dtype=D)
+    x = torch.randint(-3, 3, (5, channels, 6, 12), dtype=D)
+    leaf = x.clone().requires_grad_()
+    expected = torch.nn.functional.max_pool2d(leaf.relu(), size)
+    y = net.forward(x)
+    dy = torch.randn(y.shape, dtype=D)
+    expected.backward(dy)
+    assert torch.equal(y, expected) and torch.equal(net.backward(dy, need_input=True), leaf.grad)  # type: ignore[arg-type]
+
+
 def test_key_bias_vanishes_in_theory() -> None:
     net = network("attention")
     bias = by_hand(net, *batch(net))[1]

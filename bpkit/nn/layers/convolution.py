@@ -145,17 +145,16 @@ class _AveragePass(Pass):
 
 class _MaxPass(_AveragePass):
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if not len(x):
-            return x.reshape(self._squares).sum((3, 5))
-        self._x, square = x, [self._size] * 2
-        y, self._where = torch.ops.aten.max_pool2d_with_indices(x, square, square)
-        return y
+        # On the CPU PyTorch's kernel is up to three times as fast, copies included, where channels lie side by side.
+        laid = x.contiguous(memory_format=torch.channels_last) if x.is_cpu else x
+        y, where = torch.ops.aten.max_pool2d_with_indices(laid, [self._size] * 2)
+        self._x, self._where = x, where.contiguous()
+        return y.contiguous()
 
     def backward_input(self, dy: Tensor, need: bool = True) -> Tensor | None:
         square = [self._size] * 2
         put = torch.ops.aten.max_pool2d_with_indices_backward.grad_input
-        if len(dy):
-            put(dy, self._x, square, square, [0, 0], [1, 1], False, self._where, grad_input=self._dx)
+        put(dy, self._x, square, square, [0, 0], [1, 1], False, self._where, grad_input=self._dx)
         return self._dx
 
 
