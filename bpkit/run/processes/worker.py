@@ -18,7 +18,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
+import numpy.random  # here, so that the fork server has it: it takes longer than all else of a start
 import torch
 
 from bpkit.run.errors import CommunicationError, PeerTimeout
@@ -82,7 +82,7 @@ def _join(rank: int, setup: dict[str, Any]) -> Comm:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a killed worker's lines are kept
     torch.set_num_threads(setup["threads"])
-    for seed in (torch.seed, np.random.seed, random.seed):
+    for seed in (torch.seed, numpy.random.seed, random.seed):
         seed()  # forked from one server, all ranks and launches would draw the same numbers
     there = torch.device(setup["device"])
     if there.type == "cuda":  # which nothing has touched before

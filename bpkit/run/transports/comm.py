@@ -242,7 +242,7 @@ class Comm(abc.ABC):
         return tensor
 
     def alone(self, root: int, pieces: Iterable[object]) -> None:
-        """Let rank `root` do work of its own, piece by piece, while the others wait for it; on all ranks.
+        """Let rank `root` do work of its own, piece by piece, while the others wait for it; on all ranks of a cluster.
 
         However long the work takes, the time-out is for one piece.  Only the wait is common: what comes of the work
         travels by an operation afterwards.
