@@ -148,7 +148,7 @@ class VocabularyCrossEntropy(CrossEntropy):
         if self.reduce is None:
             raise RuntimeError("VocabularyCrossEntropy needs `reduce`, which sums over the tensor ranks")
         self._fit(y, targets)
-        flat, rows = y.reshape(targets.numel(), -1), targets.reshape(-1, 1)
+        flat, rows = y.reshape(targets.numel(), y.shape[-1]), targets.reshape(-1, 1)
         valid, own = rows != self.ignore_index, (rows >= self.low) & (rows < self.high)
         top = self.reduce(flat.amax(1, keepdim=True), "max")
         gradient = (flat - top).exp_()

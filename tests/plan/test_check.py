@@ -1,9 +1,12 @@
 """The checker: correct plans are accepted, and each kind of mistake is refused, at its cell."""
 
+import sys
+
 import pytest
 
 import bpkit as bp
 from bpkit.plan import Action, Plan, PlanError, check
+from bpkit.plan.checker.check import order
 
 from .hand_written import PIPELINE_1F1B, SHARDED, TENSOR, TOKENS, plans, ring
 
@@ -186,3 +189,38 @@ def test_skips_may_be_nested_and_computed_again():
     """What goes past a stage is there whenever the stage runs: its data came the same way (tests/run/test_skips.py)."""
     check(Plan.parse(TOKENS.replace("skips 1-3", "skips 1-2 1-3 2-4")))
     check(Plan.parse(TOKENS.replace("4LOSS0 ", "4LOSS0 3RECOMPUTE0 ")))
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: bp.plan.data_parallel(8, n),
+    lambda n: bp.plan.one_f_one_b(4, 4 * n),
+    lambda n: bp.plan.one_f_one_b(n, 16),
+    lambda n: bp.plan.zero(4, 3, units=n),
+    lambda n: bp.plan.expand(bp.plan.data_parallel(8, n), "ring"),
+], ids=["buckets", "microbatches", "stages", "units", "parts"])  # fmt: skip
+def test_the_work_of_the_checker_grows_with_the_actions(make):
+    """Calls of functions, not seconds: four times the plan takes about four times the work."""
+
+    def work(plan: Plan) -> float:
+        calls = 0
+
+        def count(frame, event, argument):
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        sys.setprofile(count)
+        try:
+            order.__wrapped__(plan)
+        finally:
+            sys.setprofile(None)
+        return calls / sum(len(plan.row(at)) for at in plan.mesh.coordinates())
+
+    assert work(make(16)) < 1.5 * work(make(4))
+    assert work(make(16)) < 300
+
+
+def test_an_action_on_the_stage_of_another_rank_is_refused():
+    plan = bp.plan.one_f_one_b(2, 1)
+    for kind in ("ZERO", "UPDATE", "RESHARD"):
+        with pytest.raises(PlanError, match="stage 1 does not live on this rank"):
+            check(plan.with_rows([[*plan.rows[0], Action(1, kind)], list(plan.rows[1])]))

@@ -118,6 +118,7 @@ class _Walk:
     def _start(self, rank: _Rank, index: int) -> None:
         action = rank.holds.row[index]
         if action.kind in COMPUTE:
+            self.world.lives_here(rank.holds, index, action.stage)
             COMPUTE[action.kind](self.world, rank.holds, index, action)
             self._done((rank, index))
         elif action.kind in GROUP:

@@ -11,7 +11,6 @@ from bpkit.plan.checker.provenance import NOTHING, STALE, Contributions, Holding
 
 
 def _zero(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.lives_here(rank, index, action.stage)
     rank.tied |= {action.stage: Counter()} if action.stage in rank.tied else {}
     rank.gradients[action.stage] = [NOTHING] * len(world.atoms)
     rank.reduced[action.stage] = [NOTHING] * len(world.atoms)
@@ -76,7 +75,6 @@ def _recompute(world: Provenance, rank: Holdings, index: int, action: Action) ->
 
 
 def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    world.lives_here(rank, index, action.stage)
     if rank.facts.clipped and not rank.normed:
         world.fail(rank, index, "it is clipped by the norm of the whole gradient, and NORM comes later")
     versions = rank.versions[action.stage]

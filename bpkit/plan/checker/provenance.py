@@ -196,7 +196,6 @@ class Provenance:
 
     def weights(self, rank: Holdings, index: int, stage: int) -> int:
         """The version of a stage's parameters, which must be whole, of one version and (exact) of before the update."""
-        self.lives_here(rank, index, stage)
         versions = rank.versions[stage]
         if None in versions:
             self.fail(rank, index, f"it reads parameters of stage {stage} that are sharded: UNSHARD comes first")

@@ -251,7 +251,7 @@ def scatter_edge(rank: Rank, action: Action, index: int) -> Call:
         flat, own = memory[: share.numel()], out[: share.numel() // comm.size]
         rows, tokens, width = share.shape
         parts = flat.view(comm.size, rows, tokens // comm.size, width)
-        parts.copy_(share.view(rows, comm.size, -1, width).transpose(0, 1))
+        parts.copy_(share.view(rows, *parts.shape[:1], *parts.shape[2:]).transpose(0, 1))
         edges[key] = own.view(parts.shape[1:])
         return comm.post_reduce_scatter(flat, own, False)
 
