@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import struct
-import urllib.error
 from pathlib import Path
 
 import pytest
@@ -127,49 +125,48 @@ def files(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     return made
 
 
-def offline(url: str) -> io.BytesIO:
-    raise urllib.error.URLError("no network")
+@pytest.fixture
+def mirrors(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], tmp_path: Path) -> tuple[Path, Path]:
+    """Two mirrors on this disk, of which the second has the files; the first has none."""
+    found = tmp_path / "one", tmp_path / "two"
+    for folder in found:
+        folder.mkdir()
+    for name, content in files.items():
+        (found[1] / name).write_bytes(content)
+    monkeypatch.setattr(sets, "_MNIST_MIRRORS", tuple(f"{folder.as_uri()}/" for folder in found))
+    return found
 
 
-def test_mnist_downloads_once(files: dict[str, bytes], tmp_path: Path) -> None:
-    asked = []
-
-    def opener(url: str) -> io.BytesIO:
-        asked.append(url)
-        return io.BytesIO(files[url.rsplit("/", 1)[1]])
-
-    data = mnist(tmp_path, opener=opener)
-    assert len(asked) == 4 and data.inputs.shape == (3, 4) and data.targets.tolist() == [1, 2, 3]
+def test_mnist_downloads_once_from_the_first_mirror_that_has_it(mirrors: tuple[Path, Path], tmp_path: Path) -> None:
+    data = mnist(tmp_path)
+    assert data.inputs.shape == (3, 4) and data.targets.tolist() == [1, 2, 3]
     assert float(data.test_inputs.min()) == 1.0 and data.test_targets.tolist() == [4, 5]
-    again = mnist(tmp_path, opener=offline)
-    assert torch.equal(again.inputs, data.inputs)
-    assert sorted(p.name for p in (tmp_path / "mnist").iterdir()) == sorted(files)
+    names = sorted(path.name for path in mirrors[1].iterdir())
+    assert sorted(path.name for path in (tmp_path / "mnist").iterdir()) == names
+    for path in mirrors[1].iterdir():
+        path.unlink()
+    assert torch.equal(mnist(tmp_path).inputs, data.inputs)
 
 
-def test_mnist_tries_the_next_mirror(files: dict[str, bytes], tmp_path: Path) -> None:
-    def opener(url: str) -> io.BytesIO:
-        return offline(url) if url.startswith(sets._MNIST_MIRRORS[0]) else io.BytesIO(files[url.rsplit("/", 1)[1]])
-
-    assert len(mnist(tmp_path, opener=opener)) == 3
-
-
-def test_mnist_offline_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConnectionError, match=r"could not be downloaded.*no network.*digits\(\) needs no network"):
-        mnist(tmp_path, opener=offline)
+def test_mnist_offline_says_what_to_do(mirrors: tuple[Path, Path], tmp_path: Path) -> None:
+    for path in mirrors[1].iterdir():
+        path.unlink()
+    with pytest.raises(ConnectionError, match=r"could not be downloaded.*digits\(\) needs no network"):
+        mnist(tmp_path)
 
 
-def test_mnist_refuses_another_checksum(files: dict[str, bytes], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"train-images.*SHA-256"):
-        mnist(tmp_path, opener=lambda url: io.BytesIO(b"other"))
-    assert not (tmp_path / "mnist").exists()
+def test_mnist_refuses_another_checksum(mirrors: tuple[Path, Path], tmp_path: Path) -> None:
+    (mirrors[1] / "train-images-idx3-ubyte.gz").write_bytes(b"other")
+    with pytest.raises(ConnectionError, match=r"train-images.*invalid hash value"):
+        mnist(tmp_path)
+    assert list((tmp_path / "mnist").iterdir()) == []
 
 
-def test_a_damaged_cache_is_downloaded_again(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_damaged_cache_is_downloaded_again(mirrors: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "mnist"
     folder.mkdir()
     (folder / "train-labels-idx1-ubyte.gz").write_bytes(b"damaged")
-    data = mnist(tmp_path, opener=lambda url: io.BytesIO(files[url.rsplit("/", 1)[1]]))
-    assert data.targets.tolist() == [1, 2, 3]
+    assert mnist(tmp_path).targets.tolist() == [1, 2, 3]
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,18 +3,13 @@
 import gzip
 import hashlib
 import os
-import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bpkit.data.dataset import Dataset
-
-Opener = Callable[[str], BinaryIO]
 
 # The files of LeCun, Cortes and Burges, as mirrored for PyTorch and by Google; SHA-256 as compressed.
 _MNIST_MIRRORS = ("https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -54,8 +49,7 @@ def digits(dtype: torch.dtype = torch.float32, test: int = 360, seed: int = 0) -
     return Dataset("digits", inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
 
 
-def mnist(cache: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32, *,
-          opener: Opener | None = None) -> Dataset:  # fmt: skip
+def mnist(cache: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32) -> Dataset:
     """Return MNIST: 60,000 training and 10,000 test digits of 28 x 28 pixels, from 0 to 1, as vectors of 784.
 
     The four files (11 MB) are downloaded once, checked by SHA-256, and kept in the cache.
@@ -66,23 +60,18 @@ def mnist(cache: str | os.PathLike[str] | None = None, dtype: torch.dtype = torc
         Default: ``$BPKIT_CACHE``, else ``$XDG_CACHE_HOME/bpkit``, else ``~/.cache/bpkit``.
     dtype : torch.dtype
         Of the inputs.
-    opener : callable, optional
-        Opens an address for reading; ``urllib.request.urlopen`` by default.
 
     Raises
     ------
     ConnectionError
-        If a file is neither in the cache nor to be had from a mirror.
-    ValueError
-        If a downloaded file has another checksum.
+        If a file is neither in the cache nor to be had, with its checksum, from a mirror.
 
     Notes
     -----
     Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits" (1998), CC BY-SA 3.0.
     """
     folder = Path(cache) if cache is not None else _cache_folder()
-    opener = opener or (lambda url: urllib.request.urlopen(url, timeout=30))
-    files = (_fetch(name, digest, folder / "mnist", opener) for name, digest in _MNIST_FILES.items())
+    files = (_fetch(name, digest, folder / "mnist") for name, digest in _MNIST_FILES.items())
     x, t, test_x, test_t = map(_read_idx, files)
     return Dataset("mnist", _pixels(x, dtype), t.long(), _pixels(test_x, dtype), test_t.long())
 
@@ -98,30 +87,17 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bpkit"
 
 
-def _fetch(name: str, digest: str, folder: Path, opener: Opener) -> bytes:
-    """Return a file's bytes from the cache or a mirror, checked in either case."""
-    path = folder / name
+def _fetch(name: str, digest: str, folder: Path) -> bytes:
+    """Return a file's bytes from the cache, or from the first mirror that has it, checked in either case."""
+    path, errors = folder / name, []
     if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == digest:
         return data
-    data = _download(name, folder, opener)
-    found = hashlib.sha256(data).hexdigest()
-    if found != digest:
-        raise ValueError(f"{name} has SHA-256 {found}, and {digest} was expected: the download is damaged or changed")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)  # in one step: another process sees the whole file or none
-    return data
-
-
-def _download(name: str, folder: Path, opener: Opener) -> bytes:
-    """Return a file's bytes from the first mirror that answers."""
-    errors = []
     for mirror in _MNIST_MIRRORS:
         try:
-            with opener(mirror + name) as response:
-                return response.read()
-        except OSError as error:  # URLError is one
+            torch.hub.download_url_to_file(mirror + name, str(path), hash_prefix=digest, progress=False)
+            return path.read_bytes()
+        except (OSError, RuntimeError) as error:  # not there, or another checksum
             errors.append(f"{mirror}: {error}")
     raise ConnectionError(f"{name} is not in {folder} and could not be downloaded ({'; '.join(errors)}). Connect to "
                           "the network once, or put the file there; bp.data.digits() needs no network.")  # fmt: skip
