@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 MAX_DIMS = 8
 _NAP = 1e-3  # seconds between two looks at what a rank does by itself
+HEADER = struct.Struct(f"<{2 + MAX_DIMS}q")  # of a message: type, number of dimensions, shape
 
 Channel = tuple[str, int]  # kind of the send, and stage
 Slots = Mapping[Channel, tuple[int, int]]  # slots of a channel, and elements of one
@@ -143,13 +145,32 @@ class Comm(abc.ABC):
     def waited(self) -> int:
         """Nanoseconds this rank has spent waiting for peers so far."""
 
-    @abc.abstractmethod
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Send to rank `to`; buffered: returns without waiting for the receiver, whatever the size."""
+        self.check_peer(to, "send")
+        self.check_tensor(tensor, "send")
+        if tensor.dim() > MAX_DIMS:
+            raise ValueError(f"send: a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} travel")
+        self._send(tensor, to)
+        self.sent += tensor.numel() * tensor.element_size()
+        self.sent_to[to] += 1
 
-    @abc.abstractmethod
     def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
         """Receive the next message of rank `source` into `tensor`, or into a new tensor when None."""
+        self.check_peer(source, "recv")
+        if tensor is not None:
+            self.check_tensor(tensor, "recv")
+        tensor = self._receive(tensor, source)
+        self.received_from[source] += 1
+        return tensor
+
+    @abc.abstractmethod
+    def _send(self, tensor: torch.Tensor, to: int) -> None:
+        """`send`, of what can be sent."""
+
+    @abc.abstractmethod
+    def _receive(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
+        """`recv`."""
 
     @abc.abstractmethod
     def barrier(self) -> None:
@@ -297,8 +318,18 @@ class Comm(abc.ABC):
             raise TypeError(f"{what}: dtype {tensor.dtype} is not supported")
 
 
-def check_message(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> None:
-    """Refuse a receive buffer that does not fit the message."""
+def header(tensor: torch.Tensor) -> bytes:
+    """What travels before the elements of a message."""
+    return HEADER.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
+
+
+def receiver(head: bytes | memoryview, tensor: torch.Tensor | None, source: int, device: torch.device) -> torch.Tensor:
+    """`tensor`, or a new one where None, for the message with this header; refused where it does not fit."""
+    code, dims, *sizes = HEADER.unpack_from(head)
+    shape, dtype = tuple(sizes[:dims]), DTYPES[code]
+    if tensor is None:
+        return torch.empty(shape, dtype=dtype, device=device)
     if tensor.dtype != dtype or tuple(tensor.shape) != shape:
         raise ValueError(f"recv from rank {source}: the message is {dtype} {shape}, "
                          f"the buffer is {tensor.dtype} {tuple(tensor.shape)}")
+    return tensor

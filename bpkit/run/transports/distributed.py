@@ -8,7 +8,6 @@ small message costs one packet.
 from __future__ import annotations
 
 import os
-import struct
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,23 +23,10 @@ import torch.distributed as dist
 
 from bpkit.run.errors import CommunicationError, PeerTimeout
 from bpkit.run.transports.board import OPERATIONS, Board
-from bpkit.run.transports.comm import (
-    DTYPE_CODES,
-    DTYPES,
-    MAX_DIMS,
-    Channel,
-    Comm,
-    Edges,
-    Handle,
-    Slots,
-    Taker,
-    Then,
-    check_message,
-)
+from bpkit.run.transports.comm import HEADER, Channel, Comm, Edges, Handle, Slots, Taker, Then, header, receiver
 
 PACKET = 4096
 _HELD = 4096  # packets to one rank that may be under way where nobody tells us what it has received
-_HEAD = struct.Struct(f"<{2 + MAX_DIMS}q")
 # PyTorch 2.13 renamed them, and warns of the old names in the middle of a reader's output.
 _gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _scatter_into: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -173,45 +159,29 @@ class DistributedComm(Comm):
             self.run("send", to, held.popleft()[1].wait)
         held.append((self.sent_to[to], dist.isend(packet, to, self._way(self.rank, to)), packet))
 
-    def send(self, tensor: torch.Tensor, to: int) -> None:
-        self.check_peer(to, "send")
-        self.check_tensor(tensor, "send")
-        if tensor.dim() > MAX_DIMS:
-            raise ValueError(f"send: a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} travel")
-        data, shape = _bytes(tensor).to(self.device), (*tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
-        packet = torch.empty(max(PACKET, _HEAD.size + len(data)), dtype=torch.uint8, device=self.device)
-        packet[: _HEAD.size] = torch.frombuffer(
-            bytearray(_HEAD.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *shape)), dtype=torch.uint8)
-        packet[_HEAD.size : _HEAD.size + len(data)] = data
+    def _send(self, tensor: torch.Tensor, to: int) -> None:
+        data = _bytes(tensor).to(self.device)
+        packet = torch.empty(max(PACKET, HEADER.size + len(data)), dtype=torch.uint8, device=self.device)
+        packet[: HEADER.size] = torch.frombuffer(bytearray(header(tensor)), dtype=torch.uint8)
+        packet[HEADER.size : HEADER.size + len(data)] = data
         for part in (packet[:PACKET], packet[PACKET:]):
             if len(part):
                 self._post(part, to)
-        self.sent += len(data)
-        self.sent_to[to] += 1
 
-    def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
-        self.check_peer(source, "recv")
+    def _receive(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
         packet = torch.empty(PACKET, dtype=torch.uint8, device=self.device)
         way = self._way(source, self.rank)
         self.run("recv", source, dist.recv, packet, source, way)
-        code, dims, *sizes = _HEAD.unpack(packet[: _HEAD.size].cpu().numpy().tobytes())
-        shape, dtype = tuple(sizes[:dims]), DTYPES[code]
-        if tensor is None:
-            tensor = torch.empty(shape, dtype=dtype, device=self.device)
-        else:
-            self.check_tensor(tensor, "recv")
-            check_message(tensor, shape, dtype, source)
+        tensor = receiver(packet[: HEADER.size].cpu().numpy().tobytes(), tensor, source, self.device)
         there = tensor.device.type == self.device.type and tensor.is_contiguous()
-        target = tensor if there else torch.empty(shape, dtype=dtype, device=self.device)
+        target = tensor if there else torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
         data = _bytes(target)
-        first = min(data.numel(), PACKET - _HEAD.size)
-        data[:first] = packet[_HEAD.size : _HEAD.size + first]
+        first = min(data.numel(), PACKET - HEADER.size)
+        data[:first] = packet[HEADER.size : HEADER.size + first]
         if first < data.numel():
             self.run("recv", source, dist.recv, data[first:], source, way)
-        if target is not tensor:
-            tensor.copy_(target)
-        self.count_received(source)
-        return tensor
+        self.board.received[self.rank, source] += 1
+        return tensor if target is tensor else tensor.copy_(target)
 
     def count_received(self, source: int) -> None:
         """Tell the sender, and the check after the call, that one more message has arrived."""

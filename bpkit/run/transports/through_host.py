@@ -36,6 +36,10 @@ class Staged(Comm):
         """Payload bytes given to `send` so far."""
         return self._host.sent
 
+    @sent.setter
+    def sent(self, count: int) -> None:
+        self._host.sent = count
+
     @property
     def waited(self) -> int:
         return self._host.waited
@@ -79,11 +83,11 @@ class Staged(Comm):
 
     # -- messages ----------------------------------------------------------------------------------------
 
-    def send(self, tensor: Tensor, to: int) -> None:
-        self._host.send(self._out(tensor), to)
+    def _send(self, tensor: Tensor, to: int) -> None:
+        self._host._send(self._out(tensor), to)
 
-    def recv(self, tensor: Tensor | None, source: int) -> Tensor:
-        came = self._host.recv(None if tensor is None else self._out(tensor), source)
+    def _receive(self, tensor: Tensor | None, source: int) -> Tensor:
+        came = self._host._receive(None if tensor is None else self._out(tensor), source)
         return came.to(self.device) if tensor is None else tensor.detach().copy_(came)
 
     def post_send(self, tensor: Tensor, to: int) -> Handle:

@@ -1,7 +1,6 @@
 """Messages of any shape and type between processes of one host: a ring of frames in shared memory for each pair."""
 
 import mmap
-import struct
 from collections.abc import Iterator
 from itertools import cycle
 from time import perf_counter_ns
@@ -9,14 +8,12 @@ from time import perf_counter_ns
 import numpy as np
 import torch
 
-from bpkit.run.transports.comm import DTYPE_CODES, DTYPES, MAX_DIMS, check_message
+from bpkit.run.transports.comm import header, receiver
 from bpkit.run.transports.shared.names import FRAMES, Layout
 from bpkit.run.transports.shared.protocols import Exchange, Posted, Protocols
 from bpkit.run.transports.shared.semaphores import yield_core
 
-HEADER = 128
-_HEAD = struct.Struct("<3q")  # dtype, dimensions, (reserved); the shape follows
-_SHAPES = [struct.Struct(f"<{dims}q") for dims in range(MAX_DIMS + 1)]
+_HEADER = 128  # bytes of a frame before the payload
 _FULL_TRIES = 100  # a full ring is waited for this many yields, then the rest is kept back
 
 
@@ -44,12 +41,8 @@ class Mail:
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Write a message; what does not fit is copied."""
-        shape = tuple(tensor.shape)
-        if len(shape) > MAX_DIMS:
-            raise ValueError(f"send: a tensor of {len(shape)} dimensions; at most {MAX_DIMS} travel")
-        header = _HEAD.pack(DTYPE_CODES[tensor.dtype], len(shape), 0) + _SHAPES[len(shape)].pack(*shape)
         rest = [raw_bytes(tensor.contiguous())]
-        posted, lane = Posted(self._put(rest, header, to)), self._free[to]
+        posted, lane = Posted(self._put(rest, header(tensor), to), "send"), self._free[to]
         if posted.lane is None:
             return
         start, left, tries = perf_counter_ns(), 0, 0
@@ -60,12 +53,12 @@ class Mail:
         lane.waiter.waited += perf_counter_ns() - start
         rest[0] = rest[0].copy()
 
-    def _put(self, rest: list[np.ndarray], header: bytes, to: int) -> Exchange:
+    def _put(self, rest: list[np.ndarray], start: bytes, to: int) -> Exchange:
         """Fill frames as they become free, with what is in `rest` then."""
         while True:
             yield self._free[to]
             head, payload = next(self._out[to])
-            head[: len(header)] = header
+            head[: len(start)] = start
             size = min(len(payload), len(rest[0]))
             payload[:size] = rest[0][:size]
             self._filled[to].give()
@@ -76,15 +69,10 @@ class Mail:
     def receive(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
         """Read the next message into `tensor`, or into a new tensor when None."""
         filled, free, frames = self._filled[source], self._free[source], self._in[source]
-        filled.take()
+        filled.take("recv")
         head, payload = next(frames)
-        code, dims, _ = _HEAD.unpack_from(head)
-        shape, dtype = _SHAPES[dims].unpack_from(head, _HEAD.size), DTYPES[code]
-        if tensor is None:
-            tensor = torch.empty(shape, dtype=dtype)
-        else:
-            check_message(tensor, shape, dtype, source)
-        target = tensor if tensor.is_contiguous() else torch.empty(shape, dtype=dtype)
+        tensor = receiver(head, tensor, source, torch.device("cpu"))
+        target = tensor if tensor.is_contiguous() else torch.empty(tensor.shape, dtype=tensor.dtype)
         data = raw_bytes(target)
         while True:
             size = min(len(payload), len(data))
@@ -93,11 +81,11 @@ class Mail:
             data = data[size:]
             if not len(data):
                 break
-            filled.take()
+            filled.take("recv")
             _, payload = next(frames)
         return tensor if target is tensor else tensor.copy_(target)
 
 
 def _frames(ring: np.ndarray) -> Iterator[tuple[memoryview, np.ndarray]]:
     """The frames of a ring in turn: header and payload."""
-    return cycle([(frame[:HEADER].data, frame[HEADER:]) for frame in ring])
+    return cycle([(frame[:_HEADER].data, frame[_HEADER:]) for frame in ring])

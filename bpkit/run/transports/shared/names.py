@@ -41,11 +41,15 @@ class Layout:
         f(i)lled, or free again (o)."""
         return f"{self.name}-{kind}{giver}.{taker}"
 
+    @property
+    def kinds(self) -> dict[str, int]:
+        """The kinds of tokens, and how many there are at first."""
+        return dict.fromkeys("rdmtlu", 0) | ({"i": 0, "o": FRAMES} if self.frame_bytes else {})
+
     def semaphores(self) -> dict[str, int]:
         """Names of all semaphores and their first values."""
-        values = dict.fromkeys("rdmtlu", 0) | ({"i": 0, "o": FRAMES} if self.frame_bytes else {})
-        pairs = [(a, b) for a in range(self.ranks) for b in range(self.ranks) if a != b]
-        return {self.semaphore(kind, *pair): value for kind, value in values.items() for pair in pairs}
+        return {self.semaphore(kind, a, b): value for kind, value in self.kinds.items()
+                for a in range(self.ranks) for b in range(self.ranks) if a != b}  # fmt: skip
 
 
 def needed(ranks: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from bpkit.run.transports.comm import Channel, Comm, Edges, Handle, Slots, Taker, Then
 from bpkit.run.transports.shared.names import Layout
 from bpkit.run.transports.shared.semaphores import Waiter, open_semaphore
-from bpkit.run.transports.shared.symmetric import Steps
+from bpkit.run.transports.shared.symmetric import Steps, run
 
 Exchange = Iterator["Lane"]  # an exchange under way, by the tokens that it waits for
 
@@ -36,18 +36,18 @@ class Lane:
         Tokens that have not come for the first in line.
     """
 
-    def __init__(self, layout: Layout, kind: str, rank: int, peers: Sequence[int], waiter: Waiter,
-                 operation: str) -> None:  # fmt: skip
-        self.peers, self.waiter, self.operation = peers, waiter, operation
+    def __init__(self, layout: Layout, kind: str, rank: int, peers: Sequence[int], waiter: Waiter) -> None:
+        self.peers, self.waiter = peers, waiter
         self.tokens = [open_semaphore(layout.semaphore(kind, peer, rank)) for peer in peers]
-        self._gives = [open_semaphore(layout.semaphore(kind, rank, peer)) for peer in peers]
+        self._gives = [open_semaphore(layout.semaphore(kind, rank, peer)).release for peer in peers]
+        self._takes = [(token.acquire, token, peer) for token, peer in zip(self.tokens, peers, strict=True)]
         self.line: deque[Posted] = deque()
         self.left = len(peers)
 
     def give(self) -> None:
         """Give each peer a token."""
-        for semaphore in self._gives:
-            semaphore.release()
+        for release in self._gives:
+            release()
 
     def came(self) -> bool:
         """Take the tokens of the first in line that are there; whether it now has all."""
@@ -58,11 +58,11 @@ class Lane:
         self.left = len(self.tokens)
         return True
 
-    def take(self, operation: str = "") -> None:
+    def take(self, operation: str) -> None:
         """Wait for a token of each peer; nothing may stand in line."""
-        for peer, token in zip(self.peers, self.tokens, strict=True):
-            if not token.acquire(False):
-                self.waiter.take(token, operation or self.operation, peer)
+        for acquire, token, peer in self._takes:
+            if not acquire(False):
+                self.waiter.take(token, operation, peer)
 
     def __call__(self) -> None:
         """Let all act whose tokens have come; never blocks."""
@@ -75,23 +75,24 @@ class Lane:
 class Posted(Handle):
     """An exchange under way; it stands in line in `lane`, and has finished where that is None."""
 
-    def __init__(self, exchange: Exchange, polled: bool = False) -> None:
-        self._exchange, self.polled = exchange, polled
+    def __init__(self, exchange: Exchange, operation: str, polled: bool = False) -> None:
+        self._exchange, self._operation, self.polled = exchange, operation, polled
         self.lane: Lane | None = None
         self.act()
 
     def act(self) -> None:
-        """Go on until it must wait for tokens again."""
-        lane, before = next(self._exchange, None), self.lane
-        if lane is before:
-            return  # it waits for another token of the same kind, still first in line
+        """Go on until it must wait for tokens that have not come."""
+        before = self.lane
+        while (lane := next(self._exchange, None)) is not None:
+            if lane is before:
+                return  # still first in line, for another token of the same kind
+            if lane.line or not lane.came():
+                lane.line.append(self)
+                lane.waiter.duties[lane] = None
+                break
         if before is not None:
             before.line.popleft()
         self.lane = lane
-        if lane is not None:
-            lane.line.append(self)
-            lane.waiter.duties[lane] = None
-            lane()
 
     def poll(self) -> bool:
         while (lane := self.lane) is not None:
@@ -108,9 +109,10 @@ class Posted(Handle):
             left = lane.left
 
             def moved(first: Posted = first, lane: Lane = lane, left: int = left) -> bool:
-                return self.poll() or first.lane is not lane or lane.left != left
+                lane()
+                return first.lane is not lane or lane.left != left
 
-            lane.waiter.until(moved, lane.tokens[left - 1], lane.operation, lane.peers[left - 1])
+            lane.waiter.until(moved, lane.tokens[left - 1], self._operation, lane.peers[left - 1])
 
 
 class Protocols:
@@ -125,28 +127,18 @@ class Protocols:
 
     def __init__(self, layout: Layout, rank: int, waiter: Waiter) -> None:
         others = [peer for peer in range(layout.ranks) if peer != rank]
-        self._ready, self._done = (Lane(layout, kind, rank, others, waiter, "all_reduce") for kind in "rd")
-
-        def each(kind: str, operation: str) -> dict[int, Lane]:
-            return {peer: Lane(layout, kind, rank, [peer], waiter, operation) for peer in others}
-
-        self._shown, self._seen = each("m", "recv"), each("t", "send")
-        self.lent, self.returned = each("l", "recv"), each("u", "send")
-        self.filled, self.free = (each("i", "recv"), each("o", "send")) if layout.frame_bytes else ({}, {})
+        self._ready, self._done = (Lane(layout, kind, rank, others, waiter) for kind in "rd")
+        self._shown, self._seen, self.lent, self.returned, self.filled, self.free = (
+            {peer: Lane(layout, kind, rank, [peer], waiter) for peer in others if kind in layout.kinds}
+            for kind in "mtluio")  # fmt: skip
 
     # Protocols
-
-    def meet(self) -> Exchange:
-        """All ranks are here."""
-        self._ready.give()
-        yield self._ready
 
     def together(self, steps: Steps) -> Exchange:
         """Once all ranks are ready each does its steps; it has ended once all have done theirs."""
         self._ready.give()
         yield self._ready
-        for function, arguments in steps:
-            function(*arguments)
+        run(steps)
         self._done.give()
         yield self._done
 
@@ -158,18 +150,17 @@ class Protocols:
     def see(self, source: int, steps: Steps) -> Exchange:
         """Read a peer's memory once it is shown."""
         yield self._shown[source]
-        for function, arguments in steps:
-            function(*arguments)
+        run(steps)
         self._seen[source].give()
 
-    # How they are carried out
+    # Blocking
 
-    def complete(self, exchange: Exchange, operation: str) -> None:
-        """Carry out an exchange of all ranks, after those that are posted: the same as posted and waited for."""
+    def meet(self, operation: str) -> None:
+        """Wait until all ranks are here, and have done what was posted before."""
         if self._ready.line or self._done.line:
             self.settle()
-        for lane in exchange:
-            lane.take(operation)
+        self._ready.give()
+        self._ready.take(operation)
 
     def settle(self, *more: Lane) -> None:
         """Finish what all ranks have posted, and what stands in line in `more`."""
@@ -209,11 +200,11 @@ class Loans(Edges):
 
     def send(self, channel: Channel, tensor: Tensor, to: int) -> Handle:
         self._comm.sent += tensor.numel() * tensor.element_size()
-        return Posted(self._lend(channel, tensor, to), polled=True)  # the peer waits for it
+        return Posted(self._lend(channel, tensor, to), "send", polled=True)  # the peer waits for it
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
         size, places = math.prod(shape), list[int]()
-        return Then(Posted(self._borrow(source, places)),
+        return Then(Posted(self._borrow(source, places), "recv"),
                     then=lambda: take(self._memory[source][places[0] : places[0] + size].view(*shape)),
                     release=lambda: self._say(1, source, places[0]))  # fmt: skip
 
@@ -247,8 +238,8 @@ class _FreeSlot(Lane):
 
     def __init__(self, loans: Loans, returned: Lane, channel: Channel) -> None:
         self._loans, self._returned, self._channel = loans, returned, channel
-        self.peers, self.waiter, self.operation = returned.peers, returned.waiter, returned.operation
-        self.tokens, self.line, self.left = returned.tokens, returned.line, 1
+        self.peers, self.waiter, self.left = returned.peers, returned.waiter, 1
+        self.tokens, self.line = returned.tokens, returned.line
 
     def came(self) -> bool:
         while self._returned.came():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from bpkit.run.transports.comm import Comm
-from bpkit.run.transports.shared.symmetric import Steps, Symmetric
+from bpkit.run.transports.shared.symmetric import Steps, Symmetric, run
 
 _LARGEST = 1 << 20  # bytes of one area, at most
 
@@ -19,18 +19,16 @@ class Scratch:
     Parameters
     ----------
     comm : Comm
-    allocate, find : callable
-        Make memory of all ranks, and find a tensor in it, in an operation that errors name.
-    exchange : callable
-        Do steps together with all ranks; where there are none, meet them.
+    allocate, find, meet : callable
+        Make memory of all ranks, find a tensor in it, and wait for all ranks, in an operation that errors name.
     """
 
     def __init__(self, comm: Comm, allocate: Callable[[int, torch.dtype, str], torch.Tensor],
                  find: Callable[[torch.Tensor, str], tuple[Symmetric, int]],
-                 exchange: Callable[[Steps | None, str], None]) -> None:  # fmt: skip
-        self._comm, self._allocate, self._find, self._exchange = comm, allocate, find, exchange
+                 meet: Callable[[str], None]) -> None:  # fmt: skip
+        self._comm, self._allocate, self._find, self._meet = comm, allocate, find, meet
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._areas: dict[tuple, tuple[list[torch.Tensor], Steps | None]] = {}
+        self._areas: dict[tuple, tuple[list[torch.Tensor], Steps]] = {}
         self._half = 0
 
     def _room(self, size: int, operation: str) -> int:
@@ -41,7 +39,7 @@ class Scratch:
             self._memory = self._allocate(2 * want, torch.uint8, operation)
         return self._memory.numel() // 2
 
-    def _next(self, n: int, dtype: torch.dtype, sums: bool) -> tuple[list[torch.Tensor], Steps | None]:
+    def _next(self, n: int, dtype: torch.dtype, sums: bool) -> tuple[list[torch.Tensor], Steps]:
         """The next area, of each rank, and the steps that sum them, into rank 0's."""
         self._half = 1 - self._half
         key = (self._half, n, dtype, sums)
@@ -49,28 +47,40 @@ class Scratch:
             memory, start = self._find(self._memory, "scratch")
             start += self._half * (self._memory.numel() // 2)
             self._areas[key] = ([memory.view(rank, start, n, dtype) for rank in range(self._comm.size)],
-                                memory.sum(start, self._comm.bounds(n), dtype) if sums else None)  # fmt: skip
+                                memory.sum(start, self._comm.bounds(n), dtype) if sums else [])  # fmt: skip
         return self._areas[key]
 
     def reduce(self, tensor: torch.Tensor, operation: str) -> None:
         """Sum over ranks, in place."""
-        self.spread(tensor, operation, [(0, tensor.numel())] * self._comm.size, sums=True)
+        flat, own = tensor.detach().reshape(-1), self._comm.rank
+        if not flat.numel():
+            return
+        most = self._room(flat.numel() * flat.element_size(), operation) // flat.element_size()
+        for piece in flat.split(most) if most < flat.numel() else (flat,):
+            areas, steps = self._next(piece.numel(), piece.dtype, True)
+            areas[own].copy_(piece)
+            self._meet(operation)
+            run(steps)
+            self._meet(operation)
+            piece.copy_(areas[0])
+        self._put_back(flat, tensor)
 
-    def spread(self, tensor: torch.Tensor, operation: str, bounds: list[tuple[int, int]], sums: bool = False) -> None:
-        """Copy each rank's range of elements to all the others; or their sum to all, where it is one range."""
+    def spread(self, tensor: torch.Tensor, operation: str, bounds: list[tuple[int, int]]) -> None:
+        """Copy each rank's range of elements to all the others."""
         flat, own = tensor.detach().reshape(-1), self._comm.rank
         most, size = max(hi - lo for lo, hi in bounds), flat.element_size()
         width = self._room(most * size, operation) // size if most else 1
         for done in range(0, most, width):
             pieces = [flat[min(lo + done, hi) : min(lo + done + width, hi)] for lo, hi in bounds]
-            areas, steps = self._next(min(width, most - done), flat.dtype, sums)
+            areas, _ = self._next(min(width, most - done), flat.dtype, False)
             areas[own][: len(pieces[own])].copy_(pieces[own])
-            self._exchange(steps, operation)
-            if sums:
-                pieces[own].copy_(areas[0])
-            else:
-                for rank, piece in enumerate(pieces):
-                    if rank != own:
-                        piece.copy_(areas[rank][: len(piece)])
+            self._meet(operation)
+            for rank, piece in enumerate(pieces):
+                if rank != own:
+                    piece.copy_(areas[rank][: len(piece)])
+        self._put_back(flat, tensor)
+
+    @staticmethod
+    def _put_back(flat: torch.Tensor, tensor: torch.Tensor) -> None:
         if flat.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(flat.view(tensor.shape))

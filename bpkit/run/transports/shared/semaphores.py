@@ -10,7 +10,6 @@ import os
 import time
 from _multiprocessing import SemLock  # type: ignore[import-not-found]
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter_ns
 
 import numpy as np
@@ -76,7 +75,12 @@ class Waiter:
 
     def take(self, semaphore: SemLock, operation: str, peer: int) -> None:
         """Take one token of `semaphore`, which rank `peer` gives."""
-        self.until(partial(semaphore.acquire, False), semaphore, operation, peer)
+        start, acquire = perf_counter_ns(), semaphore.acquire
+        for _ in range(_TRIES):
+            if acquire(False):
+                self.waited += perf_counter_ns() - start
+                return
+        self.until(lambda: acquire(False), semaphore, operation, peer)
 
     def until(self, check: Callable[[], bool], semaphore: SemLock | None, operation: str, peer: int) -> None:
         """Wait until `check()` holds; a token on `semaphore` is a reason to look again (None: look now and then).

@@ -21,7 +21,7 @@ from bpkit.run.transports.shared.names import Layout
 from bpkit.run.transports.shared.protocols import Loans, Posted, Protocols
 from bpkit.run.transports.shared.scratch import Scratch
 from bpkit.run.transports.shared.semaphores import Waiter, create_semaphore, unlink_semaphore
-from bpkit.run.transports.shared.symmetric import Steps, Symmetric
+from bpkit.run.transports.shared.symmetric import Steps, Symmetric, run
 
 _LINE = 64
 
@@ -39,11 +39,10 @@ class SharedMemoryComm(Comm):
         self.progress = self._waiter.progress  # type: ignore[method-assign]  # of all groups of this rank
         self._protocols = Protocols(layout, rank, self._waiter)
         self._mail = Mail(layout, rank, fd, self._protocols)
-        self._common: list[tuple[int, int]] = []  # addresses of `shared` memory
         self._blocks: list[tuple[int, int, Symmetric]] = []
         self._sums: dict[tuple, Steps] = {}  # by addresses, length, type: valid while the memory lives
         self._allocations = 0
-        self._scratch = Scratch(self, self._empty, self._of_all, self._together)
+        self._scratch = Scratch(self, self._allocate, self._of_all, self._protocols.meet)
 
     def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
         return Loans(self, self._protocols, slots, elements, tokens, dtype)
@@ -57,11 +56,11 @@ class SharedMemoryComm(Comm):
         if first:
             held = [create_semaphore(name, value) for name, value in layout.semaphores().items()]
             os.close(files.create(path, Board.size(layout.ranks), "a group of ranks"))
-        self._meet("barrier")
+        self._protocols.meet("barrier")
         board = self.board.of(path, groups[index])
         comm = SharedMemoryComm(groups[index].index(self.rank), layout, -1, board, self.timeout, groups[index],
                                 self._waiter.duties)
-        self._meet("barrier")
+        self._protocols.meet("barrier")
         if first:
             for name in layout.semaphores():
                 unlink_semaphore(name)
@@ -69,35 +68,17 @@ class SharedMemoryComm(Comm):
         del held
         return comm
 
-    def _meet(self, operation: str) -> None:
-        """Wait until all ranks are here, and have done what they posted before."""
-        self._protocols.settle()
-        self._protocols.complete(self._protocols.meet(), operation)
-
-    def _together(self, steps: Steps | None, operation: str) -> None:
-        protocols = self._protocols
-        protocols.complete(protocols.meet() if steps is None else protocols.together(steps), operation)
-
     @property
     def waited(self) -> int:
         return self._waiter.waited
 
     # Messages, and what moves along beside other things
 
-    def send(self, tensor: torch.Tensor, to: int) -> None:
-        self.check_peer(to, "send")
-        self.check_tensor(tensor, "send")
+    def _send(self, tensor: torch.Tensor, to: int) -> None:
         self._mail.send(tensor, to)
-        self.sent += tensor.numel() * tensor.element_size()
-        self.sent_to[to] += 1
 
-    def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
-        self.check_peer(source, "recv")
-        if tensor is not None:
-            self.check_tensor(tensor, "recv")
-        tensor = self._mail.receive(tensor, source)
-        self.received_from[source] += 1
-        return tensor
+    def _receive(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
+        return self._mail.receive(tensor, source)
 
     def finish(self) -> None:
         self._protocols.settle(*self._protocols.free.values())
@@ -105,28 +86,25 @@ class SharedMemoryComm(Comm):
     # Memory of all ranks
 
     def empty(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return self._empty(n, dtype, "empty")
+        return self._allocate(n, dtype, "empty")
 
-    def _empty(self, n: int, dtype: torch.dtype, operation: str) -> torch.Tensor:
+    def shared(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self._allocate(n, dtype, "empty", shares=1)
+
+    def _allocate(self, n: int, dtype: torch.dtype, operation: str, shares: int = 0) -> torch.Tensor:
+        """This rank's share of new memory of all ranks."""
         if n < 0:
             raise ValueError(f"empty: {n} elements")
-        share = -(-max(n * dtype.itemsize, 1) // _LINE) * _LINE
-        memory = Symmetric(self._map(share * self.size, operation), self.size, share)
+        shares, share = shares or self.size, -(-max(n * dtype.itemsize, 1) // _LINE) * _LINE
+        memory = Symmetric(self._map(share * shares, operation), shares, share)
         if n == 0:
             return torch.empty(0, dtype=dtype)
         # Its own exporter: when the last tensor over it goes, so does the entry, and with it the mapping.
-        own = memory.arrays[self.rank][: n * dtype.itemsize]
+        own = memory.arrays[self.rank % shares][: n * dtype.itemsize]
         start = own.ctypes.data
         self._blocks.append((start, start + share, memory))
         weakref.finalize(own, self._forget, start).atexit = False
         return torch.frombuffer(own, dtype=dtype)
-
-    def shared(self, n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        size = -(-max(n * dtype.itemsize, 1) // _LINE) * _LINE
-        own = Symmetric(self._map(size), 1, size).arrays[0]
-        self._common.append((own.ctypes.data, own.ctypes.data + size))
-        weakref.finalize(own, self._common.remove, self._common[-1]).atexit = False
-        return torch.frombuffer(own, dtype=dtype)[:n]
 
     def _forget(self, start: int) -> None:
         self._blocks = [block for block in self._blocks if block[0] != start]
@@ -144,11 +122,11 @@ class SharedMemoryComm(Comm):
                 self.board.room[0] = -1
             except NoRoom:
                 self.board.room[0] = files.free_room()
-        self._meet(operation)
+        self._protocols.meet(operation)
         free = int(self.board.room[0])
         if free < 0 and self.rank != 0:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        self._meet(operation)
+        self._protocols.meet(operation)
         if free >= 0:
             raise files.no_room(what, size, free)
         if self.rank == 0:
@@ -158,11 +136,14 @@ class SharedMemoryComm(Comm):
         finally:
             os.close(fd)
 
-    def _find(self, tensor: torch.Tensor) -> tuple[Symmetric, int] | None:
-        """The memory of all ranks that a contiguous tensor lies in and its byte offset there, or None."""
+    def _find(self, tensor: torch.Tensor, common: bool = False) -> tuple[Symmetric, int] | None:
+        """The memory of all ranks that a contiguous tensor lies in and its byte offset there, or None.
+
+        Memory that is one for all ranks is only found where `common`.
+        """
         pointer = tensor.data_ptr()
         for start, end, memory in self._blocks:
-            if start <= pointer < end:
+            if start <= pointer < end and (common or len(memory.tensors) == self.size):
                 return (memory, pointer - start) if tensor.is_contiguous() else None
         return None
 
@@ -182,7 +163,7 @@ class SharedMemoryComm(Comm):
     # Collectives: of memory of all ranks where it lies, of a rank's own memory at once
 
     def barrier(self) -> None:
-        self._meet("barrier")
+        self._protocols.meet("barrier")
 
     def _sum(self, tensor: torch.Tensor) -> Steps | None:
         """The steps that sum a tensor of all ranks' memory where it lies; None for private memory."""
@@ -203,14 +184,16 @@ class SharedMemoryComm(Comm):
         if steps is None:
             self._scratch.reduce(tensor, "all_reduce")
             return Then()
-        return Posted(self._protocols.together(steps))
+        return Posted(self._protocols.together(steps), "all_reduce")
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         steps = self._sum(tensor)
         if steps is None:
             self._scratch.reduce(tensor, "all_reduce")
-        else:  # posted and waited for, without a handle: small sums are bound by what is done here
-            self._protocols.complete(self._protocols.together(steps), "all_reduce")
+        else:  # as if posted and waited for, without a handle: small sums are bound by what is done here
+            self._protocols.meet("all_reduce")
+            run(steps)
+            self._protocols.meet("all_reduce")
         return tensor
 
     def post_reduce_scatter(self, tensor: torch.Tensor, out: torch.Tensor, add: bool) -> Handle:
@@ -228,7 +211,7 @@ class SharedMemoryComm(Comm):
             memory, start = found
             into, targets = (None, [self.rank] if self.rank else []) if here else (out, [])
             steps = self._sums[key] = memory.sum(start, bounds, out.dtype, targets, into, add)
-        return Posted(self._protocols.together(steps))
+        return Posted(self._protocols.together(steps), "reduce_scatter")
 
     def post_all_gather(self, tensor: torch.Tensor) -> Handle:
         return self._spread(tensor, "all_gather", [self.bounds(tensor.numel(), rank) for rank in range(self.size)])
@@ -239,28 +222,27 @@ class SharedMemoryComm(Comm):
     def _spread(self, tensor: torch.Tensor, operation: str, bounds: list[tuple[int, int]]) -> Handle:
         """Copy each rank's range of elements to all the others."""
         self.check_tensor(tensor, operation)
-        if any(low <= tensor.data_ptr() < high for low, high in self._common):
-            return Posted(self._protocols.together([]))  # the parts are where they belong: wait until all are written
-        found = self._find(tensor)
+        found = self._find(tensor, common=True)
         if found is None:
             self._scratch.spread(tensor, operation, bounds)
             return Then()
         memory, start = found
-        return Posted(self._protocols.together([memory.copy(start, bounds[rank], tensor.dtype, rank, self.rank)
-                                                for rank in range(self.size) if rank != self.rank]))  # fmt: skip
+        apart = range(self.size) if len(memory.tensors) == self.size else ()  # else all is where it belongs
+        steps = [memory.copy(start, bounds[rank], tensor.dtype, rank, self.rank) for rank in apart if rank != self.rank]
+        return Posted(self._protocols.together(steps), operation)
 
     # Messages without a copy
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
         self._of_all(tensor, "post_send")
         self.sent += tensor.numel() * tensor.element_size()
-        return Posted(self._protocols.show(to), polled=True)
+        return Posted(self._protocols.show(to), "send", polled=True)
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
         memory, start = self._of_all(tensor, "post_recv")
         act = memory.addition if add else memory.copy
         step = act(start, (0, tensor.numel()), tensor.dtype, source, self.rank)
-        return Posted(self._protocols.see(source, [step]), polled=True)
+        return Posted(self._protocols.see(source, [step]), "recv", polled=True)
 
     def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
         left = dict.fromkeys(sources, each)
