@@ -39,7 +39,7 @@ def refine(plan: Plan, k: int) -> Plan:
     Raises
     ------
     ValueError
-        If `k` is below 1, or the plan already holds more than F, B, I and W.
+        If `k` is below 1, or the plan already holds more than F, B, I and W, or cuts, or what names stages.
     """
     if k < 1:
         raise ValueError(f"refine cuts each stage in at least 1, not {k}")
@@ -52,9 +52,11 @@ def refine(plan: Plan, k: int) -> Plan:
             for i in inner:
                 yield Action(action.stage * k + i, action.kind, action.mb)
 
+    if k > 1 and (plan.cuts or plan.skips or plan.tied or plan.mesh.tensor > 1):
+        raise ValueError(f"{plan.name}: refine comes before cuts (then of the parts), skips, ties and a tensor axis")
     rows = tuple(tuple(cut(list(row))) for row in plan.rows)
     place = tuple(where for where in plan.place for _ in range(k))
-    return Plan(plan.name, rows, plan.stages * k, plan.mesh, plan.microbatches, plan.merge, place)
+    return replace(plan, rows=rows, stages=plan.stages * k, place=place, cuts=plan.cuts if k == 1 else None)
 
 
 def recompute(plan: Plan) -> Plan:

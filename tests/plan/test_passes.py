@@ -1,5 +1,7 @@
 """Passes: refine, sends and receives, reductions, clipping."""
 
+from dataclasses import replace
+
 import pytest
 
 from bpkit.plan import Action, Mesh, Plan, check, complete, refine
@@ -49,6 +51,15 @@ def test_refined_stages_are_reduced_one_by_one():
 def test_refine_comes_first():
     with pytest.raises(ValueError, match="refine comes before the other passes"):
         refine(complete(one_f_one_b(2, 2)), 2)
+
+
+def test_refine_keeps_what_a_plan_says_and_comes_before_its_cuts():
+    plan = replace(one_f_one_b(2, 2, data=2), merge="sum", opened=True, staleness=3, cuts=(4,))
+    assert refine(plan, 1) == plan
+    kept = refine(replace(plan, cuts=None), 2)
+    assert (kept.merge, kept.opened, kept.staleness, kept.stages, kept.cuts) == ("sum", True, 3, 4, None)
+    with pytest.raises(ValueError, match="refine comes before cuts"):
+        refine(plan, 2)
 
 
 def test_compute_that_waits_in_a_circle_is_named():

@@ -168,3 +168,31 @@ def test_bad_input_is_named():
         makespan(simulate(serial()), 7)
     with pytest.raises(PlanError):
         simulate(Plan.parse(str(one_f_one_b(2, 2)).replace("0SEND_F1 ", "")))
+
+
+RATIOS = [(1, 1, 1), (2, 1, 1), (2, 3, 1), (3, 2, 2), (1, 2, 2), (1, 3, 2), (1, 1, 2)]  # F, I and W
+
+
+def gaps(made, p: int, microbatches, chunks: int = 1):
+    """Measured bubbles of steps that follow one another: (m, F, I, W, period less work)."""
+    for m in microbatches:
+        plan = made(p, m)
+        for f, i, w in RATIOS:
+            trace = simulate(plan, Times(f / chunks, i / chunks, w / chunks), 5)
+            yield m, f, i, w, period(trace) - m * (f + i + w)
+
+
+@pytest.mark.parametrize("p", [2, 3])
+def test_formulas_of_bubbles_hold_inside_their_conditions_and_fail_outside(p):
+    for m, f, i, w, gap in gaps(zero_bubble_h1, p, range(1, 2 * p + 2)):
+        assert (gap == pytest.approx((p - 1) * (f + i - w))) == (w <= i and w <= f and m >= p), ("h1", m, f, i, w)
+        if f < w <= i and m >= p:
+            assert gap == pytest.approx((p - 1) * i)
+    for m, f, i, w, gap in gaps(zero_bubble_h2, p, range(1, 2 * p + 2)):
+        assert (gap == pytest.approx((p - 1) * (f + i - 2 * w))) == (w <= i and w <= f and m >= 2 * p - 1), (m, f, i, w)
+    for m, f, i, w, gap in gaps(zb_v, p, range(1, 2 * p + 2), 2):
+        if f == i == w:
+            assert (gap == pytest.approx(0)) == (m >= 2 * p - 1), m
+    for v in (2, 3):
+        for m, f, i, w, gap in gaps(lambda p, m, v=v: interleaved(p, m, v), p, range(1, 2 * p + 1), v):
+            assert (gap == pytest.approx((p - 1) * (f + i + w) / v)) == (m % p == 0), (v, m, f, i, w)

@@ -106,7 +106,7 @@ def interleaved(workers: int, microbatches: int, chunks: int = 2, **options: Unp
         rank 0  F0 F1 f0 f1 .  .  b0 b0 .  b1 b1 B0 B0 B1 B1
         rank 1  .  F0 F1 f0 b0 b0 f1 b1 b1 B0 B0 B1 B1 .  .
 
-    Bubble (p-1)(F+B)/v.  Activations, in shares of a rank's whole stage, where p divides m > p:
+    Bubble (p-1)(F+B)/v where p divides m.  Activations, in shares of a rank's whole stage, where p divides m > p:
     (2(p-r-1) + (v-1)p + 1)/v.  Each microbatch is sent v times as often.  Where p does not divide m the last group
     is smaller.
     """
@@ -131,7 +131,8 @@ def zero_bubble_h1(workers: int, microbatches: int, **options: Unpack[Options]) 
         rank 0  F0 F1 .  I0 W0 F2 I1 W1 I2 W2
         rank 1  .  F0 I0 F1 I1 W0 F2 I2 W1 W2
 
-    Bubble (p-1)(F+I-W) where W <= I, and m >= p; activations of min(m, p) microbatches (arXiv:2401.10241, section 2.1).
+    Bubble (p-1)(F+I-W) where W <= I, W <= F and m >= p; (p-1) I where F < W <= I.  Activations of min(m, p)
+    microbatches (arXiv:2401.10241, section 2.1).
     """
     return _halves("zero_bubble_h1", lambda rank: (workers - rank, rank), workers, microbatches, options)
 
@@ -144,9 +145,10 @@ def zero_bubble_h2(workers: int, microbatches: int, **options: Unpack[Options]) 
         rank 0  F0 F1 F2 I0 W0 I1 W1 I2 W2 .
         rank 1  .  F0 I0 F1 I1 F2 I2 W0 W1 W2
 
-    Bubble (p-1)(F+I-2W) where W <= I and m >= 2p-1: 0 where F = I = W and no rank waits for all others between steps
-    (a clipped gradient norm does).  Then each rank works from its first start to its last end, though the makespan of
-    one step exceeds the work by p-1.  Activations of min(m, 2p-1) microbatches (arXiv:2401.10241, section 2.2).
+    Bubble (p-1)(F+I-2W) where W <= I, W <= F and m >= 2p-1: 0 where F = I = W and no rank waits for all others between
+    steps (a clipped gradient norm does).  Then each rank works from its first start to its last end, though the
+    makespan of one step exceeds the work by p-1.  Activations of min(m, 2p-1) microbatches (arXiv:2401.10241, section
+    2.2).
     """
     return _halves("zero_bubble_h2", lambda rank: (2 * (workers - rank) - 1, 2 * rank), workers, microbatches, options)
 
