@@ -224,3 +224,18 @@ def test_an_action_on_the_stage_of_another_rank_is_refused():
     for kind in ("ZERO", "UPDATE", "RESHARD"):
         with pytest.raises(PlanError, match="stage 1 does not live on this rank"):
             check(plan.with_rows([[*plan.rows[0], Action(1, kind)], list(plan.rows[1])]))
+
+
+def test_a_sum_of_a_gradient_that_was_scattered_and_not_written_since_is_refused():
+    plan = bp.plan.zero(2, 3, units=3, microbatches=2)
+    for kind in ("SUM_G", "REDUCE_GRAD", "SCATTER_GRAD"):
+        changed = Plan.parse(str(plan).replace("2SCATTER_GRAD", f"2SCATTER_GRAD 2{kind}", 1))
+        with pytest.raises(PlanError, match="no rank has written this gradient"):
+            check(changed)
+
+
+def test_parameters_that_are_never_gathered_are_not_dropped():
+    plan = bp.plan.parameter_server(3, 2, buckets=2)
+    changed = Plan.parse(str(plan).replace(" 0RECV_P", " 0RESHARD 0RECV_P", 1))
+    with pytest.raises(PlanError, match="no UNSHARD of the row gathers stage 0"):
+        check(changed)

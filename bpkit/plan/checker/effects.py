@@ -105,6 +105,8 @@ def _tie(world: Provenance, members: Members, action: Action) -> None:
 
 
 def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
+    if action.stage not in rank.facts.gathered:
+        world.fail(rank, index, f"no UNSHARD of the row gathers stage {action.stage}: its parameters must stay whole")
     versions = rank.versions[action.stage]
     rank.versions[action.stage] = [v if owner == rank.at.data else None
                                    for v, owner in zip(versions, world.owner, strict=True)]  # fmt: skip
@@ -113,14 +115,18 @@ def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> N
 # -- collectives -------------------------------------------------------------------------------------------
 
 
-def _sums(members: Members, stage: int) -> list[Contributions]:
-    """The sum of each atom over the members of a group."""
-    atoms = zip(*(rank.gradients[stage] for rank, _ in members), strict=True)
-    return [reduce(Contributions.plus, held) for held in atoms]
+def _sums(world: Provenance, members: Members, action: Action) -> list[Contributions]:
+    """The sum of each atom over the members of a group; after a scatter, memory holds anything."""
+    atoms = zip(*(rank.gradients[action.stage] for rank, _ in members), strict=True)
+    total = [reduce(Contributions.plus, held) for held in atoms]
+    if action.stage in members[0][0].facts.scattered and not any(held.there for held in total):
+        what = "scatter" if action.kind == "SCATTER_GRAD" else "sum"
+        world.fail(*members[0], f"there is nothing to {what}: no rank has written this gradient")
+    return total
 
 
 def _reduce(world: Provenance, members: Members, action: Action) -> None:
-    total = _sums(members, action.stage)
+    total = _sums(world, members, action)
     for rank, _ in members:
         rank.gradients[action.stage] = list(total)
 
@@ -139,9 +145,7 @@ def _reduce_tied(world: Provenance, members: Members, action: Action) -> None:
 
 def _scatter(world: Provenance, members: Members, action: Action) -> None:
     _reduce_tied(world, members, action)
-    total = _sums(members, action.stage)
-    if not any(held.there for held in total):
-        world.fail(*members[0], "there is nothing to scatter: no rank has written this gradient")
+    total = _sums(world, members, action)
     for rank, _ in members:
         rank.gradients[action.stage] = [NOTHING] * len(total)
     for atom, (held, owner) in enumerate(zip(total, world.owner, strict=True)):

@@ -43,6 +43,7 @@ class Facts:
     def __init__(self, row: Sequence[Action]) -> None:
         self.recomputed = {(a.stage, a.mb) for a in row if a.kind == "RECOMPUTE"}
         self.scattered = {a.stage for a in row if a.kind == "SCATTER_GRAD"}
+        self.gathered = {a.stage for a in row if a.kind == "UNSHARD"}
         self.updated_whole = {a.stage for a in row if a.kind == "UPDATE" and a.part is None}
         self.clipped = any(a.kind == "NORM" for a in row)
         first = {a.stage: a.kind for a in reversed(row) if a.kind in ("F", "UNSHARD")}
