@@ -6,6 +6,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from bpkit.plan.action import PASSES
 from bpkit.trace import Trace
 
 
@@ -43,7 +44,7 @@ def period(trace: Trace) -> float:
 
 def _passes(trace: Trace, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Rank, begin and end of each pass of a step."""
-    kept = trace.where((trace.step == step) & np.isin(trace.kinds(), ["F", "B", "I", "W", "RECOMPUTE"]))
+    kept = trace.where((trace.step == step) & np.isin(trace.kinds(), [*PASSES]))
     if not len(kept):
         raise ValueError(f"the trace holds no passes of step {step}")
     return kept.rank, kept.start + kept.wait, kept.end

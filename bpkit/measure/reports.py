@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bpkit.compress import Codec
 from bpkit.measure import table
 from bpkit.measure.steps import Steps
-from bpkit.plan.action import ON_EDGES
+from bpkit.plan.action import VERBS
 from bpkit.run.cluster import TrainResult
 
 #: How each transport sums gradients; it names what "not counted" hides.
@@ -241,6 +241,7 @@ def _algorithm(result: TrainResult) -> str:
     native = ALGORITHMS.get(result.backend, result.backend)
     if isinstance(result.compress, Codec):
         native = "all ranks' codes gathered by all, each rank adds them"
-    words = [native] * bool(kinds & (ON_EDGES | {"REDUCE_GRAD", "SCATTER_GRAD", "SUM_G"}))
-    words += ["sends of the plan"] * any(kind.startswith("SEND") for kind in kinds)
+    verbs = [VERBS[kind] for kind in kinds]
+    words = [native] * any(verb.bytes == "native" and verb.touches("ADG") and verb.axis != "all" for verb in verbs)
+    words += ["sends of the plan"] * any(verb.bytes == "sent" for verb in verbs)
     return " and ".join(words) or "none"

@@ -64,6 +64,15 @@ class Verb:
         The mesh axis over which the action communicates.
     reads, writes, frees : tuple of Touch
         Buffers.  A buffer that is both read and written is updated in place.
+    scope : {"stage", "mb", "part"}
+        Which coordinates an action carries.
+    peer : {"", ">", "<"}
+        ``>`` sends to a peer, ``<`` receives from one.
+    look : str
+        A key of :data:`LOOKS`: how figures draw it, and what their legends call it.
+    bytes : {"", "sent", "native"}
+        What it gives to the wire: nothing; what is sent as it stands, so that bytes are counted at the send; or what a
+        native collective takes, of which payload is known and nothing is counted.
     """
 
     stream: str
@@ -71,8 +80,20 @@ class Verb:
     reads: tuple[Touch, ...] = ()
     writes: tuple[Touch, ...] = ()
     frees: tuple[Touch, ...] = ()
-    scope: str = "stage"  # which coordinates an action carries: "stage", "mb", "part"
-    peer: str = ""  # ">" sends to a peer, "<" receives from one, "" names none
+    scope: str = "stage"
+    peer: str = ""
+    look: str = "other"
+    bytes: str = ""
+
+    def touches(self, letters: str) -> bool:
+        """Whether it reads or writes a buffer of one of these letters."""
+        return any(touch.letter in letters for touch in self.reads + self.writes)
+
+
+#: What figures tell apart: its fill and the colour of text on it, mid-tones that stand out from any page.
+LOOKS: Final = {"forward": ("#8ab6de", "#10263b"), "backward": ("#3a73ad", "#ffffff"),
+                "communication": ("#d0622f", "#ffffff"), "update": ("#3f7f6b", "#ffffff"),
+                "other": ("#868e96", "#101418")}  # fmt: skip
 
 
 def _touches(text: str) -> tuple[Touch, ...]:
@@ -80,60 +101,65 @@ def _touches(text: str) -> tuple[Touch, ...]:
     return tuple(Touch(word[0], int(word.endswith("+"))) for word in text.split())
 
 
-def _verb(stream: str, axis: str | None, reads: str, writes: str, frees: str, scope: str, peer: str = "") -> Verb:
-    return Verb(stream, axis, _touches(reads), _touches(writes), _touches(frees), scope, peer)
+def _verb(stream: str, axis: str | None, reads: str, writes: str, frees: str, scope: str, counts: str = "",
+          peer: str = "", look: str = "communication") -> Verb:  # fmt: skip
+    return Verb(stream, axis, _touches(reads), _touches(writes), _touches(frees), scope, peer, look, counts)
+
+
+def _compute(reads: str, writes: str, frees: str, scope: str, look: str = "other") -> Verb:
+    return _verb("compute", None, reads, writes, frees, scope, look=look)
 
 
 VERBS: Final[dict[str, Verb]] = {
-    #                      stream     axis        reads        writes    frees         scope
-    "ZERO": _verb("compute", None, "", "G R", "", "stage"),
-    "F": _verb("compute", None, "A P", "A+ S", "", "mb"),
-    "LOSS": _verb("compute", None, "A+", "D+", "A+", "mb"),
-    "B": _verb("compute", None, "D+ S A P G", "D G", "D+ S A", "mb"),
-    "I": _verb("compute", None, "D+ S A P", "D K", "", "mb"),
-    "W": _verb("compute", None, "K D+ S A G", "G", "K D+ S A", "mb"),
-    "RECOMPUTE": _verb("compute", None, "A P", "S", "", "mb"),
-    "UPDATE": _verb("compute", None, "G R N P", "P", "", "part"),
-    "SEND_F": _verb("out", "pipeline", "A+", "", "A+", "mb"),
+    #       kind          reads, writes, frees, scope, look
+    "ZERO": _compute("", "G R", "", "stage"),
+    "F": _compute("A P", "A+ S", "", "mb", "forward"),
+    "LOSS": _compute("A+", "D+", "A+", "mb"),
+    "B": _compute("D+ S A P G", "D G", "D+ S A", "mb", "backward"),
+    "I": _compute("D+ S A P", "D K", "", "mb", "backward"),
+    "W": _compute("K D+ S A G", "G", "K D+ S A", "mb", "backward"),
+    "RECOMPUTE": _compute("A P", "S", "", "mb", "forward"),
+    "UPDATE": _compute("G R N P", "P", "", "part", "update"),
+    #       kind       stream, axis, reads, writes, frees, scope, bytes, peer
+    "SEND_F": _verb("out", "pipeline", "A+", "", "A+", "mb", "sent"),
     "RECV_F": _verb("in", "pipeline", "", "A", "", "mb"),
-    "SEND_B": _verb("out", "pipeline", "D", "", "D", "mb"),
+    "SEND_B": _verb("out", "pipeline", "D", "", "D", "mb", "sent"),
     "RECV_B": _verb("in", "pipeline", "", "D+", "", "mb"),
-    "SUM_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
-    "SUM_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
-    "GATHER_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
-    "GATHER_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
-    "SCATTER_F": _verb("tensor", "tensor", "A+", "A+", "", "mb"),
-    "SCATTER_B": _verb("tensor", "tensor", "D", "D", "", "mb"),
-    "SUM_G": _verb("tensor", "tensor", "G", "G", "", "stage"),
-    "SUM_TIED": _verb("out", "pipeline", "G", "G", "", "stage"),
-    "REDUCE_GRAD": _verb("data", "data", "G", "G", "", "stage"),
-    "SCATTER_GRAD": _verb("data", "data", "G R", "G R", "", "stage"),
-    "UNSHARD": _verb("data", "data", "P", "P", "", "stage"),
+    "SUM_F": _verb("tensor", "tensor", "A+", "A+", "", "mb", "native"),
+    "SUM_B": _verb("tensor", "tensor", "D", "D", "", "mb", "native"),
+    "GATHER_F": _verb("tensor", "tensor", "A+", "A+", "", "mb", "native"),
+    "GATHER_B": _verb("tensor", "tensor", "D", "D", "", "mb", "native"),
+    "SCATTER_F": _verb("tensor", "tensor", "A+", "A+", "", "mb", "native"),
+    "SCATTER_B": _verb("tensor", "tensor", "D", "D", "", "mb", "native"),
+    "SUM_G": _verb("tensor", "tensor", "G", "G", "", "stage", "native"),
+    "SUM_TIED": _verb("out", "pipeline", "G", "G", "", "stage", "sent"),
+    "REDUCE_GRAD": _verb("data", "data", "G", "G", "", "stage", "native"),
+    "SCATTER_GRAD": _verb("data", "data", "G R", "G R", "", "stage", "native"),
+    "UNSHARD": _verb("data", "data", "P", "P", "", "stage", "native"),
     "RESHARD": _verb("data", None, "P", "P", "", "stage"),
-    "AVERAGE": _verb("data", "data", "P", "P", "", "stage"),
-    "NORM": _verb("data", "all", "G R", "N", "", "stage"),
-    "SEND_G": _verb("out", "data", "G", "", "", "part", ">"),
-    "ADD_G": _verb("in", "data", "G", "G", "", "part", "<"),
-    "RECV_G": _verb("in", "data", "", "G", "", "part", "<"),
-    "SWAP_G": _verb("out", "data", "G", "G", "", "part", ">"),
-    "SEND_P": _verb("out", "data", "P", "", "", "part", ">"),
-    "RECV_P": _verb("in", "data", "", "P", "", "part", "<"),
+    "AVERAGE": _verb("data", "data", "P", "P", "", "stage", "native"),
+    "NORM": _verb("data", "all", "G R", "N", "", "stage", "native"),
+    "SEND_G": _verb("out", "data", "G", "", "", "part", "sent", ">"),
+    "ADD_G": _verb("in", "data", "G", "G", "", "part", "", "<"),
+    "RECV_G": _verb("in", "data", "", "G", "", "part", "", "<"),
+    "SWAP_G": _verb("out", "data", "G", "G", "", "part", "sent", ">"),
+    "SEND_P": _verb("out", "data", "P", "", "", "part", "sent", ">"),
+    "RECV_P": _verb("in", "data", "", "P", "", "part", "", "<"),
 }
+
+#: Forwards and backwards, whole and in halves.
+PASSES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.look in ("forward", "backward"))
 
 #: Collectives of the tensor axis on an edge: a sum, or what brings together or takes apart the ranks' own tokens.
 ON_EDGES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.stream == "tensor" and verb.scope == "mb")
 
 #: Kinds that give an edge away: to another pipeline rank, or to a collective of the tensor axis.
-GIVES: Final = frozenset(kind for kind, verb in VERBS.items()
-                         if verb.axis and any(touch.letter in "AD" for touch in verb.reads))  # fmt: skip
+GIVES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.bytes and verb.touches("AD"))
 
 #: Which RECV takes what a SEND gives, with the step in stages from sender to receiver.
 PARTNERS: Final[dict[str, tuple[tuple[str, ...], int]]] = {
-    "SEND_F": (("RECV_F",), 1),
-    "SEND_B": (("RECV_B",), -1),
-    "SEND_G": (("ADD_G", "RECV_G"), 0),
-    "SEND_P": (("RECV_P",), 0),
-}
+    "SEND_F": (("RECV_F",), 1), "SEND_B": (("RECV_B",), -1),
+    "SEND_G": (("ADD_G", "RECV_G"), 0), "SEND_P": (("RECV_P",), 0)}  # fmt: skip
 
 _PATTERN = re.compile(r"(?P<stage>\d+)(?P<kind>[A-Z]+(?:_[A-Z]+)*)(?P<mb>\d+)?"
                       r"(?:\[(?P<lo>\d+)(?::(?P<hi>\d+))?/(?P<of>\d+)\])?(?:(?P<way>[<>])(?P<peer>\d+))?")  # fmt: skip

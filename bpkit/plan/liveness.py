@@ -202,7 +202,7 @@ def first_writes(row: Sequence[Action], tied: Sequence[int] = ()) -> tuple[froze
 
 def _gradients_touched(action: Action, scattered: set[int], empty: Sequence[int], tied: Sequence[int]) -> list[int]:
     """Stages whose whole gradient an action reads or writes; where it is of all stages, of those with an empty one."""
-    if not any(touch.letter == "G" for touch in action.verb.reads + action.verb.writes):
+    if not action.verb.touches("G"):
         return []
     stages = {"NORM": empty, "SUM_TIED": tied}.get(action.kind, [action.stage])
     own = action.kind in ("UPDATE", "NORM")  # read this rank's own part where the gradient was scattered

@@ -80,17 +80,8 @@ class Memory:
 
     def sums(self, at: Coordinate) -> dict[Action, int]:
         """Elements of memory of the tensor axis that a rank needs for each action of that axis."""
-        parts, tensor = self.stages(at.tensor), self.program.plan.mesh.tensor
-        result = {}
-        for action in self.program.plan.row(at):
-            part = parts[action.stage]
-            if action.kind == "SUM_G":
-                result[action] = sum(math.prod(parameter.shape) for parameter in part.shares())
-            elif action.verb.stream == "tensor":
-                shape = part.output_shape if action.verb.writes[0].edge else part.input_shape
-                ranks = tensor if action.kind.startswith("GATHER") else 1
-                result[action] = self.rows * math.prod(shape) * ranks
-        return result
+        return {step.action: step.given(self.rows) // self.network.itemsize for step in self.program.row(at)
+                if step.action.verb.stream == "tensor"}  # fmt: skip
 
     def kept(self, at: Coordinate, states: int, half: bool = False) -> dict[str, int]:
         """Bytes of parameters, gradients, optimizer state and activations that a rank keeps.

@@ -9,12 +9,12 @@ from itertools import pairwise
 from bpkit.description.costs import balanced_cuts
 from bpkit.description.network import Described, Description
 from bpkit.description.tensor import TensorLayout, shard, tensor_layout
-from bpkit.plan.action import ON_EDGES, PARTNERS, Action, buffer
+from bpkit.plan.action import Action, buffer
 from bpkit.plan.checker.check import check
 from bpkit.plan.liveness import loans, peak_activations, waits
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.passes import tie
-from bpkit.plan.plan import Plan
+from bpkit.plan.plan import Plan, scatters
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,26 @@ class Instruction:
         Indices in the row of communication actions that must have ended before this one runs.  Earlier
         compute needs no entry: a row runs its compute in order.
     payload : int
-        Bytes of the buffer (part) that the action communicates, for one sample of the batch where the
-        buffer is an edge; 0 for compute.
-    counted : bool
-        Whether the payload is sent as it stands, so that bytes are counted at the send; a native
-        collective is not counted.
+        Bytes of the buffer (part) that the action gives to the wire, for one sample of the batch where the
+        buffer is an edge; 0 for compute, and over an axis of one.
     """
 
     action: Action
     waits: tuple[int, ...]
     payload: int
-    counted: bool
+
+    @property
+    def counted(self) -> bool:
+        """Whether the payload is sent as it stands, so that bytes are counted at the send."""
+        return self.action.verb.bytes == "sent"
+
+    def given(self, samples: int) -> int:
+        """Bytes that go to the wire where a microbatch has so many samples."""
+        return self.payload * (samples if self.action.verb.scope == "mb" else 1)
+
+    def bytes(self, samples: int) -> int:
+        """Bytes that are counted; -1 where a native collective counts none."""
+        return self.given(samples) if self.counted or not self.payload else -1
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,8 @@ class Program:
 
     def payload(self, at: Coordinate) -> int:
         """Bytes of gradients that a rank gives to reductions and sends of parts in one step."""
-        return sum(step.payload for step in self.row(at) if step.action.kind in _GRADIENT_KINDS)
-
-
-_GRADIENT_KINDS = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "SWAP_G"})
-_PARAMETER_KINDS = frozenset({"UNSHARD", "AVERAGE", "SEND_P"})
-#: Kinds whose bytes are counted at the send.
-COUNTED = frozenset({*PARTNERS, "SWAP_G"})
+        verbs = ((step, step.action.verb) for step in self.row(at))
+        return sum(step.payload for step, verb in verbs if verb.axis == "data" and verb.touches("G"))
 
 
 def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequence[int] | None = None) -> Program:
@@ -120,9 +124,12 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
     normed = any(action.kind == "NORM" for row in plan.rows for action in row)
     plan = _with_norm(plan) if clip and not normed else plan
     check(plan)
-    sizes = _sizes(plan, network, cuts)
     edges = (*(math.prod(part.input_shape) for part in parts), math.prod(network.output_shape))
-    rows = tuple(_instructions(row, plan, sizes, edges, network.itemsize) for row in plan.rows)
+    ranks = [of_rank(plan, network, index).split(cuts) for index in range(plan.mesh.tensor)]
+    own, sizes = ranks[0], tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
+    shares = tuple(sum(math.prod(p.shape) for p in part.shares()) for part in own)
+    tied = max((s.stop - s.start for stage in plan.tied for s in own[stage].tied_slices().values()), default=0)
+    rows = _instructions(plan, _Wire(network.itemsize, sizes, edges, shares, tied))
     return Program(plan, cuts, sizes, rows, tuple(map(loans, plan.rows)),
                    tuple(map(peak_activations, plan.rows)))  # fmt: skip
 
@@ -151,12 +158,6 @@ def of_rank(plan: Plan, network: Description, tensor: int) -> Description:
     return shard(network, tensor, plan.mesh.tensor, bool(plan.own_tokens)) if plan.mesh.tensor > 1 else network
 
 
-def _sizes(plan: Plan, network: Description, cuts: Sequence[int]) -> tuple[int, ...]:
-    """Elements of each stage's flat buffers; of the tensor rank that has most of them."""
-    ranks = [of_rank(plan, network, index).split(cuts) for index in range(plan.mesh.tensor)]
-    return tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
-
-
 def _same_layout(plan: Plan, network: Description) -> None:
     """Refuse a plan with a tensor axis that was made for another network."""
     if plan.mesh.tensor > 1:
@@ -173,7 +174,7 @@ def _tensor_stages(of: Plan | TensorLayout) -> tuple[object, ...]:
 def compile_collective(plan: Plan, size: int, itemsize: int) -> Program:
     """Check a collective by itself and resolve it for a buffer of `size` elements of `itemsize` bytes."""
     check(plan)
-    rows = tuple(_instructions(row, plan, (size,), (), itemsize) for row in plan.rows)
+    rows = _instructions(plan, _Wire(itemsize, (size,)))
     return Program(plan, (), (size,), rows, tuple({} for _ in rows), (0,) * len(rows))
 
 
@@ -210,26 +211,40 @@ def _with_norm(plan: Plan) -> Plan:
     return replace(plan.with_rows(rows), name=f"{plan.name} with clipping")
 
 
-def _instructions(row: tuple[Action, ...], plan: Plan, sizes: Sequence[int], edges: Sequence[int],
-                  itemsize: int) -> tuple[Instruction, ...]:  # fmt: skip
-    result = []
-    for action, needs in zip(row, waits(row, plan.shared), strict=True):
-        communication = tuple(i for i in needs if row[i].verb.stream != "compute")
-        elements = _payload(action, plan, sizes, edges)
-        result.append(Instruction(action, communication, elements * itemsize, action.kind in COUNTED))
-    return tuple(result)
+@dataclass(frozen=True)
+class _Wire:
+    """What there is to communicate, in elements of so many bytes.
+
+    Of each stage its flat buffer, the edge in front of it (and the output), of one sample, and the gradients of which
+    tensor ranks have shares; of tied stages the tensor that they share.
+    """
+
+    itemsize: int
+    flat: tuple[int, ...]
+    edges: tuple[int, ...] = ()
+    shares: tuple[int, ...] = ()
+    tied: int = 0
+
+    def payload(self, action: Action, plan: Plan) -> int:
+        """Bytes that an action gives to the wire: of its whole part, or of one sample of its edge."""
+        stage, verb, mesh = action.stage, action.verb, plan.mesh
+        if not verb.bytes or (mesh.size if verb.axis == "all" else getattr(mesh, verb.axis or "")) == 1:
+            return 0
+        low, high = action.part.bounds(self.flat[stage]) if action.part else (0, self.flat[stage])
+        if verb.axis == "all":  # one float64, where no rank has the whole gradient
+            return 8 * (mesh.size > mesh.data or any(scatters(row, s) for row in plan.rows for s in range(plan.stages)))
+        if verb.touches("AD"):
+            letter, edge, _ = buffer(action, verb.reads[0])
+            own = verb.axis == "pipeline" and edge - (letter == "D") in plan.own_tokens  # collectives: of all ranks
+            high = self.edges[edge] // (mesh.tensor if own else 1)
+        elif verb.axis != "data":
+            moved = len({plan.place[other] for other in plan.tied}) > 1
+            high = self.shares[stage] if verb.axis == "tensor" else self.tied * moved
+        return (high - low) * self.itemsize
 
 
-def _payload(action: Action, plan: Plan, sizes: Sequence[int], edges: Sequence[int]) -> int:
-    """Elements that an action gives to the wire: from the bounds of its part, or one sample of its edge."""
-    kind = action.kind
-    if kind in ON_EDGES | {"SEND_F", "SEND_B"}:
-        letter, edge, _ = buffer(action, action.verb.reads[0])
-        reader = edge if letter == "A" else edge - 1
-        own = kind not in ON_EDGES and reader in plan.own_tokens  # a collective works on the edge of all its ranks
-        return edges[edge] // (plan.mesh.tensor if own else 1)
-    if kind in _GRADIENT_KINDS | _PARAMETER_KINDS:
-        low, high = (0, sizes[action.stage]) if action.part is None else action.part.bounds(sizes[action.stage])
-        return high - low
-    return 0
-
+def _instructions(plan: Plan, wire: _Wire) -> tuple[tuple[Instruction, ...], ...]:
+    return tuple(tuple(Instruction(action, tuple(i for i in needs if row[i].verb.stream != "compute"),
+                                   wire.payload(action, plan))
+                       for action, needs in zip(row, waits(row, plan.shared), strict=True))
+                 for row in plan.rows)  # fmt: skip

@@ -15,6 +15,7 @@ from bpkit.given import integer, number
 from bpkit.nn import Network
 from bpkit.optim import SGD, Optimizer
 from bpkit.plan import Plan, Program, compile
+from bpkit.plan.action import VERBS
 from bpkit.plan.program import compile_collective
 from bpkit.run.job import Job, Shards
 from bpkit.run.transports.shared import files as memory
@@ -239,8 +240,8 @@ def compressor(job: Job) -> Compressor | None:
         raise TypeError(f"compress takes a compressor, for example bp.compress.TopK(0.01), not {compress!r}")
     if compress is None or plan.mesh.size == 1:
         return None
-    others = {"SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G", "SUM_G", "AVERAGE"}
-    others.add("SUM_TIED")  # its copies would go apart
+    others = {kind for kind, verb in VERBS.items() if verb.axis and verb.axis != "all" and verb.touches("G")}
+    others ^= {"REDUCE_GRAD", "AVERAGE"}  # of SUM_TIED the copies would go apart
     found = sorted({action.kind for row in plan.rows for action in row} & others)
     if found or plan.mesh.tensor > 1 or plan.holds != "all":
         raise ValueError(f"{plan.name} cannot compress gradients with {compress}: that takes a plan that reduces whole "

@@ -9,6 +9,8 @@ from typing import Any, Final
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
+from bpkit.plan.action import LOOKS
+
 #: Every word in a figure stands here: a translation is one more catalogue.
 TEXT: Final = {
     "rank": "rank {0}",
@@ -44,11 +46,7 @@ TEXT: Final = {
 
 #: Fill and colour of the text on it.  Mid-tones, which stand out from a light and from a dark page.
 FILLS: Final = {
-    "forward": ("#8ab6de", "#10263b"),
-    "backward": ("#3a73ad", "#ffffff"),
-    "communication": ("#d0622f", "#ffffff"),
-    "update": ("#3f7f6b", "#ffffff"),
-    "other": ("#868e96", "#101418"),
+    **LOOKS,
     "compute": ("#3a73ad", "#ffffff"),
     "waiting_for_core": ("#c9932f", "#101418"),
     "exposed_communication": ("#d0622f", "#ffffff"),

@@ -21,7 +21,6 @@ __all__ = ["alt_text", "breakdown", "plan", "setup", "speedup", "timeline"]
 
 _WIDTH = 7.2  # inches, of the book's column
 _CHARACTER = 0.075  # inches of one character of a label
-_KINDS = {"F": "forward", "RECOMPUTE": "forward", "B": "backward", "I": "backward", "W": "backward", "UPDATE": "update"}
 _HATCH = "////"
 _MARKERS = {"backward": "o", "communication": "s", "update": "D", "waiting_for_core": "^", "forward": "v", "other": "P"}
 
@@ -83,7 +82,7 @@ def _events(axes: Axes, trace: Trace, shown: list[int], span: float, factor: flo
     for rank, _, cell, start, end, wait in trace.rows():
         action, lane = Action.parse(cell), shown.index(rank)
         compute = action.verb.stream == "compute"
-        kind = _KINDS.get(action.kind, "other" if compute else "communication")
+        kind = action.verb.look
         seen.append(kind)
         left = (start + wait * compute - origin) / factor
         width = max(0.0, (end - origin) / factor - left)
@@ -205,7 +204,7 @@ def plan(plan: Plan) -> Drawing:
         seen = []
         for lane, row in enumerate(plan.rows):
             for action, label, left, width in zip(row, labels[lane], lefts, widths, strict=False):
-                kind = _KINDS.get(action.kind, "other" if action.verb.stream == "compute" else "communication")
+                kind = action.verb.look
                 seen.append(kind)
                 axes.barh(lane, width - 0.04, 0.76, left + 0.02, color=FILLS[kind][0])
                 style: dict[str, Any] = {"color": FILLS[kind][1], "ha": "center", "va": "center", "fontsize": 7.5}

@@ -10,6 +10,7 @@ from bpkit.plan import Plan, Program
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.check import order
 from bpkit.plan.liveness import waits
+from bpkit.plan.mesh import Coordinate
 
 if TYPE_CHECKING:
     from bpkit.trace import Trace
@@ -52,7 +53,7 @@ class Times:
         return round(1e9 * sum(v[action.stage] if isinstance(v, Sequence) else v for v in values))
 
 
-def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3) -> Trace:
+def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3, batch: int = 0) -> Trace:
     """Run a plan on a model of time.
 
     Waits are those of the executor: compute runs in the order of the row; a communication is posted when the row
@@ -67,11 +68,13 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3) -
         F = I = W = 1 s on every stage where not given.
     steps : int
         Steps that follow one another.  The first fills an empty pipeline; later ones have the period of training.
+    batch : int, optional
+        Samples of a global batch, cut evenly: what the edges carry depends on it.
 
     Returns
     -------
     Trace
-        With ``simulated`` set.
+        With ``simulated`` set.  Of a program its bytes are those that a run counts; of a plan alone they are 0.
 
     Raises
     ------
@@ -80,7 +83,8 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3) -
     ValueError
         If there is no step, or times for another number of stages.
     """
-    plan, times = plan.plan if isinstance(plan, Program) else plan, times or Times()
+    program, times = plan if isinstance(plan, Program) else None, times or Times()
+    plan = plan.plan if isinstance(plan, Program) else plan
     if steps < 1:
         raise ValueError(f"a simulation needs at least one step, not {steps}")
     for value in (times.forward, times.backward_input, times.backward_weight):
@@ -89,8 +93,21 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3) -
     from bpkit.trace import Log, Trace  # they need NumPy, which the simulation itself does not
 
     ranks = run(plan, times, steps)
-    logs = [Log.of(range(steps), r.start, r.end, r.wait, r.cpu, [[0] * len(r.row)] * steps) for r in ranks]
+    sent = [[0] * len(r.row) for r in ranks] if program is None else [
+        [step.bytes(_samples(plan, at, batch, step.action.mb or 0)) for step in program.row(at)]
+        for at in plan.mesh.coordinates()]  # fmt: skip
+    logs = [Log.of(range(steps), r.start, r.end, r.wait, r.cpu, [own] * steps)
+            for r, own in zip(ranks, sent, strict=True)]  # fmt: skip
     return Trace.collect(logs, [list(map(str, r.row)) for r in ranks], simulated=True)
+
+
+def _samples(plan: Plan, at: Coordinate, batch: int, mb: int) -> int:
+    """Samples of a microbatch of a rank's even shard: the first shards, and microbatches, take the remainder."""
+    trained = [data for data in range(plan.mesh.data) if data not in plan.servers]
+    if at.data not in trained:
+        return 0
+    own = batch // len(trained) + (trained.index(at.data) < batch % len(trained))
+    return own // plan.microbatches + (mb < own % plan.microbatches)
 
 
 def run(plan: Plan, times: Times, steps: int) -> list[Rank]:

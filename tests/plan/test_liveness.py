@@ -83,9 +83,9 @@ def programs() -> Iterator[Program]:
 
 def test_the_simulator_the_executor_and_the_program_wait_for_the_same(monkeypatch):
     """Of earlier compute the executor needs no wait: a row runs it in order."""
-    simulated: list[events._Rank] = []
-    made = events._Rank
-    monkeypatch.setattr(events, "_Rank", lambda *args: simulated.append(made(*args)) or simulated[-1])
+    simulated: list[events.Rank] = []
+    made = events.Rank
+    monkeypatch.setattr(events, "Rank", lambda *args: simulated.append(made(*args)) or simulated[-1])
     slots = 0
     for program in programs():
         simulated.clear()

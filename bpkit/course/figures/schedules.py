@@ -14,6 +14,7 @@ from bpkit.measure.pipeline import period
 from bpkit.measure.reports import summarize
 from bpkit.nn import Network, mlp
 from bpkit.plan import Action, Plan
+from bpkit.plan.action import PASSES
 from bpkit.run.cluster import TrainResult
 from bpkit.run.progress import Tell
 from bpkit.simulate import Times, simulate
@@ -88,7 +89,7 @@ def _times(costs: dict[Action, float], stages: int) -> Times:
         return float(np.mean([c for a, c in costs.items() if a.kind in kinds and stage in (None, a.stage)] or [0.0]))
 
     forward, first, second = ([mean(stage, *kinds) for stage in range(stages)] for kinds in ("F", "BI", "W"))
-    return Times(forward, first, second, {kind: mean(None, kind) for kind in ("LOSS", "UPDATE", "ZERO")})
+    return Times(forward, first, second, {a.kind: mean(None, a.kind) for a in costs if a.kind not in PASSES})
 
 
 def _timeline(trace: Trace, median: float) -> list[list[Any]]:

@@ -5,12 +5,10 @@ from itertools import pairwise
 
 from bpkit.description.costs import balanced_cuts
 from bpkit.description.tensor import TensorLayout
-from bpkit.plan.action import Action
+from bpkit.plan.action import PASSES, Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import complete
 from bpkit.plan.plan import Plan
-
-_COMPUTE = ("F", "B", "I", "W", "RECOMPUTE")
 
 
 def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
@@ -70,7 +68,7 @@ def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
 
 def _cut(action: Action, bounds: list[tuple[int, int]], split: set[int]) -> list[Action]:
     """An action of one stage as actions of its parts: forwards ascending, backwards descending."""
-    if action.kind not in _COMPUTE:
+    if action.kind not in PASSES:
         return []
     low, high = bounds[action.stage]
     stages = range(low, high) if action.kind in ("F", "RECOMPUTE") else range(high - 1, low - 1, -1)

@@ -19,7 +19,7 @@ def reduce(rank: Rank, action: Action, index: int) -> Call:
     """Sum a stage's gradient over the data ranks; compressed, where that is asked for."""
     buffers, comm = rank.buffers, rank.groups.data
     gradients = buffers.gradients[action.stage]
-    if not len(gradients) or comm.size == 1:
+    if not len(gradients):
         return nothing
     if buffers.compress is not None:
         compressed = reducer(buffers.compress, buffers.stages[action.stage], comm)
@@ -34,26 +34,24 @@ def scatter(rank: Rank, action: Action, index: int) -> Call:
     gradients, comm = rank.buffers.gradients[action.stage], rank.groups.data
     reduced, adds, empties = rank.buffers.reduced[action.stage], index not in rank.overwriting, index in rank.emptying
 
-    def scatter_to_oneself() -> None:
-        (reduced.add_ if adds else reduced.copy_)(gradients)
-        if empties:
-            gradients.zero_()
 
-    def scatter_and_empty() -> None:
-        comm.post_reduce_scatter(gradients, reduced, adds).wait()
+    def post() -> Handle | None:
+        if comm.size > 1:
+            return comm.post_reduce_scatter(gradients, reduced, adds)
+        (reduced.add_ if adds else reduced.copy_)(gradients)
+        return None
+
+    def post_and_empty() -> None:
+        (post() or Then()).wait()
         gradients.zero_()
 
-    if not len(gradients):
-        return nothing
-    if comm.size == 1:
-        return scatter_to_oneself
-    return scatter_and_empty if empties else partial(comm.post_reduce_scatter, gradients, reduced, adds)
+    return nothing if not len(gradients) else post_and_empty if empties else post
 
 
 @runs("UNSHARD")
 def unshard(rank: Rank, action: Action, index: int) -> Call:
     """Make a stage's parameters whole, of every data rank's part."""
-    return nothing if rank.groups.data.size == 1 else partial(rank.buffers.gather, action.stage)
+    return partial(rank.buffers.gather, action.stage)
 
 
 @runs("RESHARD")
@@ -70,25 +68,24 @@ def average(rank: Rank, action: Action, index: int) -> Call:
     def mean() -> None:
         comm.all_reduce(flat).div_(comm.size)
 
-    return mean if comm.size > 1 else nothing
+    return mean
 
 
 @runs("NORM")
 def norm(rank: Rank, action: Action, index: int) -> Call:
     """Sum the squares of the whole gradient, over every axis on which it is split."""
-    buffers, mesh = rank.buffers, rank.plan.mesh
-    summed = mesh.pipeline * mesh.tensor > 1 or (bool(buffers.reduced) and mesh.data > 1)
+    buffers, summed = rank.buffers, bool(rank.buffers.program.row(rank.buffers.at)[index].payload)
     # In the sum over all ranks a gradient that was not scattered stands once for each data rank.
     gradients = [(buffers.reduced.get(s, buffers.gradients[s]), buffers.counted(s),
-                  mesh.data if summed and s not in buffers.reduced else 1) for s in buffers.stages]  # fmt: skip
-    squares = buffers.squares
+                  rank.plan.mesh.data if summed and s not in buffers.reduced else 1)
+                 for s in buffers.stages]  # fmt: skip
 
     def sum_squares() -> Handle | None:
         for stage in buffers.stages:
             buffers.clean(stage)
         parts = [square_sum(g if mask is None else g * mask) / times for g, mask, times in gradients]
-        squares.copy_(torch.stack(parts).sum())
-        return rank.groups.world.post_all_reduce(squares) if summed else None
+        buffers.squares.copy_(torch.stack(parts).sum())
+        return rank.groups.world.post_all_reduce(buffers.squares) if summed else None
 
     return sum_squares
 
@@ -98,8 +95,7 @@ def norm(rank: Rank, action: Action, index: int) -> Call:
 
 def _part(rank: Rank, action: Action) -> tuple[Tensor, int]:
     """The part that an action names, and its peer on the data axis."""
-    letters = {touch.letter for touch in action.verb.reads + action.verb.writes}
-    flat = (rank.buffers.gradients if "G" in letters else rank.buffers.masters)[action.stage]
+    flat = (rank.buffers.gradients if action.verb.touches("G") else rank.buffers.masters)[action.stage]
     low, high = (0, len(flat)) if action.part is None else action.part.bounds(len(flat))
     return flat[low:high], action.peer or 0
 
@@ -115,7 +111,7 @@ def send_part(rank: Rank, action: Action, index: int) -> Call:
 def receive_part(rank: Rank, action: Action, index: int) -> Call:
     """Take a peer's part in place of one's own, or add it."""
     part, source = _part(rank, action)
-    adds = any(touch.letter == "G" for touch in action.verb.reads)
+    adds = bool(action.verb.reads)
     return partial(rank.groups.data.post_recv, part, source, adds) if len(part) else nothing
 
 
@@ -210,8 +206,7 @@ def sum_edge(rank: Rank, action: Action, index: int) -> Call:
     def sum_shares() -> Handle:
         share = edges[key]
         flat = memory[: share.numel()]
-        edges[key] = flat.view(share.shape)
-        edges[key].copy_(share)
+        edges[key] = flat.view(share.shape).copy_(share)
         return comm.post_all_reduce(flat)
 
     return sum_shares
@@ -221,8 +216,6 @@ def sum_edge(rank: Rank, action: Action, index: int) -> Call:
 def gather_edge(rank: Rank, action: Action, index: int) -> Call:
     """Bring own tokens of all tensor ranks, side by side in memory, to whole samples."""
     (key, memory, comm), edges = _edge(rank, action), rank.edges
-    if comm.size == 1:
-        return nothing
     whole = torch.empty_like(memory)
 
     def gather() -> Handle:
@@ -242,8 +235,6 @@ def gather_edge(rank: Rank, action: Action, index: int) -> Call:
 def scatter_edge(rank: Rank, action: Action, index: int) -> Call:
     """Bring shares of whole samples to the sum of this rank's own tokens."""
     (key, memory, comm), edges = _edge(rank, action), rank.edges
-    if comm.size == 1:
-        return nothing
     out = torch.empty(len(memory) // comm.size, dtype=memory.dtype, device=memory.device)
 
     def scatter_shares() -> Handle:
@@ -264,13 +255,8 @@ def sum_gradients(rank: Rank, action: Action, index: int) -> Call:
     shares, memory, comm = rank.buffers.shares[action.stage], rank.buffers.sums[action], rank.groups.tensor
     places = memory.split([len(share) for share in shares])
 
-    def put_back() -> None:
-        for share, place in zip(shares, places, strict=True):
-            share.copy_(place)
-
     def sum_shares() -> Handle:
-        for share, place in zip(shares, places, strict=True):
-            place.copy_(share)
-        return Then(comm.post_all_reduce(memory), then=put_back)
+        torch._foreach_copy_(places, shares)
+        return Then(comm.post_all_reduce(memory), then=partial(torch._foreach_copy_, shares, places))
 
     return sum_shares if shares else nothing

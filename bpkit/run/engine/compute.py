@@ -73,16 +73,13 @@ def backward(rank: Rank, action: Action, index: int) -> Call:
     run, slot = rank.net(action, index).backward, rank.slots[s, mb]
     given, made = Buffer("D", s + 1, mb), Buffer("D", s, mb)
 
-    def first() -> None:
-        run(edges[given], slot, adds)
-
-    def other() -> None:
+    def whole() -> None:
         above = edges[given]
-        gradient = run(above, slot, adds, True)
-        assert gradient is not None
-        edges[made] = _own(gradient, above)
+        gradient = run(above, slot, adds, s > 0)
+        if gradient is not None:
+            edges[made] = _own(gradient, above)
 
-    return _giving_back(rank, index, first if s == 0 else other)
+    return _giving_back(rank, index, whole)
 
 
 @runs("I")
@@ -138,25 +135,21 @@ def update(rank: Rank, action: Action, index: int) -> Call:
     optimizer, step = rank.buffers.optimizer, rank.step
     if rank.captured is not None:
         return _capture(rank, action, gradient)
-    if rank.plan.holds == "all":
-
-        def apply() -> None:
-            rank.buffers.clean(action.stage)
-            optimizer.update(weights, _clipped(rank, gradient), state, step.number, step.scale)
-
-        return apply
-    before, each = (sum(a.kind == "UPDATE" and a.stage == action.stage for a in row)
-                    for row in (rank.row[:index], rank.row))  # fmt: skip
+    before, each = 0, 1  # updates of this stage in a step: of the whole, though it may come in parts
+    if rank.plan.holds != "all":
+        before, each = (sum(a.kind == "UPDATE" and a.stage == action.stage for a in row)
+                        for row in (rank.row[:index], rank.row))  # fmt: skip
     source = target = weights
     if rank.plan.stashed:
         source, target = (rank.copies[action.stage][i].flat_parameters for i in rank.weights_of[index])
 
-    def apply_to_copy() -> None:
+    def apply() -> None:
+        rank.buffers.clean(action.stage)
         if target is not source:
             target.copy_(source)
-        optimizer.update(target, gradient, state, step.number * each + before, step.scale)
+        optimizer.update(target, _clipped(rank, gradient), state, step.number * each + before, step.scale)
 
-    return apply_to_copy
+    return apply
 
 
 def _capture(rank: Rank, action: Action, gradient: Tensor) -> Call:
@@ -164,11 +157,8 @@ def _capture(rank: Rank, action: Action, gradient: Tensor) -> Call:
     assert rank.captured is not None
     net = rank.buffers.stages[action.stage]
     whole = rank.captured.setdefault(action.stage, torch.full_like(net.flat_parameters, math.nan))
-    low = 0
-    if action.part is not None:
-        low = action.part.bounds(net.flat_size)[0]
-    elif action.stage in rank.buffers.reduced:
-        low = rank.buffers.own_bounds(net.flat_size)[0]
+    bounds = action.part.bounds if action.part else rank.buffers.own_bounds
+    low = bounds(net.flat_size)[0] if action.part or action.stage in rank.buffers.reduced else 0
     into = whole[low : low + len(gradient)]
     return lambda: torch.mul(_clipped(rank, gradient), rank.step.scale, out=into)
 

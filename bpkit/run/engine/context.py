@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Final
 
 import torch
@@ -52,10 +53,8 @@ class StepData:
     def load(self, number: int, inputs: Tensor, targets: Tensor, first: int, microbatches: int) -> None:
         """Cut this rank's shard into microbatches; the first ones take the remainder."""
         self.inputs, self.targets = inputs.tensor_split(microbatches), targets.tensor_split(microbatches)
-        starts = [first]
-        for part in self.inputs:
-            starts.append(starts[-1] + len(part))
-        self.contexts = [Context(number, start, True, self.sum_over_data) for start in starts[:-1]]
+        starts = accumulate(map(len, self.inputs[:-1]), initial=first)
+        self.contexts = [Context(number, start, True, self.sum_over_data) for start in starts]
         self.number, self.losses = number, {}
 
     def loss(self, ahead: bool = False) -> Callable[[], list[float]]:
@@ -112,8 +111,13 @@ class Rank:
         self.buffers.halves = sum(net.bytes for net in self.mixed.values())
 
     def bind(self) -> list[Call]:
-        """What each action of the row calls, in every step."""
-        return [RUNS[action.kind](self, action, index) for index, action in enumerate(self.row)]
+        """What each action of the row calls, in every step.
+
+        Over an axis of one a collective changes nothing; only SCATTER_GRAD still moves the gradient.
+        """
+        alone = {axis for axis in ("data", "tensor") if getattr(self.plan.mesh, axis) == 1}
+        idle = {a for a in self.row if a.verb.axis in alone and a.verb.bytes == "native" and not a.verb.touches("R")}
+        return [nothing if a in idle else RUNS[a.kind](self, a, index) for index, a in enumerate(self.row)]
 
     def net(self, action: Action, index: int) -> Network | Mixed:
         """The stage, with the copy of its parameters that an action reads."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from bpkit.plan.program import Instruction
 from bpkit.run.engine.context import Call
 from bpkit.run.engine.groups import Groups
-from bpkit.run.engine.host import Executor, native_bytes
+from bpkit.run.engine.host import Executor
 from bpkit.trace import Log
 
 
@@ -71,7 +71,7 @@ class StreamExecutor:
         """Give the row to the streams once; `finish` fills line `line` of the log."""
         mark, on = self._groups.world.mark, self._module.stream
         begin = previous = self._record(self._compute)  # after all of the step before
-        flight = _Flight(log, line, begin, native_bytes(self._row))
+        flight = _Flight(log, line, begin, [min(0, step.bytes(1)) for step in self._row])
         mark[0] = step
         for index, (run, needs, name) in enumerate(self._steps):
             mark[1] = index

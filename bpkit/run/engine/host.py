@@ -57,7 +57,7 @@ class Executor:
     def _blank(self) -> tuple[list[int], ...]:
         """One step's columns: start, end, wait, CPU time (-1: not taken) and bytes (-1: not counted)."""
         width = len(self.row)
-        return [0] * width, [0] * width, [0] * width, [-1] * width, native_bytes(self.row)
+        return [0] * width, [0] * width, [0] * width, [-1] * width, [min(0, step.bytes(1)) for step in self.row]
 
     def finish(self) -> int:
         """Nothing to wait for: `run` has filled the log, and the host's clock says when the step began (0)."""
@@ -168,9 +168,4 @@ class Executor:
         if deadline and now > deadline:
             raise PeerTimeout(f"waited {self.groups.world.timeout:g} s for {self.row[index].action}")
         return deadline or now + self.groups.world.timeout
-
-
-def native_bytes(row: Sequence[Instruction]) -> list[int]:
-    """Bytes of each action before anything is counted; -1 where a native collective does not count."""
-    return [-1 if step.action.verb.axis and step.payload and not step.counted else 0 for step in row]
 

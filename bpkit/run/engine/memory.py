@@ -76,10 +76,7 @@ class Buffers:
         if plan.mesh.pipeline > 1:
             self.edges = self.groups.world.edges(self.sizes.channels[self.at], *self.sizes.lent, self.network.dtype)
         self._make_sums()
-        self.squares = self.groups.world.empty(1, torch.float64) if self._has("NORM") else torch.empty(0)
-
-    def _has(self, kind: str) -> bool:
-        return any(action.kind == kind for action in self.row)
+        self.squares = self.groups.world.empty(1, torch.float64) if "NORM" in kinds else torch.empty(0)
 
     def _own_loss(self, own: Network) -> Loss:
         """The loss; where each tensor rank has some of the classes, one that sums over them."""
