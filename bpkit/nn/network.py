@@ -100,6 +100,7 @@ class Network:
         self.input_dtype = self.layers[0].input_dtype or self.dtype
         self.owners = [parameter.owner for parameter in description.parameters]
         self._runs: dict[Hashable, _Run] = {}
+        self._spare: dict[Hashable, _Run] = {}  # the binding before: unequal microbatches alternate between two
         self._skips: dict[tuple[str, int, int], Tensor] = {}
         self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, self.dtype, device) for _ in range(2))
         kept = [b for layer, s in self._placed() for b in layer.buffers(s)]
@@ -114,7 +115,7 @@ class Network:
         offsets, shapes = ([getattr(p, what) for p in self.description.parameters] for what in ("offset", "shape"))
         self._parameters, self._gradients = (views(flat, offsets, shapes) for flat in flats)
         self._buffers = packed(self.flat_buffers, self.description.buffer_shapes)
-        self._runs.clear()  # their passes hold the old views
+        self.release()  # their passes hold the old views
 
     # Tensors.
 
@@ -184,7 +185,7 @@ class Network:
         x : Tensor, shape (rows, *input_shape)
             Kept by reference until the slot's backward is done. It may have no rows. Autograd does not follow it.
         slot : hashable
-            Names the microbatch in flight; a slot's buffers are used again while shapes stay equal.
+            Names the microbatch in flight; a slot's buffers are used again while its shapes are one of two.
         context : Context
 
         Returns
@@ -273,7 +274,12 @@ class Network:
     def _prepare(self, slot: Hashable, x: Tensor) -> _Run:
         """Check an input's form and bind a chain for its shape."""
         self._check_form(x)
-        self._runs[slot] = run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
+        before, run = self._runs.get(slot), self._spare.get(slot)
+        if run is None or run.shape != x.shape or run.dtype is not x.dtype:
+            run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
+        if before is not None:
+            self._spare[slot] = before
+        self._runs[slot] = run
         return run
 
     def site(self, rows: int) -> Site:
@@ -285,6 +291,7 @@ class Network:
     def release(self) -> None:
         """Drop the buffers of all slots."""
         self._runs.clear()
+        self._spare.clear()
 
     def predict(self, x: Tensor, rows: int = 1024) -> Tensor:
         """Return outputs with training off, computed `rows` samples at a time.
@@ -299,6 +306,7 @@ class Network:
         off = Context(training=False)
         result = torch.cat([self.forward(part, "predict", off).clone() for part in x.split(rows)])
         del self._runs["predict"]
+        self._spare.pop("predict", None)
         return result
 
     def accuracy(self, x: Tensor, targets: Tensor) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from bpkit import nn
 from bpkit.description import balanced_cuts
+from bpkit.nn import network as network_module
 
 from .cases import LAYERS, D, batch, by_hand, network
 
@@ -201,3 +202,25 @@ def test_predict_and_accuracy_switch_dropout_off() -> None:
 def test_bad_input_is_named(make, error: type[Exception], text: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(error, match=text):
         make()
+
+
+def test_microbatches_of_two_sizes_bind_a_slot_twice_and_never_again(monkeypatch):
+    made: list[int] = []
+    chain = network_module.Chain
+    monkeypatch.setattr(network_module, "Chain", lambda layers, site: made.append(site.shape[0]) or chain(layers, site))
+    net = nn.mlp([5, 4, 3], seed=0, dtype=torch.float64)
+    alone = nn.mlp([5, 4, 3], seed=0, dtype=torch.float64)
+    x = torch.randn(22, 5, dtype=torch.float64)
+    for _ in range(3):
+        made.clear()
+        for index, part in enumerate(x.split([8, 7, 7])):
+            net.backward(net.forward(part, 0), 0, index > 0)
+    assert made == []
+    for index, part in enumerate(x.split([8, 7, 7])):
+        alone.backward(alone.forward(part, index), index, index > 0)
+    assert torch.equal(net.flat_gradients, alone.flat_gradients)
+    for rows in (1, 2, 3, 4):
+        net.forward(x[:rows], 0)
+    assert len(net._runs) + len(net._spare) == 2  # no more memory, whatever sizes come
+    net.release()
+    assert not net._runs and not net._spare
