@@ -22,11 +22,12 @@ import traitlets
 
 from bpkit.measure import FORMAT, Parts
 from bpkit.measure import scaling as measure_scaling
+from bpkit.plan.action import VERBS
 
 #: The parts of a step time, in the order in which the figure stacks them.
 PARTS = tuple(Parts.__dataclass_fields__)
 #: Modules of the scaling explorer, each after those that it imports.
-MODULES = ("text", "dom", "data", "speedup", "bars", "timeline", "describe", "controls", "explorer")
+MODULES = ("text", "dom", "data", "speedup", "bars", "kinds", "timeline", "describe", "controls", "explorer")
 # A progress message costs the kernel and the browser more than it tells a reader.
 SECONDS_BETWEEN_MESSAGES = 0.1
 
@@ -51,10 +52,16 @@ def bundle(*modules: str) -> str:
     str
         The source of one module without imports.
     """
-    static = files("bpkit.course.figures") / "static"
-    *parts, main = [_wrap((static / f"{name}.js").read_text(encoding="utf-8")) for name in modules]
+    *parts, main = [_wrap(_source(name)) for name in modules]
     named = [f"const ${name} = {part}" for name, part in zip(modules, parts, strict=False)]
     return "\n".join([*named, f"export default {main}"])
+
+
+def _source(name: str) -> str:
+    """The text of a module; that of ``kinds``, how each kind of action is drawn, comes from the one table of them."""
+    if name == "kinds":
+        return f"export const LOOKS = {json.dumps({kind: verb.look for kind, verb in VERBS.items()})};\n"
+    return (files("bpkit.course.figures") / "static" / f"{name}.js").read_text(encoding="utf-8")
 
 
 def _wrap(source: str) -> str:

@@ -1,5 +1,6 @@
 // One training step, a row for each rank: what ran when, and what it waited for.
 import { say, sayCount, saySeconds, number } from "./text.js";
+import { LOOKS } from "./kinds.js";
 import { html, svg, label, linear, ticks, redraw, panel, legend, scrolling } from "./dom.js";
 
 const LANE = 18;
@@ -8,12 +9,8 @@ const LEFT = 52;
 const CHARACTER = 6.6;
 const KINDS = ["forward", "backward", "communication", "update", "other"];
 
-/** The class of an action, from its text: "0F0" is a forward, "1SEND_B3" is communication. */
-export function kindOf(cell) {
-  const kinds = [[/^\d*(F|RECOMPUTE)\d*$/, "forward"], [/^\d*[BIW]\d*$/, "backward"], [/UPDATE/, "update"],
-    [/SEND|RECV|REDUCE|SHARD|SCATTER|SUM|AVERAGE|NORM|ADD/, "communication"]];
-  return kinds.find(([pattern]) => pattern.test(cell))?.[1] ?? "other";
-}
+/** The look of an action, from its text: "0F0" is a forward, "1SEND_B3" is communication. */
+const kindOf = (cell) => LOOKS[/[A-Z]+(_[A-Z]+)*/.exec(cell)?.[0]] ?? "other";
 
 const events = (timeline) => timeline.map(([rank, cell, start, end, wait]) =>
   ({ rank, cell, start, end, wait: wait ?? 0, kind: kindOf(cell) }));
