@@ -277,8 +277,7 @@ class Network:
         before, run = self._runs.get(slot), self._spare.get(slot)
         if run is None or run.shape != x.shape or run.dtype is not x.dtype:
             run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
-        if before is not None:
-            self._spare[slot] = before
+        self._spare |= {slot: before} if before else {}
         self._runs[slot] = run
         return run
 

@@ -147,6 +147,9 @@ VERBS: Final[dict[str, Verb]] = {
     "RECV_P": _verb("in", "data", "", "P", "", "part", "", "<"),
 }
 
+#: Kinds that give parameters to other data ranks.
+GIVES_P: Final = frozenset(k for k, verb in VERBS.items() if verb.axis == "data" and verb.bytes and verb.touches("P"))
+
 #: Forwards and backwards, whole and in halves.
 PASSES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.look in ("forward", "backward"))
 

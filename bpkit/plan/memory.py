@@ -8,7 +8,7 @@ from functools import cached_property
 
 from bpkit.description.flat import ALIGNMENT, part_bounds
 from bpkit.description.network import Description
-from bpkit.plan.action import Action
+from bpkit.plan.action import GIVES_P, Action
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import scatters
 from bpkit.plan.program import Program, of_rank
@@ -123,7 +123,7 @@ class Memory:
         taken: list[tuple[int, int]] = []  # so many times so many bytes
         if plan.mesh.data > 1:
             taken.append((ranks, size * self.block(plan.gradient_buffers)[1]))
-            if kinds & {"UNSHARD", "SEND_P", "AVERAGE"}:  # what is gathered lies there once for all that gather
+            if kinds & GIVES_P:  # what is gathered lies there once for all that gather
                 taken.append((ranks // (plan.mesh.data if "UNSHARD" in kinds else 1), size * self.block()[1]))
         if plan.mesh.pipeline > 1:
             elements, messages = self.lent

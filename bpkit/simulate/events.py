@@ -104,9 +104,7 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3, b
 def _samples(plan: Plan, at: Coordinate, batch: int, mb: int) -> int:
     """Samples of a microbatch of a rank's even shard: the first shards, and microbatches, take the remainder."""
     trained = [data for data in range(plan.mesh.data) if data not in plan.servers]
-    if at.data not in trained:
-        return 0
-    own = batch // len(trained) + (trained.index(at.data) < batch % len(trained))
+    own = batch // len(trained) + (trained.index(at.data) < batch % len(trained)) if at.data in trained else 0
     return own // plan.microbatches + (mb < own % plan.microbatches)
 
 

@@ -9,7 +9,7 @@ from bpkit.compress import Compressor
 from bpkit.description.flat import part_bounds
 from bpkit.nn import Loss, Network, VocabularyCrossEntropy
 from bpkit.optim import Optimizer
-from bpkit.plan.action import Action
+from bpkit.plan.action import GIVES_P, Action
 from bpkit.plan.memory import Memory
 from bpkit.plan.plan import Plan, scatters
 from bpkit.plan.program import Program
@@ -102,7 +102,7 @@ class Buffers:
             net.bind(gradients=block[places[stage] :][: net.flat_size])
 
     def _place_parameters(self, plan: Plan, kinds: set[str]) -> None:
-        if not kinds & {"UNSHARD", "SEND_P", "AVERAGE"}:
+        if not kinds & GIVES_P:
             return
         places, size = self.sizes.block()
         block = self.groups.data.shared(size, self.network.dtype) if "UNSHARD" in kinds else None
