@@ -217,3 +217,12 @@ class Chain(Pass):
             if weight_half is not None:
                 weight_half(accumulate)
         return dy if need else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A chain bound to one slot, and the inputs it is bound for."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    chain: Chain

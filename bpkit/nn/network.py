@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -16,17 +16,8 @@ from bpkit.description.flat import Shape
 from bpkit.description.network import Description
 from bpkit.given import integer
 from bpkit.nn.flat import aligned, check_flat, fitting, packed, views
-from bpkit.nn.layer import START, Chain, Context, Layer, Site
+from bpkit.nn.layer import START, Chain, Context, Layer, Run, Site
 from bpkit.nn.losses import Loss, make_loss
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A chain bound to one slot, and the inputs it is bound for."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    chain: Chain
 
 
 class Network:
@@ -99,8 +90,8 @@ class Network:
         self.flat_size = description.flat_size
         self.input_dtype = self.layers[0].input_dtype or self.dtype
         self.owners = [parameter.owner for parameter in description.parameters]
-        self._runs: dict[Hashable, _Run] = {}
-        self._spare: dict[Hashable, _Run] = {}  # the binding before: unequal microbatches alternate between two
+        self._runs: dict[Hashable, Run] = {}
+        self._spare: dict[Hashable, Run] = {}  # the binding before: unequal microbatches alternate between two
         self._skips: dict[tuple[str, int, int], Tensor] = {}
         self.flat_parameters, self.flat_gradients = (aligned(self.flat_size, self.dtype, device) for _ in range(2))
         kept = [b for layer, s in self._placed() for b in layer.buffers(s)]
@@ -232,7 +223,7 @@ class Network:
         """Run the weight half (W) of the microbatch in `slot`, after its input half."""
         self._run(slot).chain.backward_weight(accumulate)
 
-    def _run(self, slot: Hashable) -> _Run:
+    def _run(self, slot: Hashable) -> Run:
         run = self._runs.get(slot)
         if run is None:
             raise RuntimeError(f"backward of slot {slot!r} without a forward before it")
@@ -271,12 +262,12 @@ class Network:
         if x.device.type != self.device.type:
             raise ValueError(f"the network is on {self.device} and got inputs on {x.device}")
 
-    def _prepare(self, slot: Hashable, x: Tensor) -> _Run:
+    def _prepare(self, slot: Hashable, x: Tensor) -> Run:
         """Check an input's form and bind a chain for its shape."""
         self._check_form(x)
         before, run = self._runs.get(slot), self._spare.get(slot)
         if run is None or run.shape != x.shape or run.dtype is not x.dtype:
-            run = _Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
+            run = Run(x.shape, x.dtype, Chain(self.layers, self.site(x.shape[0])))
         self._spare |= {slot: before} if before else {}
         self._runs[slot] = run
         return run
