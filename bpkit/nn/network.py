@@ -74,7 +74,8 @@ class Network:
         given = input_shape if isinstance(input_shape, Iterable) else (input_shape,)
         shape = tuple(integer("Network: each number of input_shape", n, 1, floats=False) for n in given)
         made = make_loss(loss)
-        description = Description(tuple(layers), shape, made.name, _name(dtype))
+        own = made.name if "name" in vars(type(made)) else type(made).__name__  # what a subclass computes is its own
+        description = Description(tuple(layers), shape, own, _name(dtype))
         description.skips()  # refuses those with one end
         self._define(description, made, integer("Network: seed", seed), torch.device(device))
         generator = torch.Generator().manual_seed(self.seed)

@@ -113,26 +113,32 @@ class Runner:
             number, began, share, loss = self._flights.popleft()
             self.starts.append((self.executor.finish() or began) - self.paused)
             self.losses.append(self.checked(number, loss()) * share)
+            if self.buffers.squares.is_cpu and not self.buffers.squares.isfinite().all():
+                self.look(number)
 
     def checked(self, number: int, losses: Sequence[float]) -> float:
         """The sum of a step's losses; FloatingPointError if it is not finite."""
         total = sum(losses)
         if not math.isfinite(total):
-            raise FloatingPointError(self._not_a_number(number))
+            self.look(number, "the loss is not a number, and ")
+            raise FloatingPointError(f"step {number}: the loss is not a number, though what this rank holds is finite")
         return total
 
-    def _not_a_number(self, number: int) -> str:
-        """Where a loss that is not finite shows: the last layer of this rank whose gradient is not a number either."""
-        for stage in sorted(self.buffers.stages, reverse=True):
-            net = self.buffers.stages[stage]
-            counts = [len(layer.parameters()) for layer in net.split(range(1, len(net.layers)))]
-            gradients, first = net.gradients(), (0, *self.program.cuts)[stage]
-            for layer in reversed(range(len(counts))):
-                own = gradients[sum(counts[:layer]) : sum(counts[: layer + 1])]
-                if not all(gradient.isfinite().all() for gradient in own):
-                    name = f"layer {first + layer}{' of the opened network' if self.plan.opened else ''}"
-                    return f"step {number}: the loss is not a number, nor is the gradient of {name}"
-        return f"step {number}: the loss is not a number, though the gradients of this rank are finite"
+    def look(self, number: int, why: str = "") -> None:
+        """FloatingPointError if this rank's gradient, weights or optimizer's state are not finite; with the layer."""
+        buffers, cuts = self.buffers, (0, *self.program.cuts)
+        for stage, net in sorted(buffers.stages.items(), reverse=True):
+            own, low = buffers.gradients[stage], 0
+            if stage in buffers.reduced:
+                own, low = buffers.reduced[stage], buffers.own_bounds(net.flat_size)[0]
+            for what, flat in (("gradient is", own), ("weights are", buffers.masters[stage]),
+                               *(("optimizer's state is", one) for one in buffers.state[stage])):  # fmt: skip
+                if not math.isfinite(flat.sum()) and not flat.isfinite().all():  # a sum may overflow by itself
+                    place = low + int((~flat.isfinite()).nonzero()[0])
+                    starts = {held.offset: held.layer for held in net.description.parameters if held.offset <= place}
+                    layer = starts[max(starts)] + cuts[stage]
+                    raise FloatingPointError(f"step {number}: {why}the {what} not finite in stage {stage}, layer "
+                                             f"{layer}{' of the opened network' * self.plan.opened}")  # fmt: skip
 
 
 def train(comm: Comm, job: Job, streams: Any = None) -> Outcome:
@@ -154,8 +160,11 @@ def _steps(comm: Comm, job: Job, streams: Any) -> Outcome:
         line = max(0, step - (job.steps - recorded))
         log.steps[line] = step
         runner.run(step, job.data.indices(step, job.batch, job.seed), log, line)
-        if job.evaluate_every and (step + 1) % job.evaluate_every == 0:
+        evaluates = bool(job.evaluate_every) and (step + 1) % job.evaluate_every == 0
+        if evaluates or step == job.steps - 1 or (step % 32 == 31 and comm.device.type == "cpu"):
             runner.settle()
+            runner.look(step)  # a pass over memory; between such steps weights that are not finite show in the loss
+        if evaluates:
             began = perf_counter_ns()
             accuracies.append((step + 1, evaluate(comm, runner.buffers, job)))
             runner.paused += perf_counter_ns() - began
@@ -214,6 +223,7 @@ def gradients(comm: Comm, job: Job, step: int) -> dict[int, Tensor]:
     runner = Runner(comm, job, captured)
     runner.run(step, torch.arange(job.batch), Log.empty([step], len(runner.buffers.row)), 0)
     runner.settle()
+    runner.look(step)
     return {stage: gradient.cpu() for stage, gradient in captured.items()}
 
 

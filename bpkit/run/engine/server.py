@@ -38,7 +38,8 @@ def rounds(comm: Comm, job: Job, staleness: int | None = None) -> Outcome:
         runner.executor.run(0, log, 0)
         runner.executor.finish()
     losses = runner.step.loss()()
-    runner.checked(0, losses)
+    runner.checked(job.steps - 1, losses)
+    runner.look(job.steps - 1)
     share = 1 / (runner.plan.mesh.data - len(runner.plan.servers))
     starts = [int(log.start[0][i]) for i, action in enumerate(row) if action.kind == "ZERO"] or [began] * job.steps
     result = outcome(runner.buffers, [loss * share for loss in losses], [*starts, perf_counter_ns()], log)
