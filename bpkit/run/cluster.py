@@ -132,8 +132,7 @@ class Cluster:
         checks.watchers(progress, stop)
         job = self.check(job)
         checks.enough(job.data, self.workers)
-        outcomes = self._watched(rounds if job.plan.servers else train, job, progress, stop)
-        return assemble(job, outcomes, self.backend)
+        return assemble(job, self._watched(rounds if job.plan.servers else train, job, progress, stop), self.backend)
 
     def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
               lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0, shards: Shards | None = None,
@@ -187,10 +186,9 @@ class Cluster:
         WorkerError, WorkerDied, WorkerStuck, Stopped
             If a worker raises, ends, waits too long, or the run was stopped.
         """
-        plan = data_parallel(self.workers) if plan is None else plan
-        job = Job(plan, network, data, checks.made_optimizer(lr, optimizer), batch, steps, seed, shards, record,
-                  evaluate_every, target, compress, sync_batch_norm, precision)  # fmt: skip
-        return self.run(job, progress, stop)
+        return self.run(Job(data_parallel(self.workers) if plan is None else plan, network, data,
+                            checks.made_optimizer(lr, optimizer), batch, steps, seed, shards, record, evaluate_every,
+                            target, compress, sync_batch_norm, precision), progress, stop)  # fmt: skip
 
     def _watched(self, work: Callable[..., Outcome], job: Job, progress: Tell | None, stop: threading.Event | None,
                  *args: Any) -> list[Outcome]:  # fmt: skip
@@ -233,8 +231,7 @@ class Cluster:
         if self.workers < 2 or self.backend == "nccl":
             raise ValueError("an asynchronous server needs rank 0 to serve and one more rank to train, on shm or gloo: "
                              f"this cluster has {self.workers} over {self.backend}")  # fmt: skip
-        (steps,) = integers("train_asynchronous", steps=steps)
-        (staleness,) = integers("train_asynchronous", 0, staleness=staleness)
+        (steps,), (staleness,) = integers("train", steps=steps), integers("train", 0, staleness=staleness)
         trainers = self.workers - 1
         nominal = asynchronous_server(trainers, [*range(1, self.workers)] * steps, staleness)
         job = Job(nominal, network, data, checks.made_optimizer(lr, optimizer), batch, steps, seed, shards)

@@ -128,17 +128,14 @@ class Runner:
         """FloatingPointError if this rank's gradient, weights or optimizer's state are not finite; with the layer."""
         buffers, cuts = self.buffers, (0, *self.program.cuts)
         for stage, net in sorted(buffers.stages.items(), reverse=True):
-            own, low = buffers.gradients[stage], 0
-            if stage in buffers.reduced:
-                own, low = buffers.reduced[stage], buffers.own_bounds(net.flat_size)[0]
+            own = buffers.reduced.get(stage, buffers.gradients[stage])
+            low = buffers.own_bounds(net.flat_size)[0] if stage in buffers.reduced else 0
             for what, flat in (("gradient is", own), ("weights are", buffers.masters[stage]),
                                *(("optimizer's state is", one) for one in buffers.state[stage])):  # fmt: skip
-                if not math.isfinite(flat.sum()) and not flat.isfinite().all():  # a sum may overflow by itself
-                    place = low + int((~flat.isfinite()).nonzero()[0])
-                    starts = {held.offset: held.layer for held in net.description.parameters if held.offset <= place}
-                    layer = starts[max(starts)] + cuts[stage]
+                if not math.isfinite(flat.sum()) and len(wrong := (~flat.isfinite()).nonzero()):  # a sum may overflow
+                    layer = max((p.offset, p.layer) for p in net.description.parameters if p.offset <= low + wrong[0])[1]
                     raise FloatingPointError(f"step {number}: {why}the {what} not finite in stage {stage}, layer "
-                                             f"{layer}{' of the opened network' * self.plan.opened}")  # fmt: skip
+                                             f"{cuts[stage] + layer}{' (opened)' * self.plan.opened}")  # fmt: skip
 
 
 def train(comm: Comm, job: Job, streams: Any = None) -> Outcome:
