@@ -132,8 +132,8 @@ class Runner:
             low = buffers.own_bounds(net.flat_size)[0] if stage in buffers.reduced else 0
             for what, flat in (("gradient is", own), ("weights are", buffers.masters[stage]),
                                *(("optimizer's state is", one) for one in buffers.state[stage])):  # fmt: skip
-                if not math.isfinite(flat.sum()) and len(wrong := (~flat.isfinite()).nonzero()):  # a sum may overflow
-                    layer = max((p.offset, p.layer) for p in net.description.parameters if p.offset <= low + wrong[0])[1]
+                if not math.isfinite(flat.sum()) and len(bad := (~flat.isfinite()).nonzero()):  # a sum may overflow
+                    layer = max((p.offset, p.layer) for p in net.description.parameters if p.offset <= low + bad[0])[1]
                     raise FloatingPointError(f"step {number}: {why}the {what} not finite in stage {stage}, layer "
                                              f"{cuts[stage] + layer}{' (opened)' * self.plan.opened}")  # fmt: skip
 
