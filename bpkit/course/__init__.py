@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from bpkit.course.figures.explorers import Explorer, explorer
     from bpkit.course.figures.merging import Merging, merging
     from bpkit.course.figures.pipelines import Pipelines, pipelines
+    from bpkit.course.pytorch import torch_schedule
     from bpkit.course.recorded import GpuFigures, gpu_figures
 
 __all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "exercises", "explorer", "gpu_figures", "merging",
-           "pipelines"]  # fmt: skip
+           "pipelines", "torch_schedule"]  # fmt: skip
 
 _PLACES = {
     "figures.explorers": ("Explorer", "explorer"), "figures.merging": ("Merging", "merging"),
     "figures.pipelines": ("Pipelines", "pipelines"), "recorded": ("GpuFigures", "gpu_figures"),
-    "exercises": ("exercises",),
+    "exercises": ("exercises",), "pytorch": ("torch_schedule",),
 }  # fmt: skip
 _NEEDS = dict.fromkeys(("figures.explorers", "figures.merging", "figures.pipelines"), "anywidget")
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import bpkit as bp
+from bpkit.course import torch_schedule
 from bpkit.plan import Plan, check, pipedream, serial
-from bpkit.plan.interchange import from_csv, to_csv, torch_schedule
+from bpkit.plan.interchange import from_csv, to_csv
 from tests.plan.test_pipeline import SCHEDULES
 
 from .oracle import gradient_sum, worst
