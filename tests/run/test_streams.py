@@ -15,6 +15,7 @@ import bpkit as bp
 from bpkit.nn import CrossEntropy
 from bpkit.plan import compile, liveness
 from bpkit.run import cluster as of_cluster
+from bpkit.run.engine import communication
 from bpkit.run.engine.device import StreamExecutor
 from bpkit.run.engine.rank import Runner, train
 from bpkit.run.job import Job, Outcome
@@ -157,6 +158,7 @@ class Looks(TorchDispatchMode):
 
 def what_the_host_waits_for(comm: bp.run.Comm, job: Job, looks: bool) -> list[str]:
     CrossEntropy._may_be_masked = lambda self, targets: True  # as on a GPU; in this worker only
+    communication.square_sum = lambda flat: torch.linalg.vector_norm(flat, dtype=torch.float64).square_()
     runner = Runner(comm, job, streams=host_streams)
     if looks:
         runner.executor._steps[-1] = (lambda: float(runner.buffers.gradients[0].sum()), [], "compute")
