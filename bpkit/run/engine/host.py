@@ -52,12 +52,13 @@ class Executor:
     def __post_init__(self) -> None:
         compute = [step.action.verb.stream == "compute" for step in self.row]
         self._steps = [(run, step.waits, c) for run, step, c in zip(self.bound, self.row, compute, strict=True)]
+        self._uncounted = [min(0, step.bytes(1)) for step in self.row]
         self._columns = self._blank()
 
     def _blank(self) -> tuple[list[int], ...]:
         """One step's columns: start, end, wait, CPU time (-1: not taken) and bytes (-1: not counted)."""
         width = len(self.row)
-        return [0] * width, [0] * width, [0] * width, [-1] * width, [min(0, step.bytes(1)) for step in self.row]
+        return [0] * width, [0] * width, [0] * width, [-1] * width, self._uncounted.copy()
 
     def finish(self) -> int:
         """Nothing to wait for: `run` has filled the log, and the host's clock says when the step began (0)."""
