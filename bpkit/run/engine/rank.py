@@ -109,11 +109,12 @@ class Runner:
 
     def settle(self, ahead: int = 0) -> None:
         """Wait until no more than `ahead` steps are under way; FloatingPointError if a loss is not finite."""
+        squares = self.buffers.squares
         while len(self._flights) > ahead:
             number, began, share, loss = self._flights.popleft()
             self.starts.append((self.executor.finish() or began) - self.paused)
             self.losses.append(self.checked(number, loss()) * share)
-            if self.buffers.squares.is_cpu and not self.buffers.squares.isfinite().all():
+            if len(squares) and squares.is_cpu and not math.isfinite(squares):
                 self.look(number)
 
     def checked(self, number: int, losses: Sequence[float]) -> float:
