@@ -150,8 +150,16 @@ class Protocols:
     def see(self, source: int, steps: Steps) -> Exchange:
         """Read a peer's memory once it is shown."""
         yield self._shown[source]
+        self.read(source, steps)
+
+    def read(self, source: int, steps: Steps) -> None:
+        """Read what a peer shows, and say so."""
         run(steps)
         self._seen[source].give()
+
+    def shown(self, source: int) -> bool:
+        """Whether a peer shows its memory; `read` follows."""
+        return self._shown[source].came()
 
     # Blocking
 

@@ -239,25 +239,27 @@ class SharedMemoryComm(Comm):
         return Posted(self._protocols.show(to), "send", polled=True)
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
+        return Posted(self._protocols.see(source, self._take(tensor, source, add)), "recv", polled=True)
+
+    def _take(self, tensor: torch.Tensor, source: int, add: bool = False) -> Steps:
+        """The steps that read a peer's memory into a tensor."""
         memory, start = self._of_all(tensor, "post_recv")
         act = memory.addition if add else memory.copy
-        step = act(start, (0, tensor.numel()), tensor.dtype, source, self.rank)
-        return Posted(self._protocols.see(source, [step]), "recv", polled=True)
+        return [act(start, (0, tensor.numel()), tensor.dtype, source, self.rank)]
 
     def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
-        left = dict.fromkeys(sources, each)
-        posted = {source: self.post_recv(tensor, source) for source in sources}
-        came: list[int] = []
+        # Nothing is posted: what is posted acts whenever its message comes, and all of these have one place.
+        steps = {source: self._take(tensor, source) for source in sources}
+        left, came = dict.fromkeys(sources, each), list[int]()
 
         def look() -> bool:
-            came.extend(next(([source] for source in posted if posted[source].poll()), []))
+            came.extend(next(([source] for source in left if self._protocols.shown(source)), []))
             return bool(came)
 
-        while posted:
+        while left:
             self._waiter.until(look, None, "recv", -1)
             source = came.pop()
-            del posted[source]  # to the end: who has just been served is looked at last
-            left[source] -= 1
-            if left[source]:
-                posted[source] = self.post_recv(tensor, source)
+            self._protocols.read(source, steps[source])
+            if again := left.pop(source) - 1:
+                left[source] = again  # at the end: who has just been served is looked at last
             yield source
