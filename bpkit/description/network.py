@@ -22,7 +22,8 @@ class Parameter(NamedTuple):
     """A parameter: `number` of its `layer`, and where it starts in the flat buffer.
 
     ``owner`` is the first parameter of its name, with which it is one tensor, or itself; ``added`` says whether
-    another use of the tensor writes its gradient before.
+    another use of the tensor writes its gradient before, or may do so; ``held`` whether it lies here, not in another
+    stage (see `Description.split`).
     """
 
     layer: int
@@ -32,6 +33,7 @@ class Parameter(NamedTuple):
     owner: int
     offset: int
     added: bool
+    held: bool
 
     @property
     def slice(self) -> slice:
@@ -65,6 +67,8 @@ class Description:
         Number of the first layer in the whole network.
     given_shapes : tuple of tuples of int
         In front of each layer and behind the last, where they do not follow from each other: collectives between.
+    lent : tuple of (str, int)
+        Names of the tied tensors that another stage holds, in whose memory this one works, and which (see `split`).
 
     Raises
     ------
@@ -78,6 +82,7 @@ class Description:
     dtype: str = "float32"
     first_leaf: int = 0
     given_shapes: tuple[Shape, ...] = ()
+    lent: tuple[tuple[str, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -131,15 +136,22 @@ class Description:
         names, shapes = [name for layer, s in placed for name in layer.ties(s)], [shape for _, _, shape in places]
         own = owners(names, shapes)
         order = bare.produced(self.layers, self.shapes)
-        offsets, size = lay_out(order, own, shapes, max(4, self.itemsize))
-        parts = zip(places, names, own, offsets, added(order, own), strict=True)
-        return tuple(Parameter(i, j, name, shape, o, at, adds)
+        lent = dict(self.lent)
+        adds = [name in lent or again for name, again in zip(names, added(order, own), strict=True)]
+        offsets, size = lay_out([i for i in order if names[i] not in lent], own, shapes, max(4, self.itemsize))
+        parts = zip(places, names, own, offsets, adds, strict=True)
+        return tuple(Parameter(i, j, name, shape, o, at, adds, name not in lent)
                      for (i, j, shape), name, o, at, adds in parts), size  # fmt: skip
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """The parameters in layer order, weight then bias."""
         return self._layout[0]
+
+    @property
+    def own(self) -> list[int]:
+        """Numbers of the parameters that lie here, each tensor once: not what another stage holds."""
+        return [i for i, p in enumerate(self.parameters) if p.owner == i and p.held]
 
     @property
     def flat_size(self) -> int:
@@ -153,7 +165,7 @@ class Description:
 
     def tied_slices(self) -> dict[str, slice]:
         """Return where each parameter with a name lies in the flat buffers; other stages may hold copies of it."""
-        return {p.name: p.slice for p in self.parameters if p.name}
+        return {p.name: p.slice for p in self.parameters if p.name and p.held}
 
     def shares(self) -> tuple[Parameter, ...]:
         """Return the parameters of whose gradient a tensor rank has only a share: to be summed over the ranks."""
@@ -206,10 +218,18 @@ class Description:
             raise ValueError(f"cuts of {n} layers increase strictly from 1 to {n - 1}, not {list(cuts)}")
         return tuple(cuts)
 
-    def split(self, cuts: Sequence[int]) -> tuple[Description, ...]:
-        """Return the stages that start at the given layers, and at layer 0, each a description."""
-        bounds = (0, *self.checked(cuts), len(self.layers))
-        return tuple(self.part(a, b) for a, b in pairwise(bounds))
+    def split(self, cuts: Sequence[int], together: Sequence[int] | None = None) -> tuple[Description, ...]:
+        """Return the stages that start at the given layers, and at layer 0, each a description.
+
+        `together` gives the process of each stage. Stages of one process hold a tied tensor once, in the first of them
+        that uses it; without it each has its own.
+        """
+        parts = [self.part(a, b) for a, b in pairwise((0, *self.checked(cuts), len(self.layers)))]
+        uses = [{p.name for p in part.parameters if p.name} for part in parts]
+        for i, own in enumerate(uses):
+            first = {name: j for j in reversed(range(i)) if together and together[j] == together[i] for name in uses[j]}
+            parts[i] = replace(parts[i], lent=tuple((name, first[name]) for name in sorted(own & {*first})))
+        return tuple(parts)
 
     def part(self, start: int, stop: int) -> Description:
         """Return layers `start` to `stop` by themselves."""

@@ -1,12 +1,13 @@
 """Flat memory: tensors one after another, each on a 64-byte boundary (`bpkit.description.flat` says where)."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from bpkit.description.flat import ALIGNMENT, Shape
+from bpkit.description.network import Described
 
 
 def aligned(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -16,15 +17,17 @@ def aligned(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return room[skip : skip + size]
 
 
-def views(flat: Tensor, offsets: Sequence[int], shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
-    """Return the tensors that lie in a flat buffer."""
-    return tuple(flat[start : start + math.prod(shape)].view(shape)
-                 for start, shape in zip(offsets, shapes, strict=True))  # fmt: skip
+def views(network: Described, lenders: Mapping[str, Described], what: str) -> tuple[Tensor, ...]:
+    """Return the tensors that lie in a network's flat buffer, and in those of the stages that lend it some, by name."""
+    lent = {name: getattr(net, f"flat_{what}")[net.description.tied_slices()[name]] for name, net in lenders.items()}
+    flat, places = getattr(network, f"flat_{what}"), network.description.parameters
+    return tuple((flat[p.slice] if p.held else lent[p.name]).view(p.shape) for p in places)
 
 
 def packed(flat: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, ...]:
     """Return tensors that lie one after another, without gaps."""
-    return views(flat, [sum(map(math.prod, shapes[:i])) for i in range(len(shapes))], shapes)
+    parts = flat.split(list(map(math.prod, shapes))) if shapes else ()
+    return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
 def fitting(tensors: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -82,8 +83,9 @@ class Network:
         drawn = [p for layer, s in self._placed() for p in layer.initial(s, generator)]
         self.load([drawn[i] for i in self.owners])
 
-    def _define(self, description: Description, loss: Loss, seed: int, device: torch.device) -> None:
-        """Allocate what is described; parameters are zero afterwards."""
+    def _define(self, description: Description, loss: Loss, seed: int, device: torch.device,
+                lenders: Mapping[str, Network] = MappingProxyType({})) -> None:  # fmt: skip
+        """Allocate what is described, but for what `lenders` hold; parameters are zero afterwards."""
         self.description, self.loss, self.seed, self.device = description, loss, seed, device
         self.layers, self.input_shape = cast("tuple[Layer, ...]", description.layers), description.input_shape
         self.dtype: torch.dtype = getattr(torch, description.dtype)
@@ -91,6 +93,7 @@ class Network:
         self.flat_size = description.flat_size
         self.input_dtype = self.layers[0].input_dtype or self.dtype
         self.owners = [parameter.owner for parameter in description.parameters]
+        self._lenders = lenders
         self._runs: dict[Hashable, Run] = {}
         self._spare: dict[Hashable, Run] = {}  # the binding before: unequal microbatches alternate between two
         self._skips: dict[tuple[str, int, int], Tensor] = {}
@@ -103,9 +106,7 @@ class Network:
         return zip(self.layers, self.shapes, strict=False)
 
     def _make_views(self) -> None:
-        flats = (self.flat_parameters, self.flat_gradients)
-        offsets, shapes = ([getattr(p, what) for p in self.description.parameters] for what in ("offset", "shape"))
-        self._parameters, self._gradients = (views(flat, offsets, shapes) for flat in flats)
+        self._parameters, self._gradients = (views(self, self._lenders, what) for what in ("parameters", "gradients"))
         self._buffers = packed(self.flat_buffers, self.description.buffer_shapes)
         self.release()  # their passes hold the old views
 
@@ -122,12 +123,6 @@ class Network:
     def buffers(self) -> list[Tensor]:
         """Return views of what is kept but not trained, in layer order."""
         return list(self._buffers)
-
-    @property
-    def ties(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Pairs of (layer, number among its parameters) that are one tensor."""
-        found = self.description.parameters
-        return [(found[p.owner][:2], p[:2]) for i, p in enumerate(found) if p.owner != i]
 
     def tied_slices(self) -> dict[str, slice]:
         """Return where each parameter with a name lies in the flat buffers; other stages may hold copies of it."""
@@ -152,7 +147,7 @@ class Network:
              buffers: Tensor | None = None) -> None:  # fmt: skip
         """Move onto the given flat buffers, for instance shared memory, copying the present values into them.
 
-        Kept activations are dropped.
+        Kept activations are dropped. Stages that work in its memory (see `split`) are to be bound after it.
 
         Raises
         ------
@@ -307,7 +302,7 @@ class Network:
 
     # Cutting and copying.
 
-    def split(self, stages: int | Sequence[int]) -> tuple[Network, ...]:
+    def split(self, stages: int | Sequence[int], together: Sequence[int] | None = None) -> tuple[Network, ...]:
         """Cut the network into stages, each a network with copies of its parameters in its own flat buffers.
 
         Parameters
@@ -315,6 +310,8 @@ class Network:
         stages : int or sequence of int
             The number of stages, balanced by cost; or the indices of the layers at which a new stage starts,
             strictly increasing: ``[2, 4]`` on 6 layers gives 3 stages.
+        together : sequence of int, optional
+            The process of each stage: stages of one hold a tied tensor once, in the first, and all add to its gradient.
 
         Raises
         ------
@@ -323,12 +320,16 @@ class Network:
         """
         if isinstance(stages, int):
             stages = balanced_cuts([cost.total for cost in self.costs()], stages)
-        bounds = (0, *self.description.checked(stages), len(self.layers))
-        return tuple(self._stage(a, b) for a, b in pairwise(bounds))
+        bounds = pairwise((0, *self.description.checked(stages), len(self.layers)))
+        made: list[Network] = []
+        for part, (a, b) in zip(self.description.split(stages, together), bounds, strict=True):
+            made.append(self._stage(part, a, b, {name: made[stage] for name, stage in part.lent}))
+        return tuple(made)
 
-    def _stage(self, start: int, stop: int) -> Network:
-        """Return layers `start` to `stop` as a network of their own."""
-        stage = self.like(self.description.part(start, stop), self.loss)
+    def _stage(self, part: Description, start: int, stop: int, lenders: Mapping[str, Network]) -> Network:
+        """Return layers `start` to `stop`, a part, as a network of their own."""
+        stage = Network.__new__(Network)
+        stage._define(part, self.loss, self.seed, self.device, lenders)
         held = zip(self._parameters, self.description.parameters, strict=True)
         stage.load([tensor for tensor, place in held if start <= place.layer < stop])
         kept = [sum(math.prod(b) for la, s in run for b in la.buffer_shapes(s))
@@ -360,15 +361,18 @@ class Network:
     def copy(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Network:
         """Return a network with the same values in buffers of its own (on `device`, in `dtype`; float32 and bfloat16
         are laid out alike), without kept activations."""
-        other = self.like(replace(self.description, dtype=_name(dtype or self.dtype)), self.loss, device)
-        for flat, own in zip(other._flats(), self._flats(), strict=True):
-            flat.copy_(own)
+        other = self.like(replace(self.description, dtype=_name(dtype or self.dtype), lent=()), self.loss, device)
+        tensors = [(*net._parameters, *net._gradients, net.flat_buffers) for net in (self, other)]
+        for own, to in zip(*tensors, strict=True):
+            to.copy_(own)
         return other
 
     def _flats(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.flat_parameters, self.flat_gradients, self.flat_buffers
 
     def __getstate__(self) -> dict[str, Any]:
+        if self._lenders:
+            return self.copy().__getstate__()
         # As NumPy: multiprocessing would turn a tensor into shared memory that dies with its sender.
         define = (self.description, self.loss, self.seed, self.device)
         return {"define": define, "flats": [flat.cpu().view(torch.uint8).numpy() for flat in self._flats()]}
@@ -377,8 +381,6 @@ class Network:
         self._define(*state["define"])
         for flat, held in zip(self._flats(), state["flats"], strict=True):
             flat.view(torch.uint8).copy_(torch.from_numpy(held))
-
-    # Describing.
 
     def costs(self) -> tuple[StageCost, ...]:
         """Return the cost of each layer for one sample."""

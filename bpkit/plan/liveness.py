@@ -7,11 +7,11 @@ checker, the simulator and the executor alike.
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
 
 from bpkit.plan.action import GIVES, Action, Buffer, buffer
 from bpkit.plan.checker.hazards import hazards
+from bpkit.plan.plan import Plan
 
 Key = tuple[int, int | None]  # stage and microbatch
 
@@ -98,7 +98,7 @@ def _readers_of_slots(action: Action, here: set[int]) -> Iterator[Key]:
         yield action.stage, action.mb
 
 
-def waits(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType({})) -> tuple[tuple[int, ...], ...]:
+def waits(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int, ...], ...]:
     """Indices of the earlier actions of the row that each action waits for: all that a reader of the plan waits for.
 
     To the hazards of buffers (see `hazards`, whose arguments these are) come those of slots: what writes into a slot
@@ -107,7 +107,7 @@ def waits(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType({}
     slots, copied = forward_slots(row), recomputed(row)
     giving: defaultdict[tuple[str, int, int], list[int]] = defaultdict(list)  # letter, stage and slot
     result = []
-    for index, (action, own) in enumerate(zip(row, hazards(row, shared), strict=True)):
+    for index, (action, own) in enumerate(zip(row, hazards(row, plan), strict=True)):
         key = (action.stage, action.mb)
         if action.kind in ("F", "B", "I") or action.kind in GIVES:
             letter = (action.verb.writes or action.verb.reads)[0].letter  # A on the way there, D on the way back
@@ -158,17 +158,17 @@ def weight_copies(row: Sequence[Action]) -> tuple[dict[int, tuple[int, int]], di
     return used, copies
 
 
-def first_writes(row: Sequence[Action], tied: Sequence[int] = ()) -> tuple[frozenset[int], frozenset[int]]:
+def first_writes(row: Sequence[Action], plan: Plan | None = None) -> tuple[frozenset[int], frozenset[int]]:
     """Which backwards and scatters overwrite instead of adding, and which gradients must really be emptied.
 
     ZERO and SCATTER_GRAD leave an empty gradient.  The backward that comes next overwrites it, so no pass over memory
-    is spent on zeros; only where something else comes next are they written.
+    is spent on zeros; only where something else comes next are they written, or where several stages add.
 
     Parameters
     ----------
     row : sequence of Action
-    tied : sequence of int
-        Stages whose gradients a SUM_TIED touches (see `Plan.tied`).
+    plan : Plan, optional
+        Whose row it is: it says which stages add to the gradients of others.
 
     Returns
     -------
@@ -182,11 +182,12 @@ def first_writes(row: Sequence[Action], tied: Sequence[int] = ()) -> tuple[froze
     overwriting: set[int] = set()
     emptying: set[int] = set()
     empty: dict[int, int] = {}  # by stage: the action that emptied its gradient, while nothing has touched it since
+    lent = plan.lending if plan else frozenset()
     kept: set[int] = set()  # stages whose own part holds what was scattered
     for index, action in enumerate(row):
-        for stage in _gradients_touched(action, scattered, [*empty], tied):
+        for stage in _gradients_touched(action, scattered, [*empty], plan):
             before = empty.pop(stage, None)
-            if before is not None and action.kind in ("B", "W"):
+            if before is not None and action.kind in ("B", "W") and stage == action.stage and stage not in lent:
                 overwriting.add(index)
             elif before is not None and action.kind != "ZERO":
                 emptying.add(before)
@@ -200,10 +201,10 @@ def first_writes(row: Sequence[Action], tied: Sequence[int] = ()) -> tuple[froze
     return frozenset(overwriting), frozenset(emptying)
 
 
-def _gradients_touched(action: Action, scattered: set[int], empty: Sequence[int], tied: Sequence[int]) -> list[int]:
+def _gradients_touched(action: Action, scattered: set[int], empty: Sequence[int], plan: Plan | None) -> list[int]:
     """Stages whose whole gradient an action reads or writes; where it is of all stages, of those with an empty one."""
     if not action.verb.touches("G"):
         return []
-    stages = {"NORM": empty, "SUM_TIED": tied}.get(action.kind, [action.stage])
+    stages = empty if action.kind in ("NORM", "SUM_TIED") else plan.near(action, "G") if plan else [action.stage]
     own = action.kind in ("UPDATE", "NORM")  # read this rank's own part where the gradient was scattered
     return [stage for stage in stages if not (own and stage in scattered)]

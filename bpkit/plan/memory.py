@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 from bpkit.description.flat import ALIGNMENT, part_bounds
 from bpkit.description.network import Description
 from bpkit.plan.action import GIVES_P, Action
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.plan import scatters
-from bpkit.plan.program import Program, of_rank
+from bpkit.plan.program import Program, of_rank, tied_copies
 
 Channel = tuple[str, int]  # kind of the send, and stage
 
@@ -35,20 +36,21 @@ class Memory:
 
     def stages(self, tensor: int) -> tuple[Description, ...]:
         """All stages, as a tensor rank holds them."""
-        return of_rank(self.program.plan, self.network, tensor).split(self.program.cuts)
+        return of_rank(self.program.plan, self.network, tensor).split(self.program.cuts, self.program.plan.place)
 
-    def block(self, count: int = 0) -> tuple[dict[int, int], int]:
-        """Where each stage begins in a rank's block, by itself or sharing one of `count` buffers in turn; its elements.
+    def block(self, letter: str = "") -> tuple[dict[int, int], int]:
+        """Where each stage begins in a rank's block for a letter of buffer, by itself or where others that share its
+        room do (see `Plan.room`); and the block's elements.
 
         Every rank reserves as much as the rank that needs most, so that places mean the same on all.
         """
-        plan, sizes = self.program.plan, self.program.sizes
-        if count:
-            widths = [max(sizes[i::count], default=0) for i in range(count)]
-            return {stage: sum(widths[: stage % count]) for stage in range(plan.stages)}, sum(widths)
-        owned = [plan.owned(pipeline) for pipeline in range(plan.mesh.pipeline)]
-        places = {stage: sum(sizes[i] for i in own[: own.index(stage)]) for own in owned for stage in own}
-        return places, max(sum(sizes[stage] for stage in own) for own in owned)
+        plan, places, most = self.program.plan, dict[int, int](), 0
+        for owned in map(plan.owned, range(plan.mesh.pipeline)):
+            widths = plan.rooms(letter, {stage: self.program.sizes[stage] for stage in owned})
+            starts = dict(zip(widths, accumulate(widths.values(), initial=0), strict=False))
+            places |= {stage: starts[plan.room(letter, stage)] for stage in owned}
+            most = max(most, sum(widths.values()))
+        return places, most
 
     @cached_property
     def channels(self) -> dict[Coordinate, dict[Channel, tuple[int, int]]]:
@@ -57,18 +59,16 @@ class Memory:
         Rows of data replicas may differ in how far they receive ahead: a rank lends to the row that it sends to.
         """
         plan = self.program.plan
-        parts = (self.network.opened() if plan.opened else self.network).split(self.program.cuts)
+        parts = (self.network.opened() if plan.opened else self.network).split(self.program.cuts, plan.place)
         result: dict[Coordinate, dict[Channel, tuple[int, int]]] = {at: {} for at in plan.mesh.coordinates()}
         for at in result:
             for (kind, stage), count in self.program.loans[plan.row_index(at)].items():
                 shape = parts[stage].input_shape if kind == "RECV_F" else parts[stage].output_shape
                 channel = (kind.replace("RECV", "SEND"), stage - 1 if kind == "RECV_F" else stage + 1)
                 result[plan.partner(at, Action(stage, kind, 0))][channel] = (count, self.rows * math.prod(shape))
-        for stage in plan.tied:
-            size = sum(place.stop - place.start for place in parts[stage].tied_slices().values())
-            for at in result:
-                if at.pipeline == plan.place[stage]:
-                    result[at]["SUM_TIED", 0] = (1, size)
+        for number, (_, copies) in enumerate(tied_copies(parts)):
+            for at in (at for at in result if at.pipeline in {plan.place[stage] for stage in copies}):
+                result[at]["SUM_TIED", number] = (len(copies) - 1, max(p.stop - p.start for p in copies.values()))
         return result
 
     @property
@@ -104,8 +104,7 @@ class Memory:
                  for stage, n in own.items() if scatters(row, stage)}  # fmt: skip
         updated = sum((own | parts).values())
         gathered = plan.mesh.data > 1 and any(action.kind == "RESHARD" for action in row)
-        count = (plan.gradient_buffers, plan.parameter_buffers if gathered else 0)
-        gradients, parameters = (self.block(n)[1] if n else sum(own.values()) for n in count)
+        gradients, parameters = (sum(plan.rooms(letter, own).values()) for letter in ("G", "P" if gathered else ""))
         edges = sum(cost.inputs + cost.outputs for part in held.values() for cost in part.costs())
         saved = edges * self.program.peak[plan.row_index(at)] // len(held)
         return {"parameters": size * (parameters + updated * gathered) + half * 2 * 2 * sum(own.values()),
@@ -122,7 +121,7 @@ class Memory:
         kinds, ranks = {action.kind for row in plan.rows for action in row}, plan.workers
         taken: list[tuple[int, int]] = []  # so many times so many bytes
         if plan.mesh.data > 1:
-            taken.append((ranks, size * self.block(plan.gradient_buffers)[1]))
+            taken.append((ranks, size * self.block("G")[1]))
             if kinds & GIVES_P:  # what is gathered lies there once for all that gather
                 taken.append((ranks // (plan.mesh.data if "UNSHARD" in kinds else 1), size * self.block()[1]))
         if plan.mesh.pipeline > 1:

@@ -220,38 +220,53 @@ def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
     return _each_row(plan, insert)
 
 
-def tie(plan: Plan, stages: Sequence[int]) -> Plan:
-    """A SUM_TIED in each row that holds one of `stages`, whose copies of one tensor must get one gradient.
+#: What exchanges a stage's gradient, or gathers parts of it.
+_EXCHANGES = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G"})
 
-    It comes when all backwards of the row have run and been sent; what reduces the gradients of these stages follows,
-    each copy by itself: with more than two data ranks a transport may add them in another order, so that copies differ
-    by rounding.
+
+def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
+    """What tied tensors add to a plan, for each group of stages that use one.
+
+    On one pipeline rank the first stage of a group holds the tensor and the others work in its memory; its parameters,
+    where they are gathered, stay until the last of them is done.
+    Where several pipeline ranks hold copies, a SUM_TIED in each of their rows, when all backwards of the row have run
+    and been sent, gives the copies one gradient; what exchanges it over the data axis follows, each copy by itself:
+    with more than two data ranks a transport may add them in another order, so that copies differ by rounding.
 
     Raises
     ------
     ValueError
-        If more than two pipeline ranks hold copies, or their gradients are reduced more than once or by parts.
+        If the plan updates after single microbatches.
     """
-    if len({plan.place[stage] for stage in stages}) > 2:
-        raise ValueError(f"{plan.name}: at most two pipeline ranks can share a tied tensor, not stages {tuple(stages)}")
+    plan = replace(plan, tied=tuple(sorted({tuple(group) for group in groups})))
+    if plan.stashed or (plan.copied and plan.holds != "all"):
+        raise ValueError(f"{plan.name}: it updates after single microbatches, and a tensor tied across stages needs "
+                         "the gradient of all its uses at once: cut so that one stage holds them all")  # fmt: skip
+    copies = {*sum(plan.copied, ())}
 
     def insert(row: list[Action]) -> Iterable[Action]:
-        own = [action for action in row if action.stage in stages]
-        late = [action for action in own if action.kind in ("REDUCE_GRAD", "SCATTER_GRAD")]
-        others = {action.kind for action in own if action.verb.axis == "data"} - {*(a.kind for a in late), "UNSHARD"}
-        if others or plan.shared or plan.holds != "all" or len(late) > len(set(late)):
-            raise ValueError(f"{plan.name}: a tensor tied across stages needs a plan that reduces each gradient once; "
-                             "or cut so that one stage holds both of its uses")  # fmt: skip
+        for holder in plan.lending:
+            uses = [i for i, a in enumerate(row) if a.verb.stream == "compute" and holder in plan.near(a, "P")
+                    and a.kind not in ("ZERO", "UPDATE")]  # fmt: skip
+            row = [a for i, a in enumerate(row) if a.stage != holder or a.kind not in ("UNSHARD", "RESHARD")
+                   or not uses or i < uses[0] or i > uses[-1]]  # fmt: skip
+        own = sorted(copies & {action.stage for action in row})
+        if not own:
+            return row
+        late = [action for action in row if action.stage in own and action.kind in _EXCHANGES]
         rest = [action for action in row if action not in late]
         last = max(i for i, action in enumerate(rest) if action.kind in ON_EDGES | {"B", "W", "SEND_B", "SUM_G"})
-        return [*rest[: last + 1], *([Action(own[0].stage, "SUM_TIED")] if own else []), *late, *rest[last + 1 :]]
+        return [*rest[: last + 1], Action(own[0], "SUM_TIED"), *late, *rest[last + 1 :]]
 
-    return replace(_each_row(plan, insert), tied=tuple(stages), name=f"{plan.name} with tied weights")
+    plan = _each_row(plan, insert)
+    return replace(plan, name=f"{plan.name} with tied weights") if copies else plan
 
 
 def clip(plan: Plan) -> Plan:
-    """A NORM after all gradients of a row are complete, for clipping by the global norm."""
-    return _each_row(plan, lambda row: [*row, Action(min(a.stage for a in row), "NORM")])
+    """A NORM in each row, before its first update, for clipping by the global norm."""
+    first = [next((i for i, a in enumerate(row) if a.kind == "UPDATE"), len(row)) for row in plan.rows]
+    norms = [Action(min(a.stage for a in row), "NORM") for row in plan.rows]
+    return plan.with_rows([[*row[:i], n, *row[i:]] for row, i, n in zip(plan.rows, first, norms, strict=True)])
 
 
 def update(plan: Plan) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final
@@ -31,7 +31,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 _LINES: Final[dict[str, Callable[[str], Any]]] = {
     "mesh": lambda text: Mesh(**{axis: int(size) for axis, size in (word.split("=") for word in text.split())}),
     "stages": int, "microbatches": int, "merge": str,
-    **dict.fromkeys(("place", "cuts", "partial_outputs", "partial_inputs", "own_tokens", "servers", "tied"), _numbers),
+    **dict.fromkeys(("place", "cuts", "partial_outputs", "partial_inputs", "own_tokens", "servers"), _numbers),
+    "tied": lambda text: tuple(map(_numbers, text.split(","))),
     "skips": lambda text: tuple(tuple(map(int, word.split("-"))) for word in text.split()),
     **dict.fromkeys(("opened", "expanded", "stashed"), "yes".__eq__),
     "purpose": str, "holds": str, **dict.fromkeys(("staleness", "gradient_buffers", "parameter_buffers"), int),
@@ -82,9 +83,10 @@ class Plan:
     staleness : int
         With ``holds="one"``: how many updates a gradient may be older than the parameters it updates.
     gradient_buffers, parameter_buffers : int
-        Buffers that stages share in turn (stage modulo number); 0 gives each stage its own.
-    tied : tuple of int
-        Stages that hold copies of one tensor (see `bpkit.plan.passes.tie`).
+        Buffers that stages share in turn (see `room`); 0 gives each stage its own.
+    tied : tuple of tuples of int
+        Stages that use one tensor, for each such tensor.  The first of them on a pipeline rank holds it, and its
+        others on that rank work in its memory; pipeline ranks hold copies (see `bpkit.plan.passes.tie`).
     stashed : bool
         Whether a backward uses the parameters that its forward used, kept over the updates between.
 
@@ -114,7 +116,7 @@ class Plan:
     staleness: int = 0
     gradient_buffers: int = 0
     parameter_buffers: int = 0
-    tied: tuple[int, ...] = ()
+    tied: tuple[tuple[int, ...], ...] = ()
     stashed: bool = False
 
     def __post_init__(self) -> None:
@@ -138,6 +140,8 @@ class Plan:
             raise ValueError(f"{self.name}: {self.stages} stages need {self.stages - 1} cuts, not {len(self.cuts)}")
         if not self.place:
             object.__setattr__(self, "place", self._places())
+        if any(len(group) < 2 or list(group) != sorted({*group} & {*range(self.stages)}) for group in self.tied):
+            raise ValueError(f"{self.name}: tied are two or more of {self.stages} stages, in order, not {self.tied}")
         for start, end in self.skips:
             if not 0 <= start < end < self.stages or self.place[start] != self.place[end]:
                 raise ValueError(f"{self.name}: a skip connection from stage {start} to stage {end} needs both on one "
@@ -186,10 +190,45 @@ class Plan:
             return "" if to in self.own_tokens else f"GATHER_{way}"
         return (f"SCATTER_{way}" if to in self.own_tokens else f"SUM_{way}") if stage in partial else ""
 
+    @cached_property
+    def holders(self) -> tuple[dict[int, int], ...]:
+        """For each tied tensor, the stage that holds it on each pipeline rank which uses it: the first."""
+        return tuple({self.place[stage]: stage for stage in reversed(group)} for group in self.tied)
+
+    @cached_property
+    def lenders(self) -> tuple[tuple[int, ...], ...]:
+        """For each stage, the other stages of its pipeline rank that hold a tensor which it uses."""
+        found = [{at[self.place[stage]] for at, group in zip(self.holders, self.tied, strict=True) if stage in group}
+                 for stage in range(self.stages)]  # fmt: skip
+        return tuple(tuple(sorted(near - {stage})) for stage, near in enumerate(found))
+
+    @cached_property
+    def lending(self) -> frozenset[int]:
+        """Stages that hold a tensor which another stage of their pipeline rank uses."""
+        return frozenset(sum(self.lenders, ()))
+
     @property
-    def shared(self) -> dict[str, int]:
-        """For each letter of buffer, how many the stages share in turn; absent where each has its own."""
-        return {k: n for k, n in (("G", self.gradient_buffers), ("P", self.parameter_buffers)) if n}
+    def copied(self) -> tuple[tuple[int, ...], ...]:
+        """For each tied tensor of which several pipeline ranks hold copies: the stages that hold them."""
+        return tuple(tuple(sorted(at.values())) for at in self.holders if len(at) > 1)
+
+    def near(self, action: Action, letter: str) -> tuple[int, ...]:
+        """The stages whose buffer of a letter an action touches: its own, and those that lend tensors to its pass."""
+        lent = letter in "GP" and action.kind in ("F", "B", "I", "W", "RECOMPUTE")
+        return (action.stage, *(self.lenders[action.stage] if lent else ()))
+
+    def room(self, letter: str, stage: int) -> int:
+        """Which of a rank's buffers of a letter is a stage's: stages with one number share it in turn.
+
+        What a stage lends to others must stay while they run, so it is never in a buffer that is shared.
+        """
+        count = {"G": self.gradient_buffers, "P": self.parameter_buffers}.get(letter, 0)
+        return stage % count if count and stage not in self.lending else count + stage
+
+    def rooms(self, letter: str, sizes: Mapping[int, int]) -> dict[int, int]:
+        """Each buffer of a letter, by its number, and how large it must be for stages of given sizes."""
+        numbers = {stage: self.room(letter, stage) for stage in sizes}
+        return {n: max(sizes[stage] for stage in sizes if numbers[stage] == n) for n in numbers.values()}
 
     @property
     def workers(self) -> int:
@@ -227,8 +266,8 @@ class Plan:
     def __str__(self) -> str:
         lines, defaults = [f"plan {self.name}"], {f.name: f.default for f in fields(self)}
         for key in _LINES:
-            value = getattr(self, key)
-            if key in ("microbatches", "merge") or value not in (defaults[key], ()):
+            value = ", ".join(map(_written, self.tied)) if key == "tied" else getattr(self, key)
+            if key in ("microbatches", "merge") or value not in (defaults[key], (), ""):
                 lines.append(f"{key} {_written(value)}")
         lines += ["row " + " ".join(map(str, row)) for row in self.rows]
         return "\n".join(lines)

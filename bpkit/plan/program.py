@@ -2,6 +2,7 @@
 
 import math
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from bpkit.plan.action import Action, buffer
 from bpkit.plan.checker.check import check
 from bpkit.plan.liveness import loans, peak_activations, waits
 from bpkit.plan.mesh import Coordinate
+from bpkit.plan.passes import clip as clipped
 from bpkit.plan.passes import tie
 from bpkit.plan.plan import Plan, scatters
 
@@ -117,18 +119,17 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
     _same_layout(plan, network)
     cuts = _cuts(plan, network, [cost.total for cost in network.costs()] if weights is None else weights)
     parts = network.split(cuts)
-    plan = replace(plan, skips=_skips(network, cuts))
-    for name in sorted({name for part in parts for name in part.tied_slices()}):
-        holders = [stage for stage, part in enumerate(parts) if name in part.tied_slices()]
-        plan = tie(plan, holders) if len(holders) > 1 and not plan.tied else plan
-    normed = any(action.kind == "NORM" for row in plan.rows for action in row)
-    plan = _with_norm(plan) if clip and not normed else plan
+    plan = _tied(replace(plan, skips=_skips(network, cuts)), parts)
+    if clip and not any(action.kind == "NORM" for row in plan.rows for action in row):
+        plan = replace(clipped(plan), name=f"{plan.name} with clipping")
     check(plan)
     edges = (*(math.prod(part.input_shape) for part in parts), math.prod(network.output_shape))
-    ranks = [of_rank(plan, network, index).split(cuts) for index in range(plan.mesh.tensor)]
+    ranks = [of_rank(plan, network, index).split(cuts, plan.place) for index in range(plan.mesh.tensor)]
     own, sizes = ranks[0], tuple(max(part.flat_size for part in parts) for parts in zip(*ranks, strict=True))
     shares = tuple(sum(math.prod(p.shape) for p in part.shares()) for part in own)
-    tied = max((s.stop - s.start for stage in plan.tied for s in own[stage].tied_slices().values()), default=0)
+    copies = [(plan.place[stage], lies, len(held) - 1) for _, held in tied_copies(own) for stage, lies in held.items()]
+    tied = tuple(sum((lies.stop - lies.start) * others for at, lies, others in copies if at == rank)
+                 for rank in range(plan.mesh.pipeline))  # fmt: skip
     rows = _instructions(plan, _Wire(network.itemsize, sizes, edges, shares, tied))
     return Program(plan, cuts, sizes, rows, tuple(map(loans, plan.rows)),
                    tuple(map(peak_activations, plan.rows)))  # fmt: skip
@@ -156,6 +157,22 @@ def of_rank(plan: Plan, network: Description, tensor: int) -> Description:
     """What a tensor rank computes, as its stages are cut."""
     network = network.opened() if plan.opened else network
     return shard(network, tensor, plan.mesh.tensor, bool(plan.own_tokens)) if plan.mesh.tensor > 1 else network
+
+
+def tied_copies(parts: Sequence[Description]) -> list[tuple[str, dict[int, slice]]]:
+    """Each tied tensor of which several stages hold copies, by name: where it lies in each stage that does."""
+    held = [part.tied_slices() for part in parts]
+    names = sorted(name for name, n in Counter(name for own in held for name in own).items() if n > 1)
+    return [(name, {stage: own[name] for stage, own in enumerate(held) if name in own}) for name in names]
+
+
+def _tied(plan: Plan, parts: Sequence[Description]) -> Plan:
+    """The plan with what the tensors that several of its stages use add to it, or as it is where it says so itself."""
+    tied = tuple(sorted({tuple(copies) for _, copies in tied_copies(parts)}))
+    if plan.tied and plan.tied != tied:
+        raise ValueError(f"{plan.name} says that stages {plan.tied} share a tensor, but in this network "
+                         f"{tied or 'none'} do: leave it out, and compile finds them")  # fmt: skip
+    return tie(plan, tied) if tied and not plan.tied else plan
 
 
 def _same_layout(plan: Plan, network: Description) -> None:
@@ -202,28 +219,19 @@ def bucket_cuts(network: Described, megabytes: float) -> tuple[int, ...]:
     return tuple(reversed(cuts))
 
 
-def _with_norm(plan: Plan) -> Plan:
-    """The plan with a NORM in each row, before its first update."""
-    rows = []
-    for row in plan.rows:
-        first = next((i for i, action in enumerate(row) if action.kind == "UPDATE"), len(row))
-        rows.append([*row[:first], Action(min(a.stage for a in row), "NORM"), *row[first:]])
-    return replace(plan.with_rows(rows), name=f"{plan.name} with clipping")
-
-
 @dataclass(frozen=True)
 class _Wire:
     """What there is to communicate, in elements of so many bytes.
 
     Of each stage its flat buffer, the edge in front of it (and the output), of one sample, and the gradients of which
-    tensor ranks have shares; of tied stages the tensor that they share.
+    tensor ranks have shares; of each pipeline rank, the copies of tied tensors that it gives to all others.
     """
 
     itemsize: int
     flat: tuple[int, ...]
     edges: tuple[int, ...] = ()
     shares: tuple[int, ...] = ()
-    tied: int = 0
+    tied: tuple[int, ...] = ()
 
     def payload(self, action: Action, plan: Plan) -> int:
         """Bytes that an action gives to the wire: of its whole part, or of one sample of its edge."""
@@ -238,13 +246,12 @@ class _Wire:
             own = verb.axis == "pipeline" and edge - (letter == "D") in plan.own_tokens  # collectives: of all ranks
             high = self.edges[edge] // (mesh.tensor if own else 1)
         elif verb.axis != "data":
-            moved = len({plan.place[other] for other in plan.tied}) > 1
-            high = self.shares[stage] if verb.axis == "tensor" else self.tied * moved
+            high = self.shares[stage] if verb.axis == "tensor" else self.tied[plan.place[stage]]
         return (high - low) * self.itemsize
 
 
 def _instructions(plan: Plan, wire: _Wire) -> tuple[tuple[Instruction, ...], ...]:
     return tuple(tuple(Instruction(action, tuple(i for i in needs if row[i].verb.stream != "compute"),
                                    wire.payload(action, plan))
-                       for action, needs in zip(row, waits(row, plan.shared), strict=True))
+                       for action, needs in zip(row, waits(row, plan), strict=True))
                  for row in plan.rows)  # fmt: skip

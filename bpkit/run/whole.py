@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bpkit.nn import Network, merge, shard
 from bpkit.plan.plan import Plan
-from bpkit.plan.program import Program
+from bpkit.plan.program import Program, tied_copies
 
 Held = Mapping[int, tuple[Tensor, Tensor]]  # by stage: flat parameters, and what is kept beside them
 
@@ -47,7 +47,7 @@ def unsharded(network: Network, program: Program, flats: Sequence[Sequence[Tenso
     """
     ranks, sequence, found = len(flats[0]), bool(program.plan.own_tokens), []
     for index in range(ranks):
-        parts = rank_network(program.plan, network, index).split(program.cuts)
+        parts = rank_network(program.plan, network, index).split(program.cuts, program.plan.place)
         for part, flat in zip(parts, flats, strict=True):
             part.flat_parameters.copy_(flat[index])
         _compare_tied(program.plan, parts, within)
@@ -56,11 +56,10 @@ def unsharded(network: Network, program: Program, flats: Sequence[Sequence[Tenso
 
 
 def _compare_tied(plan: Plan, parts: Sequence[Network], within: float) -> None:
-    holders = [parts[stage] for stage in plan.tied]
-    for name in holders[0].tied_slices() if holders else ():
-        first, *others = (part.flat_parameters[part.tied_slices()[name]] for part in holders)
+    for name, copies in tied_copies([part.description for part in parts]):
+        first, *others = (parts[stage].flat_parameters[place] for stage, place in copies.items())
         if any((first - other).norm() > within * first.norm() for other in others):
-            raise RuntimeError(f"{plan.name}: stages {plan.tied} end with different copies of {name!r}")
+            raise RuntimeError(f"{plan.name}: stages {tuple(copies)} end with different copies of {name!r}")
 
 
 def overlaid(plan: Plan, stage: int, pieces: Sequence[Tensor]) -> Tensor:

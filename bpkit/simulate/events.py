@@ -111,7 +111,7 @@ def _samples(plan: Plan, at: Coordinate, batch: int, mb: int) -> int:
 def run(plan: Plan, times: Times, steps: int) -> list[Rank]:
     """The simulation itself, of plain numbers: each rank with what it notes."""
     together = order(plan)
-    ranks = [Rank(plan.row(at), waits(plan.row(at), plan.shared), steps) for at in plan.mesh.coordinates()]
+    ranks = [Rank(plan.row(at), waits(plan.row(at), plan), steps) for at in plan.mesh.coordinates()]
     for step in range(steps):
         begun = [max(rank.end[step - 1], default=0) for rank in ranks]  # 0 for the first: nothing has ended
         for ends in together:

@@ -157,9 +157,9 @@ def apart(a: Action, b: Action, plan: Plan) -> bool:
     """Whether two actions run on other streams and touch no buffer in common."""
 
     def touched(action: Action) -> set[tuple[str, int]]:
-        verb, shared = action.verb, plan.shared
-        every = {*verb.reads, *verb.writes, *verb.frees}
-        return {(t.letter, (action.stage + t.edge) % shared.get(t.letter, plan.stages + 1)) for t in every}
+        every = {*action.verb.reads, *action.verb.writes, *action.verb.frees}
+        near = {(t.letter, plan.room(t.letter, stage)) for t in every for stage in plan.near(action, t.letter)}
+        return near | {(t.letter, action.stage + t.edge) for t in every if t.letter not in "GP"}
 
     of_all = {"NORM", "SUM_TIED"} & {a.kind, b.kind}  # these touch the gradients of all stages
     return a.verb.stream != b.verb.stream and not of_all and not touched(a) & touched(b)

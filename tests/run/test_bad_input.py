@@ -320,4 +320,4 @@ def test_copies_of_a_tied_tensor_are_not_compressed_apart(cluster):
     network = bp.nn.gpt(text.vocabulary, 8, width=16, heads=2, layers=1)
     options = dict(batch=8, steps=1, lr=0.1, compress=bp.compress.TopK(0.1))
     with pytest.raises(ValueError, match=r"cannot compress gradients with TopK.* and this one has SUM_TIED"):
-        cluster.train(network, text, bp.plan.data_parallel(2, buckets=2), **options)
+        cluster.train(network, text, bp.plan.one_f_one_b(2, 2), **options)

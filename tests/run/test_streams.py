@@ -62,7 +62,7 @@ def broken(plan: bp.plan.Plan) -> list[str]:
     wrong = []
     for _, behind, row in noted(plan):
         actions = [step.action for step in row]
-        for index, waits in enumerate(liveness.waits(actions, plan.shared)):
+        for index, waits in enumerate(liveness.waits(actions, plan)):
             missing = {*waits} - behind[index]
             wrong += [f"{actions[index]} did not wait for {actions[i]}" for i in missing]
     return wrong

@@ -128,7 +128,7 @@ def test_pipedream_has_no_bubble_in_mid_run():
 @pytest.mark.parametrize(
     "plan",
     [*plans(), expand(data_parallel(3, 2), "ring"), expand(data_parallel(4), "halving_doubling"), zero(2, 3, units=3),
-     parameter_server(3, 2), one_f_one_b(2, 3, data=2), tie(one_f_one_b(4, 3), (0, 3))], ids=lambda plan: plan.name,
+     parameter_server(3, 2), one_f_one_b(2, 3, data=2), tie(one_f_one_b(4, 3), [(0, 3)])], ids=lambda plan: plan.name,
 )  # fmt: skip
 def test_every_accepted_plan_runs_to_its_end(plan):
     trace = simulate(plan, steps=2)

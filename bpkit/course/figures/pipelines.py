@@ -78,7 +78,7 @@ def film(name: str, p: int, m: int) -> dict[str, Any]:
 
 def _messages(plan: Plan) -> Iterator[tuple[int, int, tuple[int, int]]]:
     """For each message between passes: rank and index of the first to wait for it, and of the pass that gave it."""
-    waits = [liveness.waits(row, plan.shared) for row in plan.rows]
+    waits = [liveness.waits(row, plan) for row in plan.rows]
     for (sender, send), (rank, receive) in (ends for ends in order(plan) if len(ends) == 2):
         gave = max(i for i in waits[sender][send] if plan.rows[sender][i].verb.stream == "compute")
         takes = (i for i, action in enumerate(plan.rows[rank]) if action.kind in UNITS and receive in waits[rank][i])

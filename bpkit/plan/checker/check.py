@@ -87,7 +87,7 @@ class _Walk:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world = Provenance(plan)
-        rows = [waits(row, plan.shared) for row in plan.rows]
+        rows = [waits(row, plan) for row in plan.rows]
         self.ranks = [_rank(number, self.world.holdings(at), rows[plan.row_index(at)])
                       for number, at in enumerate(plan.mesh.coordinates())]  # fmt: skip
         self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
@@ -134,8 +134,9 @@ class _Walk:
         if action.kind == "NORM":
             size, key = self.plan.mesh.size, ("NORM",)
         elif action.kind == "SUM_TIED":
-            size, key = len({self.plan.place[stage] for stage in self.plan.tied}), (at.data, at.tensor)
-            if action.stage not in self.plan.tied:
+            copies = {*sum(self.plan.copied, ())}
+            size, key = len({self.plan.place[stage] for stage in copies}), (at.data, at.tensor)
+            if action.stage not in copies:
                 self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
             size, key = 2, (action.stage, *sorted((rank.number, self._partner(rank, index, action))))

@@ -1,6 +1,5 @@
 """What each kind of action does to the multisets of `bpkit.plan.checker.provenance`."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import reduce
 
@@ -11,14 +10,15 @@ from bpkit.plan.checker.provenance import NOTHING, STALE, Contributions, Holding
 
 
 def _zero(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
-    rank.tied |= {action.stage: Counter()} if action.stage in rank.tied else {}
     rank.gradients[action.stage] = [NOTHING] * len(world.atoms)
     rank.reduced[action.stage] = [NOTHING] * len(world.atoms)
 
 
 def _forward(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     stage, mb = action.stage, action.mb
-    world.reads[stage, rank.at.data, mb] = rank.seen[stage, mb] = world.weights(rank, index, stage)
+    for near in world.plan.near(action, "P"):
+        rank.seen[stage, mb, near] = world.weights(rank, index, near)
+    world.reads[stage, rank.at.data, mb] = rank.seen[stage, mb, stage]
     if stage > 0:
         world.whole_edge(rank, index, ("A", stage, mb))
     if ("S", stage, mb) in rank.edges:
@@ -54,8 +54,10 @@ def _weight_half(world: Provenance, rank: Holdings, index: int, action: Action) 
     for other in world.sharing("G", rank, stage) if world.plan.gradient_buffers else ():
         if any(held != NOTHING and not held.there & STALE.there for held in rank.gradients[other]):
             world.fail(rank, index, f"the gradient buffer it writes still holds the gradient of stage {other}")
-    if stage in rank.tied:
-        rank.tied[stage][rank.at.data, mb, stage] += 1
+    for use, (number, user) in enumerate(world.uses, 1):
+        if user == stage:
+            lies, gives = world.plan.holders[number][rank.at.pipeline], world.one(rank.at.data, mb or 0, 0, use)
+            rank.gradients[lies] = [held.plus(gives) for held in rank.gradients[lies]]
     made = world.one(rank.at.data, mb or 0, rank.at.tensor if stage in world.split else 0)
     rank.gradients[stage] = [held.plus(made) for held in rank.gradients[stage]]
 
@@ -89,19 +91,23 @@ def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> No
         if version is None:
             world.fail(rank, index, f"this part of stage {action.stage} is not on this rank")
         versions[atom] = version + 1
-    if action.stage in rank.tied:
-        world.complete_tie(rank, index, action.stage)
     world.used(rank, index, action.stage, held[atoms[0]] if atoms else NOTHING)
     rank.averaged.discard(action.stage)
 
 
 def _tie(world: Provenance, members: Members, action: Action) -> None:
-    copies = [(rank, stage) for rank, _ in members for stage in rank.tied]
-    total = sum((rank.tied[stage] for rank, stage in copies), Counter[object]())
-    for rank, stage in copies:
-        if not rank.tied[stage]:
-            world.fail(*members[0], f"no backward of stage {stage} has run, whose tied gradient it sums")
-        rank.tied[stage] = Counter(total)
+    for number, at in enumerate(world.plan.holders):
+        uses = [use for use, (other, _) in enumerate(world.uses, 1) if other == number]
+        held = [(rank.gradients[at[rank.at.pipeline]], rank, index) for rank, index in members
+                if len(at) > 1 and rank.at.pipeline in at]  # fmt: skip
+        own = [[Contributions(*(world.of_uses(bits, uses) for bits in one)) for one in atoms] for atoms, _, _ in held]
+        for parts, (_, rank, index) in zip(own, held, strict=True):
+            if not parts[0].there or any(part != parts[0] for part in parts):
+                world.fail(rank, index, f"no backward of stage {at[rank.at.pipeline]} has run, or parts were exchanged")
+        total = reduce(Contributions.plus, (parts[0] for parts in own), NOTHING)
+        for parts, (atoms, _, _) in zip(own, held, strict=True):
+            atoms[:] = [Contributions(one.there & ~part.there | total.there, one.again & ~part.again | total.again)
+                        for one, part in zip(atoms, parts, strict=True)]  # fmt: skip
 
 
 def _reshard(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
@@ -131,20 +137,7 @@ def _reduce(world: Provenance, members: Members, action: Action) -> None:
         rank.gradients[action.stage] = list(total)
 
 
-def _reduce_data(world: Provenance, members: Members, action: Action) -> None:
-    _reduce(world, members, action)
-    _reduce_tied(world, members, action)
-
-
-def _reduce_tied(world: Provenance, members: Members, action: Action) -> None:
-    if action.stage in world.plan.tied:
-        total = sum((rank.tied[action.stage] for rank, _ in members), Counter[object]())
-        for rank, _ in members:
-            rank.tied[action.stage] = Counter(total)
-
-
 def _scatter(world: Provenance, members: Members, action: Action) -> None:
-    _reduce_tied(world, members, action)
     total = _sums(world, members, action)
     for rank, _ in members:
         rank.gradients[action.stage] = [NOTHING] * len(total)
@@ -194,8 +187,6 @@ def _on_edge(world: Provenance, members: Members, action: Action) -> None:
 def _norm(world: Provenance, members: Members, action: Action) -> None:
     for rank, index in members:
         rank.normed = True
-        for stage in rank.tied:
-            world.complete_tie(rank, index, stage)
         for stage in rank.gradients:
             scattered = stage in rank.facts.scattered
             for atom, held in enumerate((rank.reduced if scattered else rank.gradients)[stage]):
@@ -208,6 +199,6 @@ COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {
     "RECOMPUTE": _recompute, "UPDATE": _update, "RESHARD": _reshard,
 }  # fmt: skip
 GROUP: dict[str, Callable[[Provenance, Members, Action], None]] = {
-    "REDUCE_GRAD": _reduce_data, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard, "AVERAGE": _average,
+    "REDUCE_GRAD": _reduce, "SCATTER_GRAD": _scatter, "UNSHARD": _unshard, "AVERAGE": _average,
     "SUM_G": _reduce, "SUM_TIED": _tie, "NORM": _norm, "SWAP_G": Provenance.swap, **dict.fromkeys(ON_EDGES, _on_edge),
 }  # fmt: skip

@@ -1,17 +1,17 @@
 """What each action of a row waits for, derived from the table of verbs."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
 from bpkit.plan.action import VERBS, Action
 from bpkit.plan.checker.atoms import Atoms
+from bpkit.plan.plan import Plan
 
 _CHANGES = {kind: {*verb.writes, *verb.frees} for kind, verb in VERBS.items()}
 _READS = {kind: {*verb.reads} - _CHANGES[kind] for kind, verb in VERBS.items()}
 _Key = tuple[str, int, int | None, int]  # of a buffer: letter, stage, microbatch, and an atom of it
 
 
-def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType({})) -> tuple[tuple[int, ...], ...]:
+def hazards(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int, ...], ...]:
     """Indices of the earlier actions of the row that each action waits for.
 
     An action starts after the last earlier compute action of its row, after the last earlier action of its
@@ -21,8 +21,8 @@ def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType(
     Parameters
     ----------
     row : sequence of Action
-    shared : mapping
-        For a buffer's letter, the number of buffers that the stages share in turn (see `Plan.shared`).
+    plan : Plan, optional
+        Whose row it is: it says which stages share a buffer, or work in the memory of others.
 
     Returns
     -------
@@ -38,11 +38,11 @@ def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType(
     for index, action in enumerate(row):
         stream = action.verb.stream
         waits = {-1, last.get("compute", -1), last.get(stream, -1)}
-        for key in _keys(action, False, stages, atoms, shared):
+        for key in _keys(action, False, stages, atoms, plan):
             waits.add(changer.get(key, -1))
             if stream != "compute":
                 readers.setdefault(key, []).append(index)
-        for key in _keys(action, True, stages, atoms, shared):
+        for key in _keys(action, True, stages, atoms, plan):
             waits.update(readers.pop(key, ()), (changer.pop(key, -1),))
             if stream != "compute":
                 changer[key] = index
@@ -51,15 +51,15 @@ def hazards(row: Sequence[Action], shared: Mapping[str, int] = MappingProxyType(
     return tuple(result)
 
 
-def _keys(action: Action, changes: bool, stages: set[int], atoms: Atoms, shared: Mapping[str, int]) -> list[_Key]:
+def _keys(action: Action, changes: bool, stages: set[int], atoms: Atoms, plan: Plan | None) -> list[_Key]:
     """The buffers that an action changes, or only reads."""
     keys: list[_Key] = []
     for letter, edge in (_CHANGES if changes else _READS)[action.kind]:
-        stage, count = action.stage + edge, shared.get(letter, 0)
         if letter in "ADSKN":
-            keys.append((letter, -1 if letter == "N" else stage, action.mb, 0))
+            keys.append((letter, -1 if letter == "N" else action.stage + edge, action.mb, 0))
         else:
-            near = stages if action.kind in ("NORM", "SUM_TIED") else (stage,)  # those touch every stage's gradient
-            places = {other % count if count else other for other in near}
+            own = plan.near(action, letter) if plan else (action.stage,)
+            near = stages if action.kind in ("NORM", "SUM_TIED") else own  # those touch every stage's gradient
+            places = {plan.room(letter, other) if plan else other for other in near}
             keys += [(letter, place, None, atom) for place in places for atom in atoms.inside(action.part)]
     return keys

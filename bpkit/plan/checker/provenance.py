@@ -5,8 +5,7 @@ that any action names.  A forward or backward moves marks along the edges; a red
 update demands that its part holds every contribution exactly once.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple, NoReturn
@@ -64,10 +63,10 @@ class Holdings:
     gradients: dict[int, list[Contributions]] = field(default_factory=dict)  # by stage, then atom
     reduced: dict[int, list[Contributions]] = field(default_factory=dict)  # what scatters gave this rank's own part
     versions: dict[int, list[int | None]] = field(default_factory=dict)  # parameters: updates seen, None: not held
-    seen: dict[tuple[int, int | None], int] = field(default_factory=dict)  # version that each forward read
+    # Version that each forward read, of its own stage and of those in whose memory it works.
+    seen: dict[tuple[int, int | None, int], int] = field(default_factory=dict)
     averaged: set[int] = field(default_factory=set)  # stages whose parameters are the mean over data ranks
     normed: bool = False  # whether the global norm of the gradient is known
-    tied: dict[int, Counter[object]] = field(default_factory=dict)  # of the tensor of which stages hold copies
 
 
 Members = list[tuple[Holdings, int]]
@@ -85,6 +84,8 @@ class Provenance:
         self.whole: Shares = frozenset(product(ranks if plan.own_tokens else [0], ranks))
         self.split = frozenset(plan.own_tokens)
         self._widths = max(plan.microbatches, plan.mesh.data), plan.mesh.tensor  # microbatch, or rank in an all-to-all
+        self.uses = [(number, stage) for number, group in enumerate(plan.tied) for stage in group]  # of tied tensors
+        self.block = plan.mesh.data * self._widths[0] * self._widths[1]  # bits of a stage's own, and then of each use
         self._complete = {by_tokens: self._sum_of_all(by_tokens) for by_tokens in (False, True)}
         self.reads: dict[tuple[int, int, int | None], int] = {}  # version that each shard's forward read
         self._used: set[tuple[int, int, int]] = set()
@@ -97,16 +98,19 @@ class Provenance:
         for stage in self.plan.owned(at.pipeline):
             rank.gradients[stage] = [self._before(at.data, atom) for atom in range(len(self.atoms))]
             rank.reduced[stage] = [STALE] * len(self.atoms)
-            rank.tied |= {stage: Counter()} if stage in self.plan.tied else {}
             sharded = stage in rank.facts.sharded and self.plan.mesh.data > 1
             rank.versions[stage] = [0 if not sharded or owner == at.data else None for owner in self.owner]
         return rank
 
     # -- contributions -------------------------------------------------------------------------------------
 
-    def one(self, data: int, mb: int, tensor: int = 0) -> Contributions:
-        """One contribution by itself."""
-        return Contributions(2 << ((data * self._widths[0] + mb) * self._widths[1] + tensor))
+    def one(self, data: int, mb: int, tensor: int = 0, use: int = 0) -> Contributions:
+        """One contribution by itself: a stage's own, or that of a use of a tied tensor, which lies somewhere in it."""
+        return Contributions(2 << (use * self.block + (data * self._widths[0] + mb) * self._widths[1] + tensor))
+
+    def of_uses(self, held: int, uses: Iterable[int]) -> int:
+        """Those bits of a gradient that are of some uses."""
+        return sum(held & ((2 << self.block) - 2) << use * self.block for use in uses)
 
     def named(self, held: int) -> list[tuple[int, int] | None]:
         """Data shard and microbatch of each bit; None for a gradient of an earlier step."""
@@ -208,14 +212,15 @@ class Provenance:
 
     def same_weights(self, rank: Holdings, index: int, stage: int, mb: int | None) -> None:
         """A backward must see the parameters that its forward saw: now, or from a stash."""
-        seen = rank.seen.get((stage, mb))
-        if self.weights(rank, index, stage) != seen and not self.plan.stashed:
-            self.fail(rank, index, f"its forward read version {seen} of stage {stage}, but there is another one now")
+        for near in self.plan.near(rank.row[index], "P"):
+            seen = rank.seen.get((stage, mb, near))
+            if self.weights(rank, index, near) != seen and not self.plan.stashed:
+                self.fail(rank, index, f"its forward read version {seen} of stage {near}, but there is another one now")
 
     def sharing(self, letter: str, rank: Holdings, stage: int) -> list[int]:
         """Other stages of the rank that use the same buffer in turn."""
-        count = self.plan.shared.get(letter, 0)
-        return [other for other in rank.gradients if count and other != stage and other % count == stage % count]
+        room = self.plan.room(letter, stage)
+        return [other for other in rank.gradients if other != stage and self.plan.room(letter, other) == room]
 
     def trained(self) -> list[int]:
         """Data coordinates that hold a shard."""
@@ -223,6 +228,21 @@ class Provenance:
 
     def complete(self, rank: Holdings, index: int, stage: int, atom: int, held: Contributions) -> None:
         """Refuse a gradient that is read as complete and is not what the plan declares."""
+        own = (2 << self.block) - 1
+        uses = Contributions(held.there & ~own, held.again & ~own)
+        held = Contributions(held.there & own, held.again & own)
+        self._complete_own(rank, index, stage, atom, held)
+        ties = [use for use, (number, _) in enumerate(self.uses, 1)
+                if self.plan.holders[number].get(rank.at.pipeline) == stage]  # fmt: skip
+        each = self._complete[False].there if self.plan.holds == "all" else held.there
+        if wrong := uses.again | uses.there ^ sum(each << use * self.block for use in ties):
+            number = self.uses[(wrong.bit_length() - 2) // self.block - 1][0]
+            how = "SUM_TIED comes once" if len(self.plan.holders[number]) > 1 else "it is complete"
+            stages = self.plan.tied[number]
+            self.fail(rank, index, f"the gradient of the tensor that stages {stages} share is not the sum of all their "
+                      f"contributions: {how}, after the last backward of each")  # fmt: skip
+
+    def _complete_own(self, rank: Holdings, index: int, stage: int, atom: int, held: Contributions) -> None:
         if self.plan.holds == "all" and held == self._complete[stage in self.split]:
             return
         where = "the gradient of stage {} from {} to {} is not".format(stage, *self.atoms.fractions(atom))
@@ -245,14 +265,6 @@ class Provenance:
         words = [f"shard {c[0]} microbatch {c[1]}" if c else "a gradient of an earlier step" for c in named[:3]]
         return (", ".join(words) or "nothing") + (f" and {len(named) - 3} more" if len(named) > 3 else "")
 
-    def complete_tie(self, rank: Holdings, index: int, stage: int) -> None:
-        """Refuse a tied gradient that lacks what another stage's copy contributed, or holds it twice."""
-        keys = [(d, m) for d in self.trained() for m in range(self.plan.microbatches)]
-        wanted = Counter({(*key, s): 1 for key in keys for s in self.plan.tied})
-        if rank.tied[stage] != wanted:
-            self.fail(rank, index, f"the gradient of the tensor that stages {self.plan.tied} share is not the sum of "
-                      "all their contributions: SUM_TIED comes once, after the last backward of each")  # fmt: skip
-
     def updates(self) -> int:
         """How often each part is updated in one run of the plan."""
         of_each = {"all": 1, "own": self.plan.microbatches, "one": len(self.trained()) * self.plan.microbatches}
@@ -262,7 +274,7 @@ class Provenance:
         """Where updates hold one contribution each: every one is used once, and none is too old."""
         if self.plan.holds == "all":
             return
-        for contribution in self.named(held.there):
+        for contribution in self.named(held.there & ((2 << self.block) - 1)):
             assert contribution is not None
             data, mb = contribution
             key = (stage, data, mb)

@@ -160,34 +160,34 @@ def receive_edge(rank: Rank, action: Action, index: int) -> Call:
 
 @runs("SUM_TIED")
 def sum_tied(rank: Rank, action: Action, index: int) -> Call:
-    """Give all copies of a tied tensor the sum of their gradients."""
-    buffers, plan, at = rank.buffers, rank.plan, rank.buffers.at
-    copies = [buffers.gradients[stage][place] for stage in plan.tied if stage in buffers.stages
-              for place in buffers.stages[stage].tied_slices().values()]  # fmt: skip
-    peers = {plan.mesh.rank(at._replace(pipeline=plan.place[stage])) for stage in plan.tied}
-    others, messages = sorted(peers - {buffers.groups.world.rank}), buffers.edges
+    """Add the gradients of each tied tensor's copies, on all ranks in the order of ranks: to the same bits."""
+    buffers, messages, me = rank.buffers, rank.buffers.edges, rank.groups.world.rank
+    assert messages is not None
+    sums = []
+    for number, (_, copies) in enumerate(buffers.copied):
+        ranks = {rank.plan.mesh.rank(buffers.at._replace(pipeline=rank.plan.place[stage])): stage for stage in copies}
+        if me in ranks:
+            own = buffers.gradients[ranks[me]][copies[ranks[me]]]
+            sums.append((("SUM_TIED", number), own, sorted(ranks), sorted({*ranks} - {me})))
 
-    def spread() -> None:
-        for copy in copies[1:]:
-            copy.copy_(copies[0])
+    def exchange() -> Handle:
+        found: dict[tuple[tuple[str, int], int], Tensor] = {(way, me): own for way, own, _, _ in sums}
+        sent = [messages.send(way, own, peer) for way, own, _, others in sums for peer in others]
+        loans = [messages.receive(own.shape, own.dtype, peer, partial(found.__setitem__, (way, peer)))
+                 for way, own, _, others in sums for peer in others]  # fmt: skip
 
-    def sum_copies() -> Handle | None:
-        for copy in copies[1:]:
-            copies[0].add_(copy)
-        if not others:
-            spread()
-            return None
-        assert messages is not None  # one peer: a + b has the same bits as b + a
-        sent = messages.send(("SUM_TIED", 0), copies[0], others[0])
-        received = messages.receive(copies[0].shape, copies[0].dtype, others[0], copies[0].add_)
+        def add() -> None:
+            for way, own, (first, second, *others), _ in sums:
+                total = found[way, first] + found[way, second]
+                for peer in others:
+                    total += found[way, peer]
+                own.copy_(total)
+            for loan in loans:
+                loan.release()
 
-        def finish() -> None:
-            received.release()
-            spread()
+        return Then(*sent, *loans, then=add)
 
-        return Then(sent, received, then=finish)
-
-    return sum_copies
+    return exchange
 
 
 # -- edges and gradients, over the tensor axis ---------------------------------------------------------------

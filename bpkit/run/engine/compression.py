@@ -53,7 +53,8 @@ class LowRank:
 
     def __init__(self, compressor: PowerSGD, network: Network, comm: Comm) -> None:
         self._comm = comm
-        gradients = network.gradients()
+        every = network.gradients()
+        gradients = [every[i] for i in network.description.own]
         self._matrices = [g.view(len(g), -1) for g in gradients if compressor.applies(g)]
         self._others = [g for g in gradients if not compressor.applies(g)]
         r = compressor.rank

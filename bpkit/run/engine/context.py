@@ -104,7 +104,7 @@ class Rank:
         self.plan, self.row, self.groups = self.buffers.program.plan, self.buffers.row, self.buffers.groups
         self.slots = liveness.forward_slots(self.row)
         self.given_back = liveness.given_back(self.row)
-        self.overwriting, self.emptying = liveness.first_writes(self.row, self.plan.tied)
+        self.overwriting, self.emptying = liveness.first_writes(self.row, self.plan)
         self.weights_of, counts = liveness.weight_copies(self.row) if self.plan.stashed else ({}, {})
         self.copies = self.buffers.copies(counts)
         self.mixed = {s: Mixed(net) for s, net in self.buffers.stages.items()} if self.precision == "bf16" else {}

@@ -12,7 +12,7 @@ from bpkit.optim import Optimizer
 from bpkit.plan.action import GIVES_P, Action
 from bpkit.plan.memory import Memory
 from bpkit.plan.plan import Plan, scatters
-from bpkit.plan.program import Program
+from bpkit.plan.program import Program, tied_copies
 from bpkit.run.engine.groups import Groups
 from bpkit.run.transports.comm import Edges, Handle, Then
 from bpkit.run.whole import rank_network
@@ -60,7 +60,8 @@ class Buffers:
         self.at = plan.mesh.coordinate(self.groups.world.rank)
         self.row, self.sizes = plan.row(self.at), Memory(self.program, self.network.description, self.rows)
         own = rank_network(plan, self.network, self.at.tensor)
-        parts, self.loss = own.split(self.program.cuts), self._own_loss(own)
+        parts, self.loss = own.split(self.program.cuts, plan.place), self._own_loss(own)
+        self.copied = tied_copies([part.description for part in parts])
         self.stages = {stage: parts[stage] for stage in plan.owned(self.at.pipeline)}
         for net in self.stages.values():  # running statistics are summands: the first that trains has the start
             net.flat_buffers.mul_(self.at.data == min({*range(plan.mesh.data)} - {*plan.servers}))
@@ -69,6 +70,7 @@ class Buffers:
             self._place_gradients(plan)
             self._place_parameters(plan, kinds)
         for stage, net in self.stages.items():
+            net.bind()  # to what others lend, where that lies now
             self.gradients[stage] = net.flat_gradients
             self._own_part(stage, net)
         self.state = {stage: self.optimizer.state(self.masters[stage]) for stage in self.stages}
@@ -96,7 +98,7 @@ class Buffers:
     # -- placing -----------------------------------------------------------------------------------------
 
     def _place_gradients(self, plan: Plan) -> None:
-        places, size = self.sizes.block(plan.gradient_buffers)
+        places, size = self.sizes.block("G")
         block = self.groups.data.empty(size, self.network.dtype)
         for stage, net in self.stages.items():
             net.bind(gradients=block[places[stage] :][: net.flat_size])
@@ -109,7 +111,7 @@ class Buffers:
         self.one_copy = block is not None
         if block is None:
             self.gathered_parts = "RESHARD" in kinds
-            places, size = self.sizes.block(plan.parameter_buffers if self.gathered_parts else 0)
+            places, size = self.sizes.block("P" if self.gathered_parts else "")
             block = self.groups.data.empty(size, self.network.dtype)
         for stage, net in self.stages.items():
             if self.gathered_parts:
@@ -156,7 +158,8 @@ class Buffers:
         """
         plan, net = self.program.plan, self.stages[stage]
         split = {*plan.partial_outputs, *plan.partial_inputs, *plan.own_tokens}
-        if self.at.tensor == 0 and stage not in plan.tied[1:]:
+        again = [copies[stage] for _, copies in self.copied if stage in copies and stage > min(copies)]
+        if self.at.tensor == 0 and not again:
             return None
         mask = torch.ones_like(net.flat_gradients)
         if self.at.tensor and stage not in split:
@@ -164,7 +167,7 @@ class Buffers:
         for share in net.shares() if self.at.tensor else ():
             low = (share.data_ptr() - net.flat_gradients.data_ptr()) // share.element_size()
             mask[low : low + len(share)] = 0.0
-        for place in net.tied_slices().values() if stage in plan.tied[1:] else ():
+        for place in again:
             mask[place] = 0.0
         return mask[slice(*self.own_bounds(net.flat_size))] if stage in self.reduced else mask
 

@@ -7,7 +7,6 @@ Micikevicius et al. 2018, arXiv:1710.03740, without loss scaling, which bfloat16
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,10 @@ class Mixed:
     def __init__(self, whole: Network) -> None:
         self._whole, self._half = whole, whole.copy(dtype=torch.bfloat16)
         self._half._skips = whole._skips  # whose ends may stand in two stages
+        form, pairs = whole.description, list(zip(whole.gradients(), self._half.gradients(), strict=True))
+        self._gradients = [(whole.flat_gradients, self._half.flat_gradients, False)]
+        if form.lent:  # what another stage holds is never overwritten
+            self._gradients = [(*pairs[i], not form.parameters[i].held) for i in self._half.description.own]
         self.bytes = 2 * (self._half.flat_parameters.numel() + self._half.flat_gradients.numel())
 
     def forward(self, x: Tensor, slot: Hashable, context: Context) -> Tensor:
@@ -32,7 +35,7 @@ class Mixed:
 
     def forward_anew(self, x: Tensor, slot: Hashable, context: Context) -> Tensor:
         """The first forward of a step: takes over the float32 parameters, which are whole now."""
-        self._half.flat_parameters.copy_(self._whole.flat_parameters)
+        torch._foreach_copy_(self._half.parameters(), self._whole.parameters())
         return self.forward(x, slot, context)
 
     def backward(self, dy: Tensor, slot: Hashable, accumulate: bool, need_input: bool = False) -> Tensor | None:
@@ -49,5 +52,5 @@ class Mixed:
         self._add(accumulate)
 
     def _add(self, accumulate: bool) -> None:
-        put: Any = self._whole.flat_gradients.add_ if accumulate else self._whole.flat_gradients.copy_
-        put(self._half.flat_gradients)
+        for whole, half, lent in self._gradients:
+            whole.add_(half) if accumulate or lent else whole.copy_(half)
