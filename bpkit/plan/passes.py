@@ -220,10 +220,6 @@ def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
     return _each_row(plan, insert)
 
 
-#: What exchanges a stage's gradient, or gathers parts of it.
-_EXCHANGES = frozenset({"REDUCE_GRAD", "SCATTER_GRAD", "SEND_G", "ADD_G", "RECV_G", "SWAP_G"})
-
-
 def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
     """What tied tensors add to a plan, for each group of stages that use one.
 
@@ -253,7 +249,7 @@ def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
         own = sorted(copies & {action.stage for action in row})
         if not own:
             return row
-        late = [action for action in row if action.stage in own and action.kind in _EXCHANGES]
+        late = [a for a in row if a.stage in own and a.verb.axis == "data" and a.verb.touches("G")]
         rest = [action for action in row if action not in late]
         last = max(i for i, action in enumerate(rest) if action.kind in ON_EDGES | {"B", "W", "SEND_B", "SUM_G"})
         return [*rest[: last + 1], Action(own[0], "SUM_TIED"), *late, *rest[last + 1 :]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final
 
-from bpkit.plan.action import PARTNERS, Action
+from bpkit.plan.action import PARTNERS, PASSES, Action
 from bpkit.plan.mesh import Coordinate, Mesh
 
 #: What a plan is for: a training step, or a collective by itself over one buffer.
@@ -214,7 +214,7 @@ class Plan:
 
     def near(self, action: Action, letter: str) -> tuple[int, ...]:
         """The stages whose buffer of a letter an action touches: its own, and those that lend tensors to its pass."""
-        lent = letter in "GP" and action.kind in ("F", "B", "I", "W", "RECOMPUTE")
+        lent = letter in "GP" and action.kind in PASSES
         return (action.stage, *(self.lenders[action.stage] if lent else ()))
 
     def room(self, letter: str, stage: int) -> int:

@@ -131,8 +131,7 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
     tied = tuple(sum((lies.stop - lies.start) * others for at, lies, others in copies if at == rank)
                  for rank in range(plan.mesh.pipeline))  # fmt: skip
     rows = _instructions(plan, _Wire(network.itemsize, sizes, edges, shares, tied))
-    return Program(plan, cuts, sizes, rows, tuple(map(loans, plan.rows)),
-                   tuple(map(peak_activations, plan.rows)))  # fmt: skip
+    return Program(plan, cuts, sizes, rows, tuple(map(loans, plan.rows)), tuple(map(peak_activations, plan.rows)))
 
 
 def _cuts(plan: Plan, network: Description, weights: Sequence[int]) -> tuple[int, ...]:

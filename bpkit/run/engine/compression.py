@@ -53,8 +53,7 @@ class LowRank:
 
     def __init__(self, compressor: PowerSGD, network: Network, comm: Comm) -> None:
         self._comm = comm
-        every = network.gradients()
-        gradients = [every[i] for i in network.description.own]
+        gradients = [network.gradients()[i] for i in network.description.own]
         self._matrices = [g.view(len(g), -1) for g in gradients if compressor.applies(g)]
         self._others = [g for g in gradients if not compressor.applies(g)]
         r = compressor.rank
