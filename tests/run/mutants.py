@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def any_action(plan: Plan, draw: random.Random) -> Action:
 
 def altered(action: Action, plan: Plan, draw: random.Random) -> Action:
     """The same action with one coordinate changed, or of another kind with the same coordinates."""
-    changes: list[dict[str, object]] = [{"stage": draw.randrange(plan.stages)}]
+    changes: list[dict[str, Any]] = [{"stage": draw.randrange(plan.stages)}]
     if action.mb is not None:
         changes.append({"mb": draw.randrange(plan.microbatches)})
     if action.peer is not None:
