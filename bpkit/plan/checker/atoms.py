@@ -18,13 +18,16 @@ class Atoms:
         self._unit = lcm(*(part.of for part in known))
         self._bounds = sorted({0, self._unit, *(bound for part in known for bound in part.bounds(self._unit))})
         self._index = {bound: i for i, bound in enumerate(self._bounds)}
+        self._inside: dict[Part | None, range] = {None: range(len(self))}  # what has been asked for
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
     def inside(self, part: Part | None) -> range:
         """The atoms of a part whose bounds are named; None is the whole."""
-        return range(len(self)) if part is None else range(*(self._index[bound] for bound in part.bounds(self._unit)))
+        if part is not None and part not in self._inside:
+            self._inside[part] = range(*(self._index[bound] for bound in part.bounds(self._unit)))
+        return self._inside[part]
 
     def fractions(self, atom: int) -> tuple[Fraction, Fraction]:
         """The bounds of an atom as fractions of the buffer."""

@@ -7,7 +7,7 @@ gradient and a partial sum read as a whole are seen before anything starts.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 
@@ -29,13 +29,12 @@ class _Rank:
     number: int
     holds: Holdings
     followers: Sequence[Sequence[int]]  # of each action: those that wait for it
-    left: list[int]  # for each action, how many that it waits for have not ended
+    left: list[int]  # for each action, how many that it waits for have not ended; -1 once it has ended itself
     ready: list[int]  # a heap: what can start
-    done: set[int] = field(default_factory=set)
 
     def end(self, index: int) -> None:
         """Note that an action has ended, and what can start now."""
-        self.done.add(index)
+        self.left[index] = -1
         for later in self.followers[index]:
             self.left[later] -= 1
             if not self.left[later]:
@@ -67,18 +66,16 @@ def order(plan: Plan) -> tuple[Together, ...]:
     PlanError
         As `check`.
     """
-    walk = _Walk(plan)
-    walk.run()
-    return tuple(walk.order)
+    return _Walk(plan).run()
 
 
-def _rank(number: int, holds: Holdings, waits: Sequence[Sequence[int]]) -> _Rank:
-    """A rank before its first action."""
+def _followers(waits: Sequence[Sequence[int]]) -> list[list[int]]:
+    """For each action of a row, those that wait for it."""
     followers: list[list[int]] = [[] for _ in waits]
     for index, own in enumerate(waits):
         for earlier in own:
             followers[earlier].append(index)
-    return _Rank(number, holds, followers, list(map(len, waits)), [i for i, own in enumerate(waits) if not own])
+    return followers
 
 
 class _Walk:
@@ -88,27 +85,30 @@ class _Walk:
         self.plan = plan
         self.world = Provenance(plan)
         rows = [waits(row, plan) for row in plan.rows]
-        self.ranks = [_rank(number, self.world.holdings(at), rows[plan.row_index(at)])
-                      for number, at in enumerate(plan.mesh.coordinates())]  # fmt: skip
+        followers = list(map(_followers, rows))
+        self.ranks = [_Rank(number, holds, followers[holds.index], list(map(len, rows[holds.index])),
+                            [i for i, own in enumerate(rows[holds.index]) if not own])
+                      for number, holds in enumerate(map(self.world.holdings, plan.mesh.coordinates()))]  # fmt: skip
         self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
         # By from, to, and whether it sends: what has no partner yet, and what it carries.
         self.posted: dict[tuple[int, int, bool], tuple[_Rank, int, object]] = {}
         self.order: list[Together] = []
 
-    def run(self) -> None:
-        """Walk to the end, or to the first fault."""
+    def run(self) -> tuple[Together, ...]:
+        """Walk to the end, or to the first fault; the order in which actions have ended."""
         while any(rank.ready for rank in self.ranks):
             for rank in self.ranks:
                 while rank.ready:
                     self._start(rank, heappop(rank.ready))
         for rank in self.ranks:
-            if len(rank.done) < len(rank.holds.row):
+            if max(rank.left, default=-1) >= 0:
                 self._blocked(rank)
         for rank in self.ranks:
             self.world.finish(rank.holds)
+        return tuple(self.order)
 
     def _blocked(self, rank: _Rank) -> None:
-        index = min(i for i in range(len(rank.holds.row)) if i not in rank.done)
+        index = next(i for i, left in enumerate(rank.left) if left >= 0)
         action = rank.holds.row[index]
         why = f"deadlock: rank {rank.number} never gets past it"
         if not rank.left[index]:  # it has started
@@ -190,4 +190,4 @@ class _Walk:
         """Note what has happened together."""
         for rank, index in ends:
             rank.end(index)
-        self.order.append(tuple((rank.number, index) for rank, index in ends))
+        self.order.append(tuple([(rank.number, index) for rank, index in ends]))

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from bpkit.plan.action import VERBS, Action
+from bpkit.plan.action import VERBS, Action, Touch
 from bpkit.plan.checker.atoms import Atoms
 from bpkit.plan.plan import Plan
 
-_CHANGES = {kind: {*verb.writes, *verb.frees} for kind, verb in VERBS.items()}
-_READS = {kind: {*verb.reads} - _CHANGES[kind] for kind, verb in VERBS.items()}
+#: Of each kind: letter and edge of what it touches, and whether it changes or only reads it.
+_TOUCHES = {kind: {**dict.fromkeys(verb.reads, False), **dict.fromkeys((*verb.writes, *verb.frees), True)}
+            for kind, verb in VERBS.items()}  # fmt: skip
 _Key = tuple[str, int, int | None, int]  # of a buffer: letter, stage, microbatch, and an atom of it
 
 
@@ -31,6 +32,7 @@ def hazards(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int,
     """
     result: list[tuple[int, ...]] = []
     stages, atoms = {action.stage for action in row}, Atoms(action.part for action in row if action.part)
+    noted = {touch.letter for kind in {a.kind for a in row if a.verb.stream != "compute"} for touch in _TOUCHES[kind]}
     last: dict[str, int] = {}  # by stream
     # Communication that touched a buffer; compute needs no note, since all later actions wait for the last of it.
     changer: dict[_Key, int] = {}
@@ -38,28 +40,24 @@ def hazards(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int,
     for index, action in enumerate(row):
         stream = action.verb.stream
         waits = {-1, last.get("compute", -1), last.get(stream, -1)}
-        for key in _keys(action, False, stages, atoms, plan):
-            waits.add(changer.get(key, -1))
-            if stream != "compute":
-                readers.setdefault(key, []).append(index)
-        for key in _keys(action, True, stages, atoms, plan):
-            waits.update(readers.pop(key, ()), (changer.pop(key, -1),))
-            if stream != "compute":
-                changer[key] = index
+        for touch, changes in _TOUCHES[action.kind].items():
+            for key in _keys(action, touch, stages, atoms, plan) if touch.letter in noted else ():
+                waits.add(changer.get(key, -1))
+                if changes:
+                    waits.update(readers.pop(key, ()))
+                    changer[key] = index if stream != "compute" else -1
+                elif stream != "compute":
+                    readers.setdefault(key, []).append(index)
         result.append(tuple(sorted(waits - {-1})))
         last[stream] = index
     return tuple(result)
 
 
-def _keys(action: Action, changes: bool, stages: set[int], atoms: Atoms, plan: Plan | None) -> list[_Key]:
-    """The buffers that an action changes, or only reads."""
-    keys: list[_Key] = []
-    for letter, edge in (_CHANGES if changes else _READS)[action.kind]:
-        if letter in "ADSKN":
-            keys.append((letter, -1 if letter == "N" else action.stage + edge, action.mb, 0))
-        else:
-            own = plan.near(action, letter) if plan else (action.stage,)
-            near = stages if action.kind in ("NORM", "SUM_TIED") else own  # those touch every stage's gradient
-            places = {plan.room(letter, other) if plan else other for other in near}
-            keys += [(letter, place, None, atom) for place in places for atom in atoms.inside(action.part)]
-    return keys
+def _keys(action: Action, touch: Touch, stages: set[int], atoms: Atoms, plan: Plan | None) -> list[_Key]:
+    """The buffers that an action means by one of its touches."""
+    if touch.letter in "ADSKN":
+        return [(touch.letter, -1 if touch.letter == "N" else action.stage + touch.edge, action.mb, 0)]
+    own = plan.near(action, touch.letter) if plan else (action.stage,)
+    near = stages if action.kind in ("NORM", "SUM_TIED") else own  # those touch every stage's gradient
+    places = {plan.room(touch.letter, other) if plan else other for other in near}
+    return [(touch.letter, place, None, atom) for place in places for atom in atoms.inside(action.part)]

@@ -318,14 +318,14 @@ class Provenance:
             return self._finish_collective(rank)
         if self.plan.holds == "one" and self.plan.servers and rank.at.data not in self.plan.servers:
             return
+        wanted = self.updates()
         for stage, versions in rank.versions.items():
             resharded = None in versions
             if resharded and stage not in rank.facts.sharded:
                 self.fail(rank, end, f"stage {stage} ends sharded, and the next step begins with a read of the whole")
             for atom, version in enumerate(versions):
-                mine = not resharded or self.owner[atom] == rank.at.data
-                if mine and version != self.updates():
-                    self.fail(rank, end, f"stage {stage} was updated {version or 0} times, not {self.updates()}")
+                if version != wanted and (not resharded or self.owner[atom] == rank.at.data):
+                    self.fail(rank, end, f"stage {stage} was updated {version or 0} times, not {wanted}")
             if self.plan.holds == "own" and self.plan.mesh.data > 1 and stage not in rank.averaged:
                 self.fail(rank, end, f"the replicas of stage {stage} end with different parameters: AVERAGE is missing")
 
