@@ -1,4 +1,4 @@
-"""The exercises of chapter 3.2."""
+"""The exercises of chapters 3.2a and 3.2b."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
