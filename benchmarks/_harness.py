@@ -7,14 +7,15 @@ import datetime
 import json
 import os
 import platform
-import random
 import statistics
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+
+from bpkit import measure
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -30,18 +31,8 @@ def arguments(description: str) -> argparse.Namespace:
     return parser(description).parse_args()
 
 
-def interleave(runs: Mapping[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Call each run in turn, `repetitions` times over, and return the seconds that each call reports.
-
-    Turns are shuffled, so that none always follows the same neighbour.
-    """
-    names = list(runs)
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    order = random.Random(0)
-    for _ in range(repetitions):
-        for name in order.sample(names, len(names)):
-            samples[name].append(runs[name]())
-    return samples
+#: Turns of all runs, shuffled; the runs warm up by themselves.
+interleave = partial(measure.interleave, warmup=0)
 
 
 def row(
@@ -56,11 +47,13 @@ def row(
 ) -> dict[str, Any]:
     """Return one row from interleaved samples, in seconds.
 
-    `ratio` is the median of peer / ours over the repetitions (above 1: ours is better), and `spread` is half
-    the distance between that ratio's quartiles.
+    `ratio` is the median of peer / ours over the repetitions (above 1: ours is better), `interval` its bootstrap
+    interval (`bpkit.measure.ratio`; None under ten repetitions), and `spread` half the distance between that
+    ratio's quartiles.
     """
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    found = measure.ratio(theirs, ours) if len(ratios) >= measure.FEWEST else None
     return {
         "case": case,
         "peer": peer,
@@ -71,6 +64,7 @@ def row(
         "ratio": statistics.median(ratios),
         "repetitions": len(ratios),
         "spread": (high - low) / 2,
+        "interval": None if found is None else [found.low, found.high],
         "info": info,
     }
 
@@ -96,10 +90,11 @@ def machine() -> dict[str, Any]:
 def report(rows: list[dict[str, Any]], file: Path | None, **more: Any) -> None:
     """Print the table of ratios and write the JSON file, if one is asked for."""
     wide = max((len(r["case"]) + 2 for r in rows), default=0)
-    print(f"{'case':<{wide}}{'peer':<42}{'ours us':>10}{'peer us':>10}{'ratio':>7}  spread")
+    print(f"{'case':<{wide}}{'peer':<42}{'ours us':>10}{'peer us':>10}{'ratio':>7}  spread, interval")
     for r in rows:
         times = f"{r['ours_s'] * 1e6:>10.1f}{r['peer_s'] * 1e6:>10.1f}"
+        interval = "" if r["interval"] is None else "  [{:.2f}, {:.2f}]".format(*r["interval"])
         note = "  for information" if r["info"] else f"  wanted {r['wanted']:.2f}" if "wanted" in r else ""
-        print(f"{r['case']:<{wide}}{r['peer']:<42}{times}{r['ratio']:>7.2f}  ±{r['spread']:.2f}{note}")
+        print(f"{r['case']:<{wide}}{r['peer']:<42}{times}{r['ratio']:>7.2f}  ±{r['spread']:.2f}{interval}{note}")
     if file is not None:
         file.write_text(json.dumps({"machine": machine(), "rows": rows, **more}, indent=1) + "\n")

@@ -129,7 +129,7 @@ def case(shm: bp.Cluster, gloo: bp.Cluster, size: tuple[int, int, int], rounds: 
 def main() -> None:
     """Run all sizes, then what the engine itself costs."""
     given = _harness.arguments(__doc__ or "")
-    rounds, steps = (3, 4) if given.quick else (5, 4)
+    rounds, steps = (3, 4) if given.quick else (10, 4)
     rows: list[dict] = []
     facts: list[str] = []
     with (

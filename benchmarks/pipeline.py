@@ -112,7 +112,7 @@ def case(clusters: tuple[bp.Cluster, ...], batch: int, microbatches: int, rounds
 def main() -> None:
     """Run all sizes."""
     given = _harness.arguments(__doc__ or "")
-    rounds, steps = (3, 5) if given.quick else (7, 10)
+    rounds, steps = (3, 5) if given.quick else (10, 10)
     rows: list[dict] = []
     with bp.Cluster(1) as one, bp.Cluster(2, backend="shm") as shm, bp.Cluster(2, backend="gloo") as gloo:
         for batch, microbatches in CASES:

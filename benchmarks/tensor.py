@@ -72,7 +72,7 @@ def case(clusters: tuple[bp.Cluster, ...], blocks: int, width: int, batch: int, 
 def main() -> None:
     """Run all sizes."""
     given = _harness.arguments(__doc__ or "")
-    rounds, steps = (3, 6) if given.quick else (9, 15)
+    rounds, steps = (3, 6) if given.quick else (10, 15)
     rows: list[dict] = []
     with bp.Cluster(1) as one, bp.Cluster(2, backend="shm") as shm, bp.Cluster(2, backend="gloo") as gloo:
         for blocks, width, batch in CASES:

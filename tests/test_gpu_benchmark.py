@@ -24,7 +24,7 @@ import _gpu_peers as peers  # noqa: E402
 import gpu  # noqa: E402
 
 CPU = torch.device("cpu")
-ROW = {"group", "case", "peer", "ours_s", "peer_s", "ratio", "repetitions", "spread", "info"}
+ROW = {"group", "case", "peer", "ours_s", "peer_s", "ratio", "repetitions", "spread", "interval", "info"}
 
 
 def run(tmp_path: Path, *options: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """What only the course uses: ``explorer``, ``merging`` and ``pipelines``, figures to be used by hand; exercises; runs
-that were recorded.
+that were recorded; ``say``, for sentences that a cell writes.
 
 Nothing heavy is loaded before a figure is asked for.
 """
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from bpkit.course.figures.pipelines import Pipelines, pipelines
     from bpkit.course.pytorch import torch_schedule
     from bpkit.course.recorded import GpuFigures, gpu_figures
+    from bpkit.course.words import say
 
 __all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "exercises", "explorer", "gpu_figures", "merging",
-           "pipelines", "torch_schedule"]  # fmt: skip
+           "pipelines", "say", "torch_schedule"]  # fmt: skip
 
 _PLACES = {
     "figures.explorers": ("Explorer", "explorer"), "figures.merging": ("Merging", "merging"),
     "figures.pipelines": ("Pipelines", "pipelines"), "recorded": ("GpuFigures", "gpu_figures"),
-    "exercises": ("exercises",), "pytorch": ("torch_schedule",),
+    "exercises": ("exercises",), "pytorch": ("torch_schedule",), "words": ("say",),
 }  # fmt: skip
 _NEEDS = dict.fromkeys(("figures.explorers", "figures.merging", "figures.pipelines"), "anywidget")
 
