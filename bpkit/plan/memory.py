@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 from bpkit.description.flat import ALIGNMENT, part_bounds
 from bpkit.description.network import Description
-from bpkit.plan.action import GIVES_P, Action
+from bpkit.plan.action import GIVES_P, Action, Part
+from bpkit.plan.checker.atoms import Atoms
 from bpkit.plan.mesh import Coordinate
-from bpkit.plan.plan import scatters
+from bpkit.plan.plan import Plan, scatters
 from bpkit.plan.program import Program, of_rank, tied_copies
 
 Channel = tuple[str, int]  # kind of the send, and stage
@@ -130,3 +132,14 @@ class Memory:
         taken += [(1, size * sum(own.values())) for at in plan.mesh.coordinates() if (own := self.sums(at))]
         taken += [(ranks, 8)] * ("NORM" in kinds)
         return sum(n * -(-max(1, each) // ALIGNMENT) * ALIGNMENT for n, each in taken)
+
+
+def updated(plan: Plan, at: Coordinate) -> list[tuple[Action, int]]:
+    """What the rank at a coordinate updates, in pieces, each as an UPDATE, and how many data ranks update each."""
+    rows, n = [plan.row(at._replace(data=data)) for data in range(plan.mesh.data)], plan.mesh.data
+    found = [(data, a.stage, a.part or (Part(data, data + 1, n) if scatters(row, a.stage) else Part(0, 1, 1)))
+             for data, row in enumerate(rows) for a in row if a.kind == "UPDATE"]  # fmt: skip
+    atoms = Atoms(part for _, _, part in found)
+    times = Counter((stage, atom) for _, stage, part in found for atom in atoms.inside(part))
+    return [(Action(stage, "UPDATE", None, atoms.part(atom)), times[stage, atom])
+            for data, stage, part in found if data == at.data for atom in atoms.inside(part)]  # fmt: skip

@@ -259,8 +259,8 @@ def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
 
 
 def clip(plan: Plan) -> Plan:
-    """A NORM in each row, before its first update, for clipping by the global norm."""
-    first = [next((i for i, a in enumerate(row) if a.kind == "UPDATE"), len(row)) for row in plan.rows]
+    """A NORM in each row, before it first updates or receives parameters, for clipping by the global norm."""
+    first = [next((i for i, a in enumerate(row) if a.kind in ("UPDATE", "RECV_P")), len(row)) for row in plan.rows]
     norms = [Action(min(a.stage for a in row), "NORM") for row in plan.rows]
     return plan.with_rows([[*row[:i], n, *row[i:]] for row, i, n in zip(plan.rows, first, norms, strict=True)])
 

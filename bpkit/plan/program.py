@@ -238,8 +238,9 @@ class _Wire:
         if not verb.bytes or (mesh.size if verb.axis == "all" else getattr(mesh, verb.axis or "")) == 1:
             return 0
         low, high = action.part.bounds(self.flat[stage]) if action.part else (0, self.flat[stage])
-        if verb.axis == "all":  # one float64, where no rank has the whole gradient
-            return 8 * (mesh.size > mesh.data or any(scatters(row, s) for row in plan.rows for s in range(plan.stages)))
+        if verb.axis == "all":  # one float64, where not every rank updates everything
+            return 8 * (mesh.size > mesh.data or any(scatters(row, s) or Action(s, "UPDATE") not in row
+                                                     for row in plan.rows for s in range(plan.stages)))  # fmt: skip
         if verb.touches("AD"):
             letter, edge, _ = buffer(action, verb.reads[0])
             own = verb.axis == "pipeline" and edge - (letter == "D") in plan.own_tokens  # collectives: of all ranks

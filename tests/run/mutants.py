@@ -54,7 +54,8 @@ def originals() -> list[Plan]:
     split = [tensor_parallel(base, 2, layout) for base in (serial(1, 2), data_parallel(2), one_f_one_b(2, 2))]
     split += [shard_optimizer(split[1]), tensor_parallel(one_f_one_b(2, 2, recompute=True), 2, by_tokens)]
     made += [compile(plan, GPT).plan for plan in split]
-    made += [compile(plan, MLP, clip=True).plan for plan in (data_parallel(2, 2), zero(2, 2, units=2))]
+    normed = (data_parallel(2, 2), zero(2, 2, units=2), parameter_server(2, 2), parameter_server(3, 2, buckets=2))
+    made += [compile(plan, MLP, clip=True).plan for plan in normed]
     return [*made, compile(one_f_one_b(2, 2, data=2), MLP, clip=True).plan, compile(split[1], GPT, clip=True).plan]
 
 

@@ -54,9 +54,8 @@ def test_weights_equal_serial_after_several_steps(clusters, workers, optimizer):
     made = [
         expand(data_parallel(workers, 3), "ring"),
         *(zero(workers, level, units=3, microbatches=2) for level in (1, 2, 3)),
+        parameter_server(workers, buckets=2),
     ]
-    if optimizer.clip is None:
-        made.append(parameter_server(workers, buckets=2))
     for plan in made:
         result = clusters[workers].train(network, data, plan, **arguments)
         difference = flat(result.network.parameters()) - flat(serial.network.parameters())

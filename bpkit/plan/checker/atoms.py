@@ -29,6 +29,10 @@ class Atoms:
             self._inside[part] = range(*(self._index[bound] for bound in part.bounds(self._unit)))
         return self._inside[part]
 
+    def part(self, atom: int) -> Part:
+        """An atom as a part."""
+        return Part(self._bounds[atom], self._bounds[atom + 1], self._unit)
+
     def fractions(self, atom: int) -> tuple[Fraction, Fraction]:
         """The bounds of an atom as fractions of the buffer."""
         return Fraction(self._bounds[atom], self._unit), Fraction(self._bounds[atom + 1], self._unit)

@@ -80,11 +80,7 @@ def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> No
     if rank.facts.clipped and not rank.normed:
         world.fail(rank, index, "it is clipped by the norm of the whole gradient, and NORM comes later")
     versions = rank.versions[action.stage]
-    scattered = action.stage in rank.facts.scattered
-    held = rank.reduced[action.stage] if scattered else rank.gradients[action.stage]
-    atoms: Sequence[int] = world.atoms.inside(action.part)
-    if scattered and action.part is None:
-        atoms = [atom for atom in atoms if world.owner[atom] == rank.at.data]
+    held, atoms = _updated(world, rank, action)
     for atom in atoms:
         world.complete(rank, index, action.stage, atom, held[atom])
         version = versions[atom]
@@ -93,6 +89,15 @@ def _update(world: Provenance, rank: Holdings, index: int, action: Action) -> No
         versions[atom] = version + 1
     world.used(rank, index, action.stage, held[atoms[0]] if atoms else NOTHING)
     rank.averaged.discard(action.stage)
+
+
+def _updated(world: Provenance, rank: Holdings, action: Action) -> tuple[list[Contributions], Sequence[int]]:
+    """The gradient of the stage that an UPDATE applies, and the atoms that it applies."""
+    atoms = world.atoms.inside(action.part)
+    if action.stage not in rank.facts.scattered:
+        return rank.gradients[action.stage], atoms
+    whole = action.part is None
+    return rank.reduced[action.stage], [atom for atom in atoms if not whole or world.owner[atom] == rank.at.data]
 
 
 def _tie(world: Provenance, members: Members, action: Action) -> None:
@@ -187,11 +192,10 @@ def _on_edge(world: Provenance, members: Members, action: Action) -> None:
 def _norm(world: Provenance, members: Members, action: Action) -> None:
     for rank, index in members:
         rank.normed = True
-        for stage in rank.gradients:
-            scattered = stage in rank.facts.scattered
-            for atom, held in enumerate((rank.reduced if scattered else rank.gradients)[stage]):
-                if not scattered or world.owner[atom] == rank.at.data:
-                    world.complete(rank, index, stage, atom, held)
+        for applied in rank.facts.updates:
+            held, atoms = _updated(world, rank, applied)
+            for atom in atoms:
+                world.complete(rank, index, applied.stage, atom, held[atom])
 
 
 COMPUTE: dict[str, Callable[[Provenance, Holdings, int, Action], None]] = {

@@ -43,7 +43,8 @@ class Facts:
         self.recomputed = {(a.stage, a.mb) for a in row if a.kind == "RECOMPUTE"}
         self.scattered = {a.stage for a in row if a.kind == "SCATTER_GRAD"}
         self.gathered = {a.stage for a in row if a.kind == "UNSHARD"}
-        self.updated_whole = {a.stage for a in row if a.kind == "UPDATE" and a.part is None}
+        self.updates = [a for a in row if a.kind == "UPDATE"]
+        self.updated_whole = {a.stage for a in self.updates if a.part is None}
         self.clipped = any(a.kind == "NORM" for a in row)
         first = {a.stage: a.kind for a in reversed(row) if a.kind in ("F", "UNSHARD")}
         self.sharded = {stage for stage, kind in first.items() if kind == "UNSHARD"}  # the step begins with parts only

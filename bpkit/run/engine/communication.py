@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bpkit.optim import square_sum
 from bpkit.plan.action import Action, Buffer, buffer
+from bpkit.plan.memory import updated
 from bpkit.run.engine.compression import reducer
 from bpkit.run.engine.context import Call, Rank, nothing, runs
 from bpkit.run.transports.comm import Comm, Handle, Then
@@ -73,18 +74,18 @@ def average(rank: Rank, action: Action, index: int) -> Call:
 
 @runs("NORM")
 def norm(rank: Rank, action: Action, index: int) -> Call:
-    """Sum the squares of the whole gradient, over every axis on which it is split."""
+    """Sum the squares of the whole gradient: of what each rank updates, over every axis on which that is split."""
     buffers, summed = rank.buffers, bool(rank.buffers.program.row(rank.buffers.at)[index].payload)
-    # In the sum over all ranks a gradient that was not scattered stands once for each data rank.
-    gradients = [(buffers.reduced.get(s, buffers.gradients[s]), buffers.counted(s),
-                  rank.plan.mesh.data if summed and s not in buffers.reduced else 1)
-                 for s in buffers.stages]  # fmt: skip
+    # In the sum over all ranks a gradient stands once for each data rank that updates it.
+    pieces = [(buffers.update_of(action)[1], buffers.counted(action), times if summed else 1)
+              for action, times in updated(rank.plan, buffers.at)]  # fmt: skip
 
     def sum_squares() -> Handle | None:
         for stage in buffers.stages:
             buffers.clean(stage)
-        parts = [square_sum(g if mask is None else g * mask) / times for g, mask, times in gradients]
-        buffers.squares.copy_(torch.stack(parts).sum())
+        buffers.squares.zero_()
+        for gradient, mask, times in pieces:
+            buffers.squares += square_sum(gradient if mask is None else gradient * mask) / times
         return rank.groups.world.post_all_reduce(buffers.squares) if summed else None
 
     return sum_squares

@@ -151,12 +151,12 @@ class Buffers:
         if not self.gathered_parts:
             self.masters[stage] = net.flat_parameters[low:high]
 
-    def counted(self, stage: int) -> Tensor | None:
-        """Which elements of what this rank updates count in the gradient's norm: ones and zeros; None is all.
+    def counted(self, update: Action) -> Tensor | None:
+        """Which elements of what an UPDATE applies count in the gradient's norm: ones and zeros; None is all.
 
         What several tensor ranks hold counts on the first, a tied tensor where it is first used.
         """
-        plan, net = self.program.plan, self.stages[stage]
+        plan, stage, net = self.program.plan, update.stage, self.stages[update.stage]
         split = {*plan.partial_outputs, *plan.partial_inputs, *plan.own_tokens}
         again = [copies[stage] for _, copies in self.copied if stage in copies and stage > min(copies)]
         if self.at.tensor == 0 and not again:
@@ -169,7 +169,8 @@ class Buffers:
             mask[low : low + len(share)] = 0.0
         for place in again:
             mask[place] = 0.0
-        return mask[slice(*self.own_bounds(net.flat_size))] if stage in self.reduced else mask
+        assert update.part is not None
+        return mask[slice(*update.part.bounds(net.flat_size))]
 
     # -- using -------------------------------------------------------------------------------------------
 
