@@ -260,11 +260,16 @@ def test_files_of_another_container_are_let_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("children", [0, 1])
 def test_a_killed_caller_leaves_no_folder(tmp_path: Path, children: int) -> None:
+    """However long a worker takes to remove it: what waits for calls, too, sees that the caller is gone."""
     process = start(tmp_path, f"""
         import os, time
         from bpkit.run.processes.pool import Pool
+        def slow_disk(comm):
+            import shutil
+            remove = shutil.rmtree
+            shutil.rmtree = lambda *args, **named: (time.sleep(0.3), remove(*args, **named))
         pool = Pool(2)
-        pool.start()
+        pool.call(slow_disk)
         if {children} and os.fork() == 0:
             time.sleep(30)
             os._exit(0)

@@ -36,7 +36,7 @@ def main(rank: int, channel: Connection, setup: dict[str, Any]) -> None:
     os.setpgid(0, 0)  # a group with the processes that calls start: they end together
     multiprocessing.current_process().daemon = False  # which may have no processes of its own
     multiprocessing.set_start_method(setup["method"], force=True)  # for these, as in the caller
-    threading.Thread(target=_die_with_caller, args=(setup,), daemon=True).start()
+    threading.Thread(target=_die_with_caller, args=(setup,)).start()  # no daemon: this process ends when it has ended
     try:
         comm = _join(rank, setup)
     except BaseException as error:
@@ -65,7 +65,7 @@ def _die_with_caller(setup: dict[str, Any]) -> None:
         ends.append(os.pidfd_open(caller.pid))
     while not connection.wait(ends, 0.5) and os.getppid() == mother:
         pass
-    if connection.wait(ends[1:], 0.5) or os.getppid() != mother == caller.pid:
+    if connection.wait(ends[1:], 1.0) or os.getppid() != mother == caller.pid:
         shutil.rmtree(setup["meeting"], ignore_errors=True)
         if os.getppid() == setup.get("server"):  # kept by the same processes
             os.kill(os.getppid(), signal.SIGKILL)
