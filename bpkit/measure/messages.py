@@ -18,7 +18,8 @@ class Message(NamedTuple):
     receive: int
 
 
-def messages(program: Program, seconds: Callable[[int, int, int], float]) -> list[Message]:
+def messages(program: Program, seconds: Callable[[int, int, int], float],
+             gamma_s_per_byte: float = 0.0) -> list[Message]:  # fmt: skip
     """When each message starts and ends, if every rank sends one and receives one at a time.
 
     That is Hockney's model, full duplex.  A message starts when both of its actions may, that is when whatever they
@@ -30,6 +31,9 @@ def messages(program: Program, seconds: Callable[[int, int, int], float]) -> lis
         Of a collective by itself.
     seconds : callable
         Time of a message from `source` to `to` of so many bytes: ``seconds(source, to, size_bytes)``.
+    gamma_s_per_byte : float
+        Time to add a byte that came.  Where the receiver adds, the message ends when it has added; the sender goes on
+        before that.
 
     Returns
     -------
@@ -48,7 +52,10 @@ def messages(program: Program, seconds: Callable[[int, int, int], float]) -> lis
     for (source, send), (to, receive) in order(program.plan):
         waits = [ends[r][i] for r, at in ((source, send), (to, receive)) for i in program.rows[r][at].waits]
         start = max(waits, default=0.0)
-        end = start + seconds(source, to, program.rows[source][send].payload)
-        ends[source][send] = ends[to][receive] = end
+        size = program.rows[source][send].payload
+        ends[source][send] = sent = start + seconds(source, to, size)
+        verb = program.plan.rows[to][receive].verb
+        adds = verb.stream == "in" and bool(verb.reads)
+        ends[to][receive] = end = sent + gamma_s_per_byte * size * adds
         found.append(Message(start, end, source, send, to, receive))
     return sorted(found)

@@ -6,9 +6,11 @@ import getpass
 import json
 import platform
 
+import numpy as np
 import pytest
 
-from bpkit.measure import alpha_beta, machine
+from bpkit import Cluster
+from bpkit.measure import alpha_beta, link_times, machine
 from bpkit.measure.fit import AlphaBeta, collective_time
 from bpkit.measure.messages import messages
 from bpkit.plan import collective, data_parallel
@@ -87,3 +89,80 @@ def test_a_machine_names_neither_host_nor_user() -> None:
     for private in (platform.node(), getpass.getuser(), "/"):
         assert private not in text.replace("+00:00", "") or (len(private) < 4 and private != "/")
     assert machine("a laptop")["name"] == "a laptop" and machine()["cores"] >= 1
+
+
+# -- several repetitions, residuals, additions
+
+
+SIZES = [float(4**k) for k in range(2, 11)]
+
+
+def turns(alpha: float, beta: float, repetitions: int, noise: float, seed: int = 0) -> np.ndarray:
+    """Times of each size in each of so many turns."""
+    random = np.random.default_rng(seed)
+    true = alpha + beta * np.array(SIZES)
+    return true[:, None] * np.exp(random.normal(0, noise, (len(SIZES), repetitions)))
+
+
+def test_the_intervals_of_a_line_hold_its_constants_about_95_times_in_100() -> None:
+    fits = [alpha_beta(SIZES, turns(5e-6, 1e-9, 10, 0.05, seed)) for seed in range(40)]
+    for of, true in (("alpha_interval_s", 5e-6), ("beta_interval_s_per_byte", 1e-9)):
+        covered = [low <= true <= high for low, high in (getattr(fit, of) for fit in fits)]
+        assert sum(covered) >= 33
+        assert all(high - low < 0.2 * true for low, high in (getattr(fit, of) for fit in fits))
+    assert "us [" in repr(fits[0]) and "GB/s [" in repr(fits[0])
+
+
+def test_residuals_show_what_no_line_fits() -> None:
+    times = 5e-6 + 1e-9 * np.array(SIZES) * (1 + 0.5 * (np.array(SIZES) > 1e5))
+    fit = alpha_beta(SIZES, times)
+    assert max(map(abs, fit.residuals)) == pytest.approx(fit.worst) and fit.worst > 0.1
+    assert min(fit.residuals) < -0.05 and max(fit.residuals) > 0.05
+    assert fit.alpha_interval_s is None  # one time a size has no interval
+    assert f"{100 * fit.residuals[-1]:+.0f} %" in fit._repr_html_()
+
+
+@pytest.mark.parametrize(("sizes", "repetitions"), [(7, 20), (9, 9)])
+def test_few_sizes_or_repetitions_have_no_interval(sizes: int, repetitions: int) -> None:
+    fit = alpha_beta(SIZES[:sizes], turns(5e-6, 1e-9, repetitions, 0.05)[:sizes])
+    assert fit.alpha_interval_s is None and fit.alpha_s == pytest.approx(5e-6, rel=0.1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8])
+def test_a_ring_adds_in_its_first_half(n: int) -> None:
+    size, fit = 840, AlphaBeta(3.0, 0.5)
+    expected = 2 * (n - 1) * (3.0 + 0.5 * size / n) + (n - 1) * 0.25 * size / n
+    assert collective_time(collective("ring", n), size, fit, 0.25) == pytest.approx(expected)
+    assert collective_time(collective("all_gather", n), size, fit, 0.25) == collective_time(
+        collective("all_gather", n), size, fit)  # fmt: skip
+
+
+def test_a_server_adds_one_gradient_after_the_other() -> None:
+    """The messages of n - 1 workers arrive at one link; the server adds each before it takes the next."""
+    found = messages(compile_collective(collective("server", 4), 100, 1), lambda *_: 1.0, 0.02)
+    assert [m.end - m.start for m in found] == pytest.approx([3.0] * 3 + [1.0] * 3)
+
+
+# -- measured
+
+
+def test_link_times_has_every_size_in_every_turn() -> None:
+    sizes = [64, 256, 1024, 4096, 16384, 65536, 262144, 1048576]
+    with Cluster(2) as cluster:
+        found = link_times(cluster, sizes, 10)
+    assert found.workers == 2 and found.sizes_bytes == tuple(sizes)
+    for times in (found.message_s, found.all_reduce_s, found.add_s):
+        assert [len(own) for own in times] == [10] * 8 and all(second > 0 for own in times for second in own)
+    assert np.median(found.message_s[-1]) > 3 * np.median(found.message_s[0])
+    assert found.link.alpha_interval_s is not None and len(found.link.residuals) == 8
+    # A message of a megabyte is copied in and out; an addition of it reads two and writes one.
+    assert 1e-12 < found.gamma.beta_s_per_byte < 1e-7 and 1e-12 < found.link.beta_s_per_byte < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("workers", "sizes", "message"),
+    [(1, [4], "at least two workers"), (2, [6], "multiples of 4"), (2, [], "multiples of 4"), (2, [0], "at least 4")],
+)
+def test_link_times_refuses(workers: int, sizes: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        link_times(Cluster(workers), sizes)
