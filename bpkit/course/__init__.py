@@ -13,23 +13,28 @@ from bpkit.lazy import lazy
 if TYPE_CHECKING:
     from bpkit.course import exercises
     from bpkit.course.figures.explorers import Explorer, explorer
+    from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh, draw_tied
     from bpkit.course.figures.merging import Merging, merging
     from bpkit.course.figures.pipelines import Pipelines, pipelines
     from bpkit.course.launching import in_torch, launch, off, serial_gradient, vector
     from bpkit.course.pytorch import torch_schedule
     from bpkit.course.recorded import GpuFigures, gpu_figures
+    from bpkit.course.saved import SavedBytes
     from bpkit.course.words import say
 
-__all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "exercises", "explorer", "gpu_figures", "in_torch",
-           "launch", "merging", "off", "pipelines", "say", "serial_gradient", "torch_schedule", "vector"]  # fmt: skip
+__all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "SavedBytes", "draw_bars", "draw_block", "draw_mesh",
+           "draw_tied", "exercises", "explorer", "gpu_figures", "in_torch", "launch", "merging", "off", "pipelines",
+           "say", "serial_gradient", "torch_schedule", "vector"]  # fmt: skip
 
 _PLACES = {
     "figures.explorers": ("Explorer", "explorer"), "figures.merging": ("Merging", "merging"),
     "figures.pipelines": ("Pipelines", "pipelines"), "recorded": ("GpuFigures", "gpu_figures"),
     "exercises": ("exercises",), "pytorch": ("torch_schedule",), "words": ("say",),
     "launching": ("in_torch", "launch", "off", "serial_gradient", "vector"),
+    "figures.models": ("draw_bars", "draw_block", "draw_mesh", "draw_tied"), "saved": ("SavedBytes",),
 }  # fmt: skip
 _NEEDS = dict.fromkeys(("figures.explorers", "figures.merging", "figures.pipelines"), "anywidget")
+_NEEDS |= {"figures.models": "matplotlib"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -12,15 +13,14 @@ from bpkit.course.exercises.trainer import TOLERANCE, need_serial, serial_gradie
 from bpkit.course.exercises.verdict import Bench, Wrong, need_function, need_numbers, need_plan
 from bpkit.data import text
 from bpkit.nn import Network, gpt, tensor_layout
-from bpkit.plan import one_f_one_b, serial, tensor_parallel
+from bpkit.plan import Mesh, one_f_one_b, serial, tensor_parallel
 from bpkit.run.cluster import Cluster
 
-#: Samples and microbatches of the step that `model_bytes` asks about, and limits of the norm in `finish_step`.
+#: Samples and microbatches of the step whose bytes are asked for, and limits of the norm in `finish_step`.
 BATCH, MICROBATCHES, CLIPS = 16, 4, (0.5, 1e3)
 _HINTS = (
-    "the activations: a vector for each character of each sample crosses the cut, in however many microbatches",
+    "the activations: a vector for each token of each sample crosses the cut, in however many microbatches",
     "the tied matrix: its gradient crosses once a step, however large the batch",
-    "the sums: count them; each is as large as all activations that cross a cut",
 )
 
 
@@ -32,24 +32,65 @@ def _model(length: int, width: int, blocks: int, dtype: torch.dtype) -> tuple[Ne
 # -- predict: what travels? --------------------------------------------------------------------------------
 
 
-def _judge_bytes(answer: Any) -> str:
-    said = need_numbers(answer, 3, "the bytes that rank 0 gives to sends of activations, to SUM_TIED, and to SUM_F and "
-                                   "SUM_B")  # fmt: skip
+def _judge_pipeline_bytes(answer: Any) -> str:
+    said = need_numbers(answer, 2, "the bytes that rank 0 gives to sends of activations and to SUM_TIED")
+    network, data = _model(32, 64, 2, torch.float32)[0], text(32)
+    with Cluster(2, timeout=5) as cluster:
+        run = cluster.train(network, data, one_f_one_b(2, MICROBATCHES), batch=BATCH, steps=1, lr=0.1)
+    trace = run.trace.where(run.trace.rank == 0)
+    return _compare_bytes(said, [int(trace.bytes[trace.kinds() == kind].sum()) for kind in ("SEND_F", "SUM_TIED")])
+
+
+def _judge_tensor_bytes(answer: Any) -> str:
+    said = need_numbers(answer, 2, "the number of sums of a step, and the bytes that rank 0 gives to them together")
     network, data = _model(32, 64, 2, torch.float32)[0], text(32)
     split = tensor_parallel(serial(), 2, tensor_layout(network))
     with Cluster(2, timeout=5) as cluster:
-        runs = [cluster.train(network, data, p, batch=BATCH, steps=1, lr=0.1)
-                for p in (one_f_one_b(2, MICROBATCHES), split)]  # fmt: skip
-    traces = [run.trace.where(run.trace.rank == 0) for run in runs]
-    sent = [int(traces[0].bytes[traces[0].kinds() == kind].sum()) for kind in ("SEND_F", "SUM_TIED")]
-    edge = next(step.payload for step in runs[1].program.rows[0] if step.action.kind == "SUM_F") * BATCH
-    so = [*sent, edge * sum(kind in ("SUM_F", "SUM_B") for kind in traces[1].kinds())]
+        run = cluster.train(network, data, split, batch=BATCH, steps=1, lr=0.1)
+    trace = run.trace.where(run.trace.rank == 0)
+    sums = int(sum(kind in ("SUM_F", "SUM_B") for kind in trace.kinds()))
+    edge = next(step.payload for step in run.program.rows[0] if step.action.kind == "SUM_F") * BATCH
+    if said[0] != sums:
+        raise Wrong(f"not {said[0]:,.0f} sums: one forward behind the first layer and behind each half of a block, and "
+                    "one back before each half and before the scores")  # fmt: skip
+    if said[1] != sums * edge:
+        raise Wrong(f"not {said[1]:,.0f} bytes: each sum is as large as all activations that cross a cut between layers")
+    return f"the workers' own count is {sums} sums and {sums * edge:,} bytes too"
+
+
+def _compare_bytes(said: list[float], so: list[int]) -> str:
     if [4 * one for one in said] == so:
         raise Wrong("these are numbers of elements; each takes 4 bytes")
     for one, truth, hint in zip(said, so, _HINTS, strict=True):
         if one != truth:
             raise Wrong(f"not {one:,.0f} bytes for {hint}")
-    return f"the workers' own count is {so[0]:,}, {so[1]:,} and {so[2]:,} bytes too"
+    return f"the workers' own count is {so[0]:,} and {so[1]:,} bytes too"
+
+
+# -- fill in: what does a rank of a pipeline keep? ---------------------------------------------------------
+
+
+def _judge_memory(answer: Any) -> str:
+    need_function(answer, "kept(p, m, r, L, s, b, h, a, again)")
+    for p, m, heads, again in product((1, 2, 4), (1, 2, 8), (1, 4), (True, False)):
+        length, samples, width, blocks = 96, 2, 32, 8
+        for r in range(p):
+            block = samples * length * (34 * width + (0 if again else 5 * heads * length))
+            stage, held = blocks // p * block, min(m, p - r)
+            said = float(answer(p, m, r, blocks, length, samples, width, heads, again))
+            case = f"p = {p}, m = {m}, r = {r}, a = {heads}, {'attention recomputed' if again else 'nothing recomputed'}"
+            if abs(said - held * stage) > TOLERANCE * held * stage:
+                raise Wrong(f"{case}: {_memory_hint(said / stage, held, m, p, blocks)}")
+    return "right for every p, m, r, a of the grid, with and without recomputation"
+
+
+def _memory_hint(found: float, held: int, m: int, p: int, blocks: int) -> str:
+    """What a wrong number of microbatches points to."""
+    said = ((m, "1F1B does not keep all microbatches"), (p * held, "a rank has only its share of the blocks"),
+            (p, "the last ranks keep fewer than the first"))  # fmt: skip
+    near = ", or ".join(text for number, text in said if abs(found - number) < TOLERANCE * number)
+    return f"this is {found:.3g} microbatches, each in {blocks // p} blocks" + (f": {near}" if near else
+           ", where it should be a whole number: look at what one block keeps")  # fmt: skip
 
 
 # -- find the bug: a plan of two by two --------------------------------------------------------------------
@@ -65,6 +106,27 @@ def _judge_hybrid(answer: Any) -> str:
     x, t = inputs[:5], targets[:5]  # of unequal microbatches
     need_serial(plan, network, x, t, "four workers")
     return "four workers, two stages of two replicas each, end with the serial gradient"
+
+
+# -- find the bug: which ranks lie next to each other ------------------------------------------------------
+
+
+def _judge_mesh(answer: Any) -> str:
+    need_function(answer, "coordinate(rank, data, pipeline, tensor), which returns (pipeline, data, tensor)")
+    for data, pipeline, tensor in product((1, 2, 3), (1, 2), (1, 2, 4)):
+        mesh = Mesh(data, pipeline, tensor)
+        found = [tuple(map(int, answer(rank, data, pipeline, tensor))) for rank in range(mesh.size)]
+        case = f"a mesh of {mesh}"
+        if set(found) != {tuple(at) for at in mesh.coordinates()}:
+            raise Wrong(f"{case}: the ranks do not stand on all places of the mesh once")
+        for axis, gap in ((2, 1), (1, tensor)):
+            groups = [[rank for rank, at in enumerate(found) if at[:axis] + at[axis + 1:] == rest]
+                      for rest in {at[:axis] + at[axis + 1:] for at in found}]  # fmt: skip
+            far = next((group for group in groups for a, b in pairwise(group) if b - a != gap), None)
+            if far:
+                raise Wrong(f"{case}: ranks {far} differ along the {('pipeline', 'data', 'tensor')[axis]} axis only, and "
+                            f"should lie {gap} apart")  # fmt: skip
+    return "tensor ranks are neighbours, then data replicas, then stages: as `bp.plan.Mesh` and Megatron-LM count"
 
 
 # -- find the bug: the end of a step -----------------------------------------------------------------------
@@ -127,5 +189,6 @@ def _judge_rank(given: Tensor, tied: slice, found: Tensor, uses: Tensor, who: st
 
 #: The exercises by name.
 EXERCISES = {
-    "model_bytes": _judge_bytes, "hybrid_plan": _judge_hybrid, "finish_step": _judge_finish,
+    "pipeline_bytes": _judge_pipeline_bytes, "tensor_bytes": _judge_tensor_bytes, "activation_memory": _judge_memory,
+    "mesh_order": _judge_mesh, "hybrid_plan": _judge_hybrid, "finish_step": _judge_finish,
 }  # fmt: skip

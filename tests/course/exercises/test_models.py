@@ -30,27 +30,88 @@ def accepted(name: str, answer: Any) -> None:
 EDGE, MATRIX = 16 * 32 * 64 * 4, 42 * 64 * 4
 
 
-@pytest.mark.parametrize("answer", [[EDGE, MATRIX, 10 * EDGE], torch.tensor([EDGE, MATRIX, 10 * EDGE])], ids=type)
-def test_bytes_accept(answer: Any) -> None:
-    accepted("model_bytes", answer)
+@pytest.mark.parametrize("answer", [[EDGE, MATRIX], torch.tensor([EDGE, MATRIX])], ids=type)
+def test_pipeline_bytes_accept(answer: Any) -> None:
+    accepted("pipeline_bytes", answer)
 
 
 @pytest.mark.parametrize(
     "answer, says",
     [
-        ([EDGE // 4, MATRIX // 4, 10 * EDGE // 4], "each takes 4 bytes"),
-        ([4 * EDGE, MATRIX, 10 * EDGE], "not 524,288 bytes for the activations"),
-        ([EDGE // 4, MATRIX, 10 * EDGE], "not 32,768 bytes for the activations"),
-        ([EDGE, 0, 10 * EDGE], "not 0 bytes for the tied matrix"),
-        ([EDGE, 16 * MATRIX, 10 * EDGE], "for the tied matrix"),
-        ([EDGE, MATRIX, 4 * EDGE], "not 524,288 bytes for the sums"),
-        ([EDGE, MATRIX, float("nan")], "not nan bytes for the sums"),
-        ([EDGE, MATRIX], "list of 3"),
-        (None, "list of 3"),
+        ([EDGE // 4, MATRIX // 4], "each takes 4 bytes"),
+        ([4 * EDGE, MATRIX], "not 524,288 bytes for the activations"),
+        ([EDGE // 4, MATRIX], "not 32,768 bytes for the activations"),
+        ([EDGE, 0], "not 0 bytes for the tied matrix"),
+        ([EDGE, 16 * MATRIX], "for the tied matrix"),
+        ([EDGE, float("nan")], "not nan bytes for the tied matrix"),
+        ([EDGE], "list of 2"),
+        (None, "list of 2"),
     ],
 )
-def test_bytes_reject(answer: Any, says: str) -> None:
-    rejected("model_bytes", answer, says)
+def test_pipeline_bytes_reject(answer: Any, says: str) -> None:
+    rejected("pipeline_bytes", answer, says)
+
+
+def test_tensor_bytes_accept() -> None:
+    accepted("tensor_bytes", [10, 10 * EDGE])
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [([8, 8 * EDGE], "not 8 sums"), ([10, 4 * EDGE], "each sum is as large as all activations"), (None, "list of 2")],
+)
+def test_tensor_bytes_reject(answer: Any, says: str) -> None:
+    rejected("tensor_bytes", answer, says)
+
+
+# -- fill in: what a rank of a pipeline keeps ---------------------------------------------------------------
+
+
+def kept(p: int, m: int, r: int, blocks: int, s: int, b: int, h: int, a: int, again: bool, *, held: str = "min",
+         own: bool = True, pairs: bool = True) -> float:  # fmt: skip
+    block = s * b * h * 34 + (5 * a * s * s * b if pairs and not again else 0)
+    return {"min": min(m, p - r), "all": m, "p": p}[held] * (blocks // p if own else blocks) * block
+
+
+def test_memory_accepts() -> None:
+    accepted("activation_memory", kept)
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        ({"held": "all"}, "1F1B does not keep all microbatches"),
+        ({"held": "p"}, "the last ranks keep fewer than the first"),
+        ({"own": False}, "a rank has only its share of the blocks"),
+        ({"pairs": False}, "look at what one block keeps"),
+    ],
+)
+def test_memory_rejects(how: dict[str, Any], says: str) -> None:
+    rejected("activation_memory", lambda *given: kept(*given, **how), says)
+
+
+def test_memory_rejects_what_is_no_function() -> None:
+    rejected("activation_memory", 34, "the answer is a function")
+
+
+# -- find the bug: the order of ranks ------------------------------------------------------------------------
+
+
+def test_mesh_accepts() -> None:
+    accepted("mesh_order", lambda rank, d, p, t: (rank // (d * t), rank // t % d, rank % t))
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (lambda rank, d, p, t: (rank % p, rank // p % d, rank // (p * d)), "along the tensor axis only"),
+        (lambda rank, d, p, t: (rank // t % p, rank // (t * p), rank % t), "along the data axis only"),
+        (lambda rank, d, p, t: (0, 0, rank % t), "not stand on all places"),
+        (None, "the answer is a function"),
+    ],
+)
+def test_mesh_rejects(answer: Any, says: str) -> None:
+    rejected("mesh_order", answer, says)
 
 
 # -- find the bug: a plan of two by two --------------------------------------------------------------------

@@ -1,0 +1,165 @@
+"""Pictures of chapter 4.2: a block of a GPT, tied weights, a mesh of ranks, and bars for what ranks hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+from bpkit.plan import Mesh
+from bpkit.show.drawing import FILLS, INK, STYLE, Drawing
+
+_WIDTH = 7.2  # inches, of the book's column
+_SHADES = tuple(FILLS[name] for name in ("forward", "communication", "update", "backward"))
+
+
+def _ground(width: float, height: float, inches: float) -> tuple[Drawing, Axes]:
+    """A drawing with axes of these units and no frame."""
+    figure = Drawing((_WIDTH, inches))
+    axes = figure.add_subplot()
+    axes.set(xlim=(0, width), ylim=(0, height))
+    axes.axis("off")
+    return figure, axes
+
+
+def _box(axes: Axes, x: float, y: float, size: tuple[float, float], text: str,
+         look: tuple[str, str] = ("none", INK)) -> None:  # fmt: skip
+    """A box around its middle (x, y), with text in it."""
+    (width, height), (fill, ink) = size, look
+    place = (x - width / 2, y - height / 2)
+    style = "round,pad=0,rounding_size=0.06"
+    axes.add_patch(FancyBboxPatch(place, width, height, boxstyle=style, facecolor=fill, edgecolor=INK, linewidth=0.8))
+    axes.text(x, y, text, ha="center", va="center", color=ink)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], both: bool = False,
+           bend: float = 0.0) -> None:  # fmt: skip
+    look = {"arrowstyle": "<->" if both else "->", "color": INK, "connectionstyle": f"arc3,rad={bend}"}
+    axes.annotate("", end, start, arrowprops=look)
+
+
+def draw_block() -> Drawing:
+    """Draw the way through a block of a GPT: norm, attention and skip, then norm, two linear layers and skip."""
+    with rc_context(STYLE):
+        figure, axes = _ground(10, 2.4, 1.7)
+        names = ("layer norm", "attention", "+", "layer norm", "linear", "GELU", "linear", "+")
+        at = (1.3, 2.75, 3.85, 5.0, 6.25, 7.3, 8.35, 9.3)
+        sizes = [0.4 if name == "+" else 1.3 if "norm" in name else 1.1 if name == "attention" else 0.8 for name in names]
+        for x, name, size in zip(at, names, sizes, strict=True):
+            look = _SHADES[0] if name in ("attention", "linear") else ("none", INK)
+            _box(axes, x, 1.0, (size, 0.6), name, look)
+        ends = [(x - size / 2, x + size / 2) for x, size in zip(at, sizes, strict=True)]
+        for (_, start), (end, _) in pairwise([(0, 0.1), *ends, (9.9, 0)]):
+            _arrow(axes, (start, 1.0), (end, 1.0))
+        for start, end in ((0.4, 3.85), (4.2, 9.3)):  # the skips
+            _arrow(axes, (start, 1.05), (end, 1.35), bend=-0.25)
+            axes.text((start + end) / 2, 2.1, "skip", ha="center", color=INK)
+        axes.text(0.0, 0.35, "a vector for each token goes in, and one comes out", color=INK)
+    figure.alt = ("A block of a GPT. A vector for each token passes a layer norm and attention, and is added to itself; "
+                  "then it passes a layer norm, a linear layer, GELU and a linear layer, and is added again.")  # fmt: skip
+    return figure
+
+
+def draw_tied(stages: Sequence[str], place: Sequence[int], tied: tuple[int, int]) -> Drawing:
+    """Draw which rank holds which stage, and where a matrix that two stages use lies.
+
+    Parameters
+    ----------
+    stages : sequence of str
+        What is in each stage.
+    place : sequence of int
+        The rank of each stage.
+    tied : (int, int)
+        The stages that use the matrix.
+    """
+    ranks = max(place) + 1
+    with rc_context(STYLE):
+        figure, axes = _ground(10, ranks + 0.5, 0.75 * ranks + 0.3)
+        step = 8.4 / len(stages)
+        middle = [(1.6 + step * (number + 0.5), ranks - 0.3 - rank) for number, rank in enumerate(place)]
+        for rank in range(ranks):
+            axes.text(0, ranks - 0.3 - rank, f"rank {rank}", va="center", color=INK)
+        for number, ((x, y), text) in enumerate(zip(middle, stages, strict=True)):
+            _box(axes, x, y, (0.8 * step, 0.62), text, _SHADES[1] if number in tied else ("none", INK))
+        for (x, y), (far_x, far_y) in pairwise(middle):
+            _arrow(axes, (x + 0.4 * step, y), (far_x - 0.4 * step, far_y))
+        one, other = (place[stage] for stage in tied)
+        (x, y), (far_x, far_y) = middle[tied[0]], middle[tied[1]]
+        if one != other:
+            _arrow(axes, (x, y - 0.33), (far_x - 0.1 * step, far_y - 0.33), both=True, bend=0.2)
+        words = "SUM_TIED, once a step" if one != other else f"one copy, on rank {one}: nothing to send"
+        axes.text(1.6, 0.02, words, color=INK)
+    held = zip(place, (" ".join(text.split()) for text in stages), strict=True)
+    said = "; ".join(f"rank {rank} holds {text}" for rank, text in held)
+    figure.alt = f"Stages by rank: {said}. The tied matrix is used in stages {tied[0]} and {tied[1]}: {words}."
+    return figure
+
+
+def draw_mesh(mesh: Mesh, *, host: int | None = None) -> Drawing:
+    """Draw the ranks of a mesh: columns are pipeline stages, rows data replicas, and tensor ranks lie side by side.
+
+    Parameters
+    ----------
+    mesh : Mesh
+    host : int, optional
+        Ranks of a host; ranks of one host then have one fill.
+    """
+    columns, rows = mesh.pipeline * mesh.tensor, mesh.data
+    with rc_context(STYLE):
+        figure, axes = _ground(10, rows + 0.9, 0.62 * rows + 0.6)
+        step = 8.6 / columns
+        for at in mesh.coordinates():
+            rank = mesh.rank(at)
+            x = 1.4 + step * (at.pipeline * mesh.tensor + at.tensor + 0.5) + 0.12 * at.pipeline
+            text = f"rank {rank}" if columns < 8 else str(rank)
+            look = ("none", INK) if host is None else _SHADES[rank // host % len(_SHADES)]
+            _box(axes, x, rows - 0.5 - at.data, (0.86 * step, 0.7), text, look)
+        for pipeline in range(mesh.pipeline):
+            x = 1.4 + step * mesh.tensor * (pipeline + 0.5) + 0.12 * pipeline
+            axes.text(x, rows + 0.3, f"stage {pipeline}", ha="center", color=INK)
+        for data in range(mesh.data):
+            axes.text(0, rows - 0.5 - data, f"shard {data}", va="center", color=INK)
+    said = "; ".join(f"rank {mesh.rank(at)}: stage {at.pipeline}, part {at.tensor}, shard {at.data}"
+                     for at in mesh.coordinates())  # fmt: skip
+    figure.alt = f"A mesh of {mesh}. {said}." + (f" Hosts of {host} ranks." if host else "")
+    return figure
+
+
+def draw_bars(groups: Mapping[str, Mapping[str, float]], unit: str, *, line: float | None = None) -> Drawing:
+    """Draw bars side by side: a group for each entry, in it a bar for each name.
+
+    Parameters
+    ----------
+    groups : mapping of str to mapping of str to float
+        Values by group and name; the names are those of the legend.
+    unit : str
+        Of the values, as the axis says it.
+    line : float, optional
+        A line across, such as 1 for equal.
+    """
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    with rc_context(STYLE):
+        figure = Drawing((_WIDTH, 0.6 + 0.2 * len(groups) * (len(names) + 0.8)))
+        axes = figure.add_subplot()
+        high = 0.8 / len(names)
+        for number, name in enumerate(names):
+            places = [group + high * (number - (len(names) - 1) / 2) for group in range(len(groups))]
+            values = [each.get(name, 0.0) for each in groups.values()]
+            axes.barh(places, values, 0.92 * high, color=_SHADES[number % len(_SHADES)][0], label=name)
+            for place, value in zip(places, values, strict=True):
+                axes.text(value, place, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=8)
+        axes.set_yticks(range(len(groups)), list(groups))
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        axes.margins(x=0.14)
+        if line is not None:
+            axes.axvline(line, color=INK, linestyle="--", linewidth=0.8)
+        if len(names) > 1:
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names))
+    said = "; ".join(f"{group}: " + ", ".join(f"{name} {value:.3g}" for name, value in each.items())
+                     for group, each in groups.items())  # fmt: skip
+    figure.alt = f"Bars, {unit}. {said}."
+    return figure
