@@ -2,10 +2,10 @@
 
     python benchmarks/model_parallel.py [--json FILE] [--quick]
 
-Two workers, one thread each, the same network, batch, microbatches, loss and SGD with momentum; 20 turns, in each every system
-runs once, in an order that is shuffled anew.  Peers are tuned: fused SGD and stages that know their shapes beforehand
-(pipelining), SGD without foreach (tensor.parallel); gradients are set to None.  The network is made of linear layers with ReLU
-(pipelining) and of residual blocks (tensor.parallel).
+Two workers, one thread each, the same network, batch, microbatches, loss and SGD with momentum; 20 turns, in each every
+system runs once, in an order that is shuffled anew.  Peers are tuned: fused SGD and stages that know their shapes
+beforehand (pipelining), SGD without foreach (tensor.parallel); gradients are set to None.  The network is made of
+linear layers with ReLU (pipelining) and of residual blocks (tensor.parallel).
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def rows(width: int, count: int, times: dict[str, list[float]]) -> list[dict]:
     """What is compared with what, at one size."""
     row = partial(_harness.row, ours_transport="gloo", peer_transport="gloo", info=True)
     pairs = [("pipeline, ours, gloo", "pipeline, torch, gloo"), ("tensor, ours, gloo", "tensor, torch, gloo"),
-             ("pipeline, ours, gloo", "pipeline, ours, shared memory"), ("tensor, ours, gloo", "tensor, ours, shared memory"),
+             ("pipeline, ours, gloo", "pipeline, ours, shared memory"),
+             ("tensor, ours, gloo", "tensor, ours, shared memory"),
              ("pipeline, ours, gloo", "pipeline, ours, gloo again")]  # fmt: skip
     return [row(f"{mine.split(',')[0]}, width {width}, batch {count}", other, times[mine], times[other])
             | {"width": width, "batch": count} for mine, other in pairs]  # fmt: skip

@@ -13,8 +13,8 @@ from bpkit.lazy import lazy
 if TYPE_CHECKING:
     from bpkit.course import exercises
     from bpkit.course.figures.explorers import Explorer, explorer
-    from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh, draw_tied
     from bpkit.course.figures.merging import Merging, merging
+    from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh, draw_tied
     from bpkit.course.figures.pipelines import Pipelines, pipelines
     from bpkit.course.launching import in_torch, launch, off, serial_gradient, vector
     from bpkit.course.pytorch import torch_schedule

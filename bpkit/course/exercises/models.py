@@ -54,7 +54,7 @@ def _judge_tensor_bytes(answer: Any) -> str:
         raise Wrong(f"not {said[0]:,.0f} sums: one forward behind the first layer and behind each half of a block, and "
                     "one back before each half and before the scores")  # fmt: skip
     if said[1] != sums * edge:
-        raise Wrong(f"not {said[1]:,.0f} bytes: each sum is as large as all activations that cross a cut between layers")
+        raise Wrong(f"not {said[1]:,.0f} bytes: a sum is as large as all activations that cross a cut between layers")
     return f"the workers' own count is {sums} sums and {sums * edge:,} bytes too"
 
 
@@ -78,7 +78,8 @@ def _judge_memory(answer: Any) -> str:
             block = samples * length * (34 * width + (0 if again else 5 * heads * length))
             stage, held = blocks // p * block, min(m, p - r)
             said = float(answer(p, m, r, blocks, length, samples, width, heads, again))
-            case = f"p = {p}, m = {m}, r = {r}, a = {heads}, {'attention recomputed' if again else 'nothing recomputed'}"
+            done = "attention" if again else "nothing"
+            case = f"p = {p}, m = {m}, r = {r}, a = {heads}, {done} recomputed"
             if abs(said - held * stage) > TOLERANCE * held * stage:
                 raise Wrong(f"{case}: {_memory_hint(said / stage, held, m, p, blocks)}")
     return "right for every p, m, r, a of the grid, with and without recomputation"
@@ -124,8 +125,8 @@ def _judge_mesh(answer: Any) -> str:
                       for rest in {at[:axis] + at[axis + 1:] for at in found}]  # fmt: skip
             far = next((group for group in groups for a, b in pairwise(group) if b - a != gap), None)
             if far:
-                raise Wrong(f"{case}: ranks {far} differ along the {('pipeline', 'data', 'tensor')[axis]} axis only, and "
-                            f"should lie {gap} apart")  # fmt: skip
+                name = ("pipeline", "data", "tensor")[axis]
+                raise Wrong(f"{case}: ranks {far} differ along the {name} axis only, and should lie {gap} apart")
     return "tensor ranks are neighbours, then data replicas, then stages: as `bp.plan.Mesh` and Megatron-LM count"
 
 

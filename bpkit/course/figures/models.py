@@ -47,7 +47,8 @@ def draw_block() -> Drawing:
         figure, axes = _ground(10, 2.4, 1.7)
         names = ("layer norm", "attention", "+", "layer norm", "linear", "GELU", "linear", "+")
         at = (1.3, 2.75, 3.85, 5.0, 6.25, 7.3, 8.35, 9.3)
-        sizes = [0.4 if name == "+" else 1.3 if "norm" in name else 1.1 if name == "attention" else 0.8 for name in names]
+        wide = {"+": 0.4, "layer norm": 1.3, "attention": 1.1}
+        sizes = [wide.get(name, 0.8) for name in names]
         for x, name, size in zip(at, names, sizes, strict=True):
             look = _SHADES[0] if name in ("attention", "linear") else ("none", INK)
             _box(axes, x, 1.0, (size, 0.6), name, look)
@@ -58,8 +59,8 @@ def draw_block() -> Drawing:
             _arrow(axes, (start, 1.05), (end, 1.35), bend=-0.25)
             axes.text((start + end) / 2, 2.1, "skip", ha="center", color=INK)
         axes.text(0.0, 0.35, "a vector for each token goes in, and one comes out", color=INK)
-    figure.alt = ("A block of a GPT. A vector for each token passes a layer norm and attention, and is added to itself; "
-                  "then it passes a layer norm, a linear layer, GELU and a linear layer, and is added again.")  # fmt: skip
+    figure.alt = ("A block of a GPT. A vector for each token passes a layer norm and attention, and is added to "
+                  "itself; then it passes a layer norm, a linear layer, GELU and a linear layer, and is added again.")
     return figure
 
 
