@@ -58,7 +58,7 @@ def test_tensor_bytes_accept() -> None:
 
 @pytest.mark.parametrize(
     "answer, says",
-    [([8, 8 * EDGE], "not 8 sums"), ([10, 4 * EDGE], "each sum is as large as all activations"), (None, "list of 2")],
+    [([8, 8 * EDGE], "not 8 sums"), ([10, 4 * EDGE], "a sum is as large as all activations"), (None, "list of 2")],
 )
 def test_tensor_bytes_reject(answer: Any, says: str) -> None:
     rejected("tensor_bytes", answer, says)
