@@ -86,6 +86,14 @@ class Trace:
         is_compute = np.array([Action.parse(cell).verb.stream == "compute" for cell in self.cells] or [False])
         return is_compute[self.cell]
 
+    def waiting_for_core(self) -> Column:
+        """Nanoseconds of each compute action in which the operating system had given the core to someone else.
+
+        A clock read costs a little CPU time, so an action that never lost its core can show more CPU than wall time.
+        """
+        lost = np.maximum(0, self.end - self.start - self.wait - self.cpu)
+        return np.where(self.compute() & (self.cpu >= 0) & (not self.simulated), lost, 0)
+
     def step_times(self) -> NDArray[np.float64]:
         """Duration of each step in seconds: the period from its first start to the next step's (rank mean).
 

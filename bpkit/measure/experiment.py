@@ -174,8 +174,8 @@ def _timeline(traces: Sequence[Trace], median: float) -> tuple[Event, ...]:
                           for step, time in pairs), key=lambda found: found[0])  # fmt: skip
     chosen = trace.at_step(step)
     origin = int(chosen.start.min())
-    return tuple((rank, cell, (start - origin) / 1e3, (end - origin) / 1e3, wait / 1e3)
-                 for rank, _, cell, start, end, wait in chosen.rows())  # fmt: skip
+    return tuple((rank, cell, (start - origin) / 1e3, (end - origin) / 1e3, wait / 1e3, max(-1.0, cpu / 1e3))
+                 for (rank, _, cell, start, end, wait), cpu in zip(chosen.rows(), chosen.cpu.tolist(), strict=True))
 
 
 # -- arguments ------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from bpkit.measure.reports import Parts, Spread
 
 FORMAT = "bpkit-scaling/1"
 
-Event = tuple[int, str, float, float, float]  # rank, cell, start, end, wait
+Event = tuple[int, str, float, float, float, float]  # rank, cell, start, end, wait, CPU time (-1: not taken)
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ class Point:
     steps_to_accuracy : int or None
     final_loss : float
         Loss of the last timed step.
-    timeline : tuple of (rank, cell, start, end, wait)
+    timeline : tuple of (rank, cell, start, end, wait, cpu)
         The timed step whose duration is nearest to the median; microseconds from its first start.
+        ``cpu`` is -1 where it was not taken; records of before 2026-12 do not have it.
     """
 
     workers: int

@@ -57,10 +57,9 @@ class Steps:
 
         compute = trace.compute()
         wall = np.maximum(0, trace.end - trace.start - trace.wait)
-        # A clock read costs a little CPU time, so an action that never lost its core can show more CPU than wall.
-        lost = np.where(trace.cpu >= 0, np.maximum(0, wall - trace.cpu), 0)
+        lost = trace.waiting_for_core()
         table = {"period": period, "span": end - start, "compute": total((wall - lost) * compute),
-                 "waiting_for_core": total(lost * compute), "exposed_communication": total(trace.wait),
+                 "waiting_for_core": total(lost), "exposed_communication": total(trace.wait),
                  "hidden_communication": _hidden(trace, place, start.size, ~compute).reshape(start.shape)}  # fmt: skip
         sent = np.where(total(trace.bytes < 0) > 0, -1.0, total(np.maximum(0, trace.bytes)))
         return cls(**{name: values[:, kept] / 1e9 for name, values in table.items()}, sent=sent[:, kept])

@@ -91,9 +91,9 @@ class Verb:
 
 
 #: What figures tell apart: its fill and the colour of text on it, mid-tones that stand out from any page.
-LOOKS: Final = {"forward": ("#8ab6de", "#10263b"), "backward": ("#3a73ad", "#ffffff"),
-                "communication": ("#d0622f", "#ffffff"), "update": ("#3f7f6b", "#ffffff"),
-                "other": ("#868e96", "#101418")}  # fmt: skip
+LOOKS: Final = {"forward": ("#8ab6de", "#10263b"), "backward": ("#3a73ad", "#ffffff"), "other": ("#868e96", "#101418"),
+                "input_half": ("#2c7873", "#ffffff"), "weight_half": ("#7b5ea7", "#ffffff"),
+                "communication": ("#d0622f", "#ffffff"), "update": ("#3f7f6b", "#ffffff")}
 
 
 def _touches(text: str) -> tuple[Touch, ...]:
@@ -116,8 +116,8 @@ VERBS: Final[dict[str, Verb]] = {
     "F": _compute("A P", "A+ S", "", "mb", "forward"),
     "LOSS": _compute("A+", "D+", "A+", "mb"),
     "B": _compute("D+ S A P G", "D G", "D+ S A", "mb", "backward"),
-    "I": _compute("D+ S A P", "D K", "", "mb", "backward"),
-    "W": _compute("K D+ S A G", "G", "K D+ S A", "mb", "backward"),
+    "I": _compute("D+ S A P", "D K", "", "mb", "input_half"),
+    "W": _compute("K D+ S A G", "G", "K D+ S A", "mb", "weight_half"),
     "RECOMPUTE": _compute("A P", "S", "", "mb", "forward"),
     "UPDATE": _compute("G R N P", "P", "", "part", "update"),
     #       kind       stream, axis, reads, writes, frees, scope, bytes, peer
@@ -151,7 +151,7 @@ VERBS: Final[dict[str, Verb]] = {
 GIVES_P: Final = frozenset(k for k, verb in VERBS.items() if verb.axis == "data" and verb.bytes and verb.touches("P"))
 
 #: Forwards and backwards, whole and in halves.
-PASSES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.look in ("forward", "backward"))
+PASSES: Final = frozenset(k for k, v in VERBS.items() if v.stream == "compute" and v.touches("S"))
 
 #: Collectives of the tensor axis on an edge: a sum, or what brings together or takes apart the ranks' own tokens.
 ON_EDGES: Final = frozenset(kind for kind, verb in VERBS.items() if verb.stream == "tensor" and verb.scope == "mb")

@@ -9,12 +9,15 @@ from typing import Any, Final
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
-from bpkit.plan.action import LOOKS
+from bpkit.show.looks import FILLS
 
 #: Every word in a figure stands here: a translation is one more catalogue.
 TEXT: Final = {
     "rank": "rank {0}",
-    "time": "time, {0}",
+    "time": "one step, number {0}; {1}",
+    "time_simulated": "simulated time, {0}",
+    "units": "units",
+    "number": "a number alone: its microbatch",
     "workers": "workers",
     "speedup": "speedup",
     "ideal": "ideal",
@@ -22,10 +25,12 @@ TEXT: Final = {
     "mean": "mean of ranks",
     "row": "row {0}",
     "order": "order in the row",
-    "step_time": "time of a step, {0}",
+    "step_time": "time of a step, {0}; median of {1} steps",
     "simulated": "simulated",
-    "forward": "forward",
-    "backward": "backward",
+    "forward": "forward (F)",
+    "backward": "backward (B)",
+    "input_half": "input half (I)",
+    "weight_half": "weight half (W)",
     "communication": "communication",
     "update": "update",
     "other": "loss and other",
@@ -34,9 +39,10 @@ TEXT: Final = {
     "waiting_for_core": "waiting for a core",
     "exposed_communication": "exposed communication",
     "idle": "idle",
-    "hidden_communication": "hidden communication, under way meanwhile",
+    "hidden_communication": "hidden communication",
     "timeline_alt": "Timeline of step {0}, {1} ranks, {2}.",
-    "timeline_rank": "Rank {0}: {1}; blocked for {2}.",
+    "timeline_rank": "Rank {0}: {1}; blocked for {2}{3}.",
+    "timeline_core": ", waiting for a core for {0}",
     "breakdown_bar": "{0}: {1}, of it {2}",
     "speedup_point": "{0:.2f} with {1}",
     "breakdown_alt": "Where the time of a step goes. {0}",
@@ -44,15 +50,6 @@ TEXT: Final = {
     "plan_alt": "Plan {0}, in the order of its rows. {1}",
 }
 
-#: Fill and colour of the text on it.  Mid-tones, which stand out from a light and from a dark page.
-FILLS: Final = {
-    **LOOKS,
-    "compute": ("#3a73ad", "#ffffff"),
-    "waiting_for_core": ("#c9932f", "#101418"),
-    "exposed_communication": ("#d0622f", "#ffffff"),
-    "idle": ("#9aa1a9", "#101418"),
-    "hidden_communication": ("#f3b394", "#101418"),
-}
 INK: Final = "#777777"  # 4.5:1 on white, 4:1 on the theme's dark ground
 
 #: No date, no random ids, text that stays text: the same figure is the same file.
@@ -63,10 +60,10 @@ STYLE: Final[Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "savefig.transparent": True,
-    "font.size": 9.0,
+    "font.size": 9.5,
     "font.family": "sans-serif",
     "hatch.linewidth": 0.8,
-    "hatch.color": "#777777",
+    "hatch.color": FILLS["exposed_communication"][0],
     "legend.frameon": False,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     "axes.spines.top": False,

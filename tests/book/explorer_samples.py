@@ -14,11 +14,13 @@ LOADER = ROOT / "book" / "static" / "bpkit-widgets.js"
 
 
 def timeline(workers: int, step_us: float) -> list[list[Any]]:
-    """One step of data parallelism in three buckets: forward, backward, sums, updates."""
+    """One step of data parallelism in three buckets: forward, backward, sums, updates; 4 workers wait for cores."""
     cells = [("0F0", 0.0, 0.1, 0), ("1F0", 0.1, 0.2, 0), ("2F0", 0.2, 0.3, 0), ("2B0", 0.3, 0.45, 0),
              ("2REDUCE_GRAD", 0.45, 0.55, 0.02), ("1B0", 0.45, 0.6, 0), ("1REDUCE_GRAD", 0.6, 0.7, 0.02),
              ("0B0", 0.6, 0.75, 0), ("0REDUCE_GRAD", 0.75, 0.85, 0.05), ("0UPDATE", 0.85, 1.0, 0.06)]
-    return [[rank, cell, step_us * (start + 0.005 * rank), step_us * end, step_us * wait]
+    share = 0.8 if workers > 2 else 1.0  # of an action that has a core
+    return [[rank, cell, step_us * (start + 0.005 * rank), step_us * end, step_us * wait,
+             share * step_us * (end - start - 0.005 * rank - wait)]
             for rank in range(workers) for cell, start, end, wait in cells]
 
 

@@ -17,6 +17,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
 
 from bpkit.course.figures.explorers import Explorer, explorer, fragment
+from bpkit.show.looks import FILLS
 
 Open = Callable[..., Page]
 Find = Callable[[type], list[str]]
@@ -83,7 +84,50 @@ def test_bars_are_as_long_as_the_measurement(show: Callable[..., Locator]) -> No
         for name, seconds in point["parts"].items():
             assert drawn[f"part {name}"] == pytest.approx(compute * seconds / point["parts"]["compute"], abs=0.01)
         hidden = point["hidden_communication"]
-        assert ("part hidden-communication" in drawn) == (hidden > 0)
+        assert ("part hidden_communication" in drawn) == (hidden > 0)
+
+
+COLOURS = """(panel, mark) => {
+  const found = {};
+  for (const swatch of panel.querySelectorAll(".bpkit-swatch")) {
+    const name = swatch.classList.item(1);
+    const drawn = panel.querySelector(mark.replace("*", name));
+    if (drawn) found[name] = [getComputedStyle(swatch).backgroundColor, getComputedStyle(drawn).fill];
+  }
+  return found;
+}"""
+
+
+def colours(panel: Locator, mark: str) -> dict[str, tuple[str, str]]:
+    """For each swatch of a panel's legend: its colour, and the fill of the first mark of its class."""
+    return panel.evaluate(COLOURS, mark)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_marks_have_the_colours_of_their_legend(show: Callable[..., Locator], dark: bool) -> None:
+    """And both those of the one table that matplotlib's figures use."""
+    figure = show(explorer([samples.measurement()], revealed=True), dark=dark)
+    parts = colours(figure.locator(".bpkit-parts"), ".part.*")
+    kinds = colours(figure.locator(".bpkit-timeline"), ".part.*")
+    assert {*parts} == {"compute", "waiting_for_core", "exposed_communication", "idle", "hidden_communication"}
+    assert {*kinds} == {"forward", "backward", "communication", "update", "waiting_for_core"}
+    for name, (swatch, drawn) in (parts | kinds).items():
+        red, green, blue = (int(FILLS[name][0][at : at + 2], 16) for at in (1, 3, 5))
+        assert swatch == drawn == f"rgb({red}, {green}, {blue})", name
+    faint = figure.locator(".bpkit-parts .part, .bpkit-timeline .part").evaluate_all(
+        "marks => marks.filter((mark) => getComputedStyle(mark).opacity !== '1').length")  # fmt: skip
+    assert faint == 0
+
+
+def test_waiting_for_a_core_is_at_the_end_of_its_action(show: Callable[..., Locator]) -> None:
+    figure = show(explorer([samples.measurement()], revealed=True))
+    event = figure.locator(".event[data-cell='0F0'][data-rank='0']")
+    rects = [event.locator(f"rect.{name}") for name in ("forward", "waiting_for_core")]
+    (left, whole), (begin, core) = ([float(rect.get_attribute(at) or 0) for at in ("x", "width")] for rect in rects)
+    assert core == pytest.approx(0.2 * whole) and begin + core == pytest.approx(left + whole)
+    assert "it waits for a core" in event.locator("title").text_content()
+    set_slider(figure, 1)
+    expect(figure.locator(".bpkit-timeline .waiting_for_core")).to_have_count(0)  # two workers, two cores
 
 
 def test_the_answer_stays_hidden_until_it_is_asked_for(show: Callable[..., Locator]) -> None:

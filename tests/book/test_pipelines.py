@@ -12,9 +12,10 @@ import explorer_samples as samples
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, expect
-from test_explorer import OVERFLOWING
+from test_explorer import OVERFLOWING, colours
 
 from bpkit.course.figures.pipelines import Pipelines, pipelines
+from bpkit.plan.action import LOOKS, VERBS
 
 Open = Callable[..., Page]
 MEASUREMENTS = samples.ROOT / "book" / "measurements"
@@ -63,6 +64,17 @@ def drawn(figure: Locator, kind: str = "simulated") -> list[tuple[str, str, floa
     return [tuple(row) for row in figure.locator(f".pass.{kind}").evaluate_all(
         "all => all.map(g => [g.dataset.rank, g.dataset.cell, +g.firstChild.getAttribute('x'), "
         "+g.firstChild.getAttribute('width')])")]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble_h1"])
+def test_passes_have_the_colours_of_their_legend(show: Callable[..., Locator], schedule: str) -> None:
+    """I and W have colours of their own, those of every other figure."""
+    found = colours(show(made(schedule)).locator(".bpkit-lanes"), ".pass.* .body")
+    assert {*found} - {"UPDATE"} == ({"F", "B"} if schedule == "gpipe" else {"F", "I", "W"})
+    for kind, (swatch, drawn) in found.items():
+        red, green, blue = (int(LOOKS[VERBS[kind].look][0][at : at + 2], 16) for at in (1, 3, 5))
+        assert swatch == drawn == f"rgb({red}, {green}, {blue})", kind
+    assert len({drawn for _, drawn in found.values()}) == len(found)
 
 
 def test_passes_are_drawn_where_the_simulation_puts_them(show: Callable[..., Locator]) -> None:

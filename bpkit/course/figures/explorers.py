@@ -23,6 +23,7 @@ import traitlets
 from bpkit.measure import FORMAT, Parts
 from bpkit.measure import scaling as measure_scaling
 from bpkit.plan.action import VERBS
+from bpkit.show.looks import css
 
 #: The parts of a step time, in the order in which the figure stacks them.
 PARTS = tuple(Parts.__dataclass_fields__)
@@ -74,8 +75,9 @@ def _wrap(source: str) -> str:
 
 
 def stylesheet(name: str) -> str:
-    """The text of a stylesheet of ``static/``."""
-    return (files("bpkit.course.figures") / "static" / f"{name}.css").read_text(encoding="utf-8")
+    """The text of a stylesheet of ``static/``; the colours of kinds and parts come before that of the explorers."""
+    text = (files("bpkit.course.figures") / "static" / f"{name}.css").read_text(encoding="utf-8")
+    return css() + text if name == "explorer" else text
 
 
 class Explorer(anywidget.AnyWidget):

@@ -18,7 +18,7 @@ function drawBar({ segments, note, under, kind }, y, scale, limit) {
     return rect;
   });
   const stripe = under > 0 ? svg("rect", {
-    class: "part hidden-communication", x: LEFT, y: y + BAR - 4, width: scale(under) - LEFT, height: 4 }) : null;
+    class: "part hidden_communication", x: LEFT, y: y + BAR - 4, width: scale(under) - LEFT, height: 4 }) : null;
   const words = label(Math.min(at + 6, limit), y + BAR - 3.5, note, { class: `value ${kind}` });
   return svg("g", { class: `bar ${kind}` }, ...rects, stripe, words);
 }
@@ -63,7 +63,7 @@ export function partsPanel() {
     drawRows(canvas, width(), rowsOf(view, partsBar), view.chosen, 66);
     const hidden = view.barred.some((one) => one.points.some((point) => point.hidden_communication > 0));
     root.lastChild.replaceWith(legend([...PARTS.map((name) => [name, say(name)]),
-      ...(hidden ? [["hidden-communication", say("hidden")]] : [])]));
+      ...(hidden ? [["hidden_communication", say("hidden_communication")]] : [])]));
   } };
 }
 

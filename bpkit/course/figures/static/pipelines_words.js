@@ -48,7 +48,7 @@ const WORDS = {
     legend: "{letter}: {words}",
     chunk: "small letters: the rank's second stage",
     coreShort: "waiting for a core",
-    core: "waiting for a core (drawn at the end of its pass)",
+    core: "waiting for a core",
     waited: "the pass whose message is needed",
     // one pass
     hint: "Point at a pass, or move with the arrow keys, to see what it waits for.",

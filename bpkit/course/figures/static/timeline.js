@@ -7,13 +7,19 @@ const LANE = 18;
 const THIN = 7;
 const LEFT = 52;
 const CHARACTER = 6.6;
-const KINDS = ["forward", "backward", "communication", "update", "other"];
+const KINDS = ["forward", "backward", "input_half", "weight_half", "communication", "update", "other"];
 
 /** The look of an action, from its text: "0F0" is a forward, "1SEND_B3" is communication. */
 const kindOf = (cell) => LOOKS[/[A-Z]+(_[A-Z]+)*/.exec(cell)?.[0]] ?? "other";
 
-const events = (timeline) => timeline.map(([rank, cell, start, end, wait]) =>
-  ({ rank, cell, start, end, wait: wait ?? 0, kind: kindOf(cell) }));
+// Where in an action the core was elsewhere is not known: it is drawn at the end. Older records do not have it.
+const coreOf = (kind, length, wait, cpu) =>
+  (kind === "communication" || !(cpu >= 0) ? 0 : Math.max(0, length - wait - cpu));
+
+const events = (timeline) => timeline.map(([rank, cell, start, end, wait = 0, cpu = -1]) => {
+  const kind = kindOf(cell);
+  return { rank, cell, start, end, wait, kind, core: coreOf(kind, end - start, wait, cpu) };
+});
 
 // Communication runs beside compute and beside other communication: what overlaps gets a lane of its own.
 function assignLanes(all) {
@@ -32,8 +38,10 @@ function assignLanes(all) {
 function tooltip(event) {
   const us = (time) => saySeconds(time / 1e6);
   const { rank, cell, start, end, wait } = event;
-  const words = say("event", { rank, cell, length: us(end - start), start: us(start) });
-  return svg("title", {}, wait > 0 ? words + say("eventWait", { wait: us(wait) }) : words);
+  const words = [say("event", { rank, cell, length: us(end - start), start: us(start) })];
+  if (wait > 0) words.push(say("eventWait", { wait: us(wait) }));
+  if (event.core > 0) words.push(say("eventCore", { core: us(event.core) }));
+  return svg("title", {}, words.join(""));
 }
 
 // The wait is the first part of the action that waited: it is hatched, so that it reads without colour.
@@ -42,12 +50,15 @@ function drawEvent(event, y, x, hatch) {
   const left = x(event.start);
   const wide = Math.max(0.8, x(event.end) - left);
   const waited = Math.min(wide, x(event.start + event.wait) - left);
-  const named = tall === LANE && wide - waited > event.cell.length * CHARACTER + 6;
-  const middle = left + (wide + waited) / 2;
+  const core = Math.min(wide - waited, x(event.start + event.core) - left);
+  const named = tall === LANE && wide - waited - core > event.cell.length * CHARACTER + 6;
+  const middle = left + (wide + waited - core) / 2;
   return svg("g", { class: `event ${event.kind}`, "data-cell": event.cell, "data-rank": event.rank },
     svg("rect", { class: `part ${event.kind}`, x: left, y, width: wide, height: tall }),
     waited > 0.5
       ? svg("rect", { class: "waited", x: left, y, width: waited, height: tall, fill: `url(#${hatch})` }) : null,
+    core > 0.5
+      ? svg("rect", { class: "part waiting_for_core", x: left + wide - core, y, width: core, height: tall }) : null,
     named ? label(middle, y + LANE - 5, event.cell, { "text-anchor": "middle", class: "inside" }) : null,
     tooltip(event));
 }
@@ -82,17 +93,18 @@ export function drawTimeline(canvas, width, timeline, hatch) {
 }
 
 function tableOf(all) {
-  const keys = ["columnRank", "columnAction", "columnStart", "columnEnd", "columnWait"];
+  const keys = ["columnRank", "columnAction", "columnStart", "columnEnd", "columnWait", "waiting_for_core"];
   const head = keys.map((key) => html("th", { scope: "col" }, say(key)));
   const most = Math.max(...all.map((e) => e.end)) / 1e6;
   const ms = (us) => saySeconds(us / 1e6, most);
-  const cells = (e) => [number(e.rank), e.cell, ms(e.start), ms(e.end), ms(e.wait)];
+  const cells = (e) => [number(e.rank), e.cell, ms(e.start), ms(e.end), ms(e.wait), ms(e.core)];
   const rows = all.map((e) => html("tr", {}, ...cells(e).map((cell) => html("td", {}, cell))));
   return html("table", {}, html("thead", {}, html("tr", {}, ...head)), html("tbody", {}, ...rows));
 }
 
 function kindsIn(all) {
   const kinds = KINDS.filter((kind) => all.some((event) => event.kind === kind)).map((kind) => [kind, say(kind)]);
+  if (all.some((event) => event.core > 0)) kinds.push(["waiting_for_core", say("waiting_for_core")]);
   return all.some((event) => event.wait > 0) ? [...kinds, ["waited", say("wait")]] : kinds;
 }
 
