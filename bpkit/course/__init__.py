@@ -1,5 +1,5 @@
-"""What only the course uses: ``explorer``, ``merging`` and ``pipelines``, figures to be used by hand; exercises; runs
-that were recorded; ``say``, for sentences that a cell writes.
+"""What only the course uses: ``explorer``, ``merging`` and ``pipelines``, figures to be used by hand; ``draw_...``,
+pictures; exercises; runs that were recorded; ``say``, for sentences that a cell writes.
 
 Nothing heavy is loaded before a figure is asked for.
 """
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bpkit.course.figures.explorers import Explorer, explorer
     from bpkit.course.figures.merging import Merging, merging
     from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh, draw_tied
+    from bpkit.course.figures.more_pictures import draw_staleness, draw_ties, draw_tokens
+    from bpkit.course.figures.pictures import draw_groups, draw_messages, draw_split, draw_zero
     from bpkit.course.figures.pipelines import Pipelines, pipelines
     from bpkit.course.launching import in_torch, launch, off, serial_gradient, vector
     from bpkit.course.pytorch import torch_schedule
@@ -22,19 +24,22 @@ if TYPE_CHECKING:
     from bpkit.course.saved import SavedBytes
     from bpkit.course.words import say
 
-__all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "SavedBytes", "draw_bars", "draw_block", "draw_mesh",
-           "draw_tied", "exercises", "explorer", "gpu_figures", "in_torch", "launch", "merging", "off", "pipelines",
+__all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "SavedBytes", "draw_bars", "draw_block", "draw_groups",
+           "draw_mesh", "draw_messages", "draw_split", "draw_staleness", "draw_tied", "draw_ties", "draw_tokens",
+           "draw_zero", "exercises", "explorer", "gpu_figures", "in_torch", "launch", "merging", "off", "pipelines",
            "say", "serial_gradient", "torch_schedule", "vector"]  # fmt: skip
 
 _PLACES = {
     "figures.explorers": ("Explorer", "explorer"), "figures.merging": ("Merging", "merging"),
+    "figures.pictures": ("draw_groups", "draw_messages", "draw_split", "draw_zero"),
+    "figures.more_pictures": ("draw_staleness", "draw_ties", "draw_tokens"),
     "figures.pipelines": ("Pipelines", "pipelines"), "recorded": ("GpuFigures", "gpu_figures"),
     "exercises": ("exercises",), "pytorch": ("torch_schedule",), "words": ("say",),
     "launching": ("in_torch", "launch", "off", "serial_gradient", "vector"),
     "figures.models": ("draw_bars", "draw_block", "draw_mesh", "draw_tied"), "saved": ("SavedBytes",),
 }  # fmt: skip
-_NEEDS = dict.fromkeys(("figures.explorers", "figures.merging", "figures.pipelines"), "anywidget")
-_NEEDS |= {"figures.models": "matplotlib"}
+_NEEDS = {**dict.fromkeys(("figures.explorers", "figures.merging", "figures.pipelines"), "anywidget"),
+          **dict.fromkeys(("figures.models", "figures.pictures", "figures.more_pictures"), "matplotlib")}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,8 @@ from matplotlib.transforms import blended_transform_factory
 from bpkit.measure import Parts, Report, Scaling, table
 from bpkit.plan import Action, Plan
 from bpkit.run.cluster import TrainResult
-from bpkit.show.drawing import FILLS, INK, STYLE, TEXT, Drawing, alt_text, setup
+from bpkit.show.drawing import INK, STYLE, TEXT, Drawing, alt_text, setup
+from bpkit.show.looks import FILLS
 from bpkit.trace import Trace
 
 __all__ = ["alt_text", "breakdown", "plan", "setup", "speedup", "timeline"]

@@ -11,7 +11,8 @@ from bpkit.course.figures.explorers import MODULES, bundle
 from bpkit.plan import VERBS, Action, Part
 from bpkit.plan.action import LOOKS
 from bpkit.plan.checker.effects import COMPUTE, GROUP
-from bpkit.show.drawing import FILLS, TEXT
+from bpkit.show.drawing import TEXT
+from bpkit.show.looks import FILLS
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from bpkit.plan import Mesh
-from bpkit.show.drawing import FILLS, INK, STYLE, Drawing
+from bpkit.show.drawing import INK, STYLE, Drawing
+from bpkit.show.looks import FILLS
 
 _WIDTH = 7.2  # inches, of the book's column
 _SHADES = tuple(FILLS[name] for name in ("forward", "communication", "update", "backward"))
