@@ -88,7 +88,8 @@ class Program:
         return sum(step.payload for step, verb in verbs if verb.axis == "data" and verb.touches("G"))
 
 
-def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequence[int] | None = None) -> Program:
+def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequence[int] | None = None,
+            norm: bool = False) -> Program:  # fmt: skip
     """Check a plan and resolve it for a network.
 
     Parameters
@@ -100,6 +101,8 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
         Whether gradients are clipped by their global norm: a NORM is put before the first UPDATE.
     weights : sequence of int, optional
         What to balance stages by where the plan holds no cuts: a number a layer, for example measured nanoseconds.
+    norm : bool
+        Whether to put the NORM there although nothing is clipped.
 
     Raises
     ------
@@ -120,8 +123,8 @@ def compile(plan: Plan, network: Described, clip: bool = False, weights: Sequenc
     cuts = _cuts(plan, network, [cost.total for cost in network.costs()] if weights is None else weights)
     parts = network.split(cuts)
     plan = _tied(replace(plan, skips=_skips(network, cuts)), parts)
-    if clip and not any(action.kind == "NORM" for row in plan.rows for action in row):
-        plan = replace(clipped(plan), name=f"{plan.name} with clipping")
+    if (clip or norm) and not any(action.kind == "NORM" for row in plan.rows for action in row):
+        plan = replace(clipped(plan), name=f"{plan.name} with {'clipping' if clip else 'its norm'}")
     check(plan)
     edges = (*(math.prod(part.input_shape) for part in parts), math.prod(network.output_shape))
     ranks = [of_rank(plan, network, index).split(cuts, plan.place) for index in range(plan.mesh.tensor)]

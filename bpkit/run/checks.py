@@ -44,7 +44,7 @@ def checked(job: Job, workers: int, backend: str) -> Job:
     precision(job)
     clipping(job)
     batch_norm(job)
-    program = compile(job.plan, job.network, clip=job.optimizer.clip is not None)
+    program = compile(job.plan, job.network, job.optimizer.clip is not None, norm=job.skip_nonfinite)
     job = replace(job, plan=program.plan, compiled=program)
     room(job, backend)
     return replace(job, compress=compressor(job))
@@ -88,8 +88,9 @@ def numbers(job: Job) -> Job:
             raise ValueError(f"target, a test accuracy, is at most 1, not {job.target!r}")
     for step in {0, found["steps"] // 2, found["steps"] - 1}:
         number(f"the learning rate of step {step}", job.optimizer.rate(step), 0)
-    if job.sync_batch_norm not in (True, False):
-        raise TypeError(f"sync_batch_norm is True or False, not {_named(job.sync_batch_norm)}")
+    for name in ("sync_batch_norm", "skip_nonfinite"):
+        if getattr(job, name) not in (True, False):
+            raise TypeError(f"{name} is True or False, not {_named(getattr(job, name))}")
     return replace(job, **found, shards=None if job.shards is None else _shares(job.shards))
 
 
@@ -227,10 +228,12 @@ def batch_norm(job: Job) -> None:
 
 
 def clipping(job: Job) -> None:
-    """Refuse to clip where there is no one gradient."""
+    """Refuse to clip where there is no one gradient, and to skip a step of which something would stay."""
     if job.optimizer.clip is not None and job.plan.holds != "all":
         raise ValueError(f"{job.plan.name} has no one gradient whose norm could be clipped: do without clip")
-
+    if job.skip_nonfinite and (job.plan.holds != "all" or job.compress is not None):
+        raise ValueError(f"{job.plan.name}: skip_nonfinite takes a plan with one gradient a step, not compressed: else "
+                         "parts of a step would be applied, or stay with the compressor")  # fmt: skip
 
 
 def compressor(job: Job) -> Compressor | None:

@@ -137,8 +137,8 @@ class Cluster:
     def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
               lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0, shards: Shards | None = None,
               compress: Compressor | None = None, sync_batch_norm: bool = False, precision: str = "full",
-              evaluate_every: int = 0, target: float | None = None, record: int = 200, progress: Tell | None = None,
-              stop: threading.Event | None = None) -> TrainResult:  # fmt: skip
+              skip_nonfinite: bool = False, evaluate_every: int = 0, target: float | None = None, record: int = 200,
+              progress: Tell | None = None, stop: threading.Event | None = None) -> TrainResult:  # fmt: skip
         """Train a copy of a network by a plan.
 
         Parameters
@@ -168,6 +168,11 @@ class Cluster:
             ``bf16``: stages compute in bfloat16; weights, sums of gradients and the update stay in float32.  The run is
             then *lossy*: a rounding is by at most 2^-9 of a number, and gradients of networks of up to 17 layers were
             found within 5 % of float32's, in the Euclidean norm.
+        skip_nonfinite : bool
+            Where a step's gradient is not finite, let all ranks leave weights, optimizer's state, the count of updates
+            and running statistics as they were before it; its loss is recorded, and the result counts such steps.  Else
+            that is a FloatingPointError.  For plans with one gradient, not compressed.  The norm of each gradient is
+            taken (a pass over memory), and a GPU is waited for.
         evaluate_every : int
             Steps between evaluations on the test samples (0: none); their time is not counted.
         target : float, optional
@@ -188,7 +193,7 @@ class Cluster:
         """
         return self.run(Job(data_parallel(self.workers) if plan is None else plan, network, data,
                             checks.made_optimizer(lr, optimizer), batch, steps, seed, shards, record, evaluate_every,
-                            target, compress, sync_batch_norm, precision), progress, stop)  # fmt: skip
+                            target, compress, sync_batch_norm, precision, skip_nonfinite), progress, stop)  # fmt: skip
 
     def _watched(self, work: Callable[..., Outcome], job: Job, progress: Tell | None, stop: threading.Event | None,
                  *args: Any) -> list[Outcome]:  # fmt: skip

@@ -33,7 +33,7 @@ class Job:
     optimizer : Optimizer
     batch : int
         Samples of the global batch, over all ranks.
-    steps, seed, shards, record, evaluate_every, target, compress, sync_batch_norm, precision
+    steps, seed, shards, record, evaluate_every, target, compress, sync_batch_norm, precision, skip_nonfinite
         As in `bpkit.Cluster.train`.
     compiled : Program, optional
         The plan as it was compiled for the network.
@@ -53,6 +53,7 @@ class Job:
     compress: Compressor | None = None
     sync_batch_norm: bool = False
     precision: str = "full"
+    skip_nonfinite: bool = False
     compiled: Program | None = None
 
     @property
@@ -141,6 +142,8 @@ class Outcome:
         Seconds by which the GPU's times are wrong on the host's clock.
     arrivals : tuple of int
         On an asynchronous server that ran live: whose gradients came, in order.
+    skipped : int
+        Steps that made no update.
     """
 
     losses: list[float]
@@ -154,3 +157,4 @@ class Outcome:
     peak: int = 0
     clock_error: float = 0.0
     arrivals: tuple[int, ...] = ()
+    skipped: int = 0

@@ -50,6 +50,8 @@ class TrainResult:
         Seconds by which times of a GPU's events, brought to the host's clock, were wrong at the end; of the worst rank.
     encoded : tuple of int
         For each rank, the bytes of a step's gradients as encoded, where they were compressed.
+    skipped : int
+        Steps that made no update, since their gradient was not finite (`skip_nonfinite` of `bpkit.Cluster.train`).
     """
 
     network: Network
@@ -67,6 +69,7 @@ class TrainResult:
     peak: tuple[int, ...] = ()
     predicted: tuple[dict[str, int], ...] = ()
     clock_error: float = 0.0
+    skipped: int = 0
 
     @property
     def plan(self) -> Plan:
@@ -135,7 +138,7 @@ def assemble(job: Job, outcomes: list[Outcome], backend: str) -> TrainResult:
                        job.batch, backend, tuple(outcome.memory for outcome in outcomes), job.compress,
                        tuple(outcome.encoded for outcome in outcomes), job.precision,
                        tuple(outcome.peak for outcome in outcomes), tuple(job.needs(at) for at in mesh.coordinates()),
-                       max(outcome.clock_error for outcome in outcomes))  # fmt: skip
+                       max(outcome.clock_error for outcome in outcomes), outcomes[0].skipped)  # fmt: skip
 
 
 def same_bits(plan: Plan, outcomes: list[Outcome]) -> None:

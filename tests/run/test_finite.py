@@ -1,15 +1,16 @@
-"""Gradients that are not finite: an error that names rank, stage, layer and step, under every plan."""
+"""Gradients that are not finite: an error that names rank, stage, layer and step, under every plan, or no step."""
 
 from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import bpkit as bp
 from bpkit.data import Dataset
-from bpkit.nn import CrossEntropy
+from bpkit.nn import BatchNorm, Context, CrossEntropy, Linear, Network, Tanh
 from bpkit.plan import Plan
 from bpkit.run import WorkerError
 
@@ -28,6 +29,14 @@ class Spoils(CrossEntropy):
 def network(loss=None):
     loss = loss or Spoils()
     return bp.nn.mlp([4, 8, 8, 4], activation="tanh", seed=1, loss=loss, dtype=torch.float64)
+
+
+class Overflows(Spoils):
+    """A loss that is not finite itself, either, where a label is 3."""
+
+    def value_and_gradient(self, y, targets):
+        value, gradient = super().value_and_gradient(y, targets)
+        return value + (float("nan") if (targets == 3).any() else 0.0), gradient
 
 
 def data(steps: int, batch: int = BATCH, seed: int = 0) -> tuple[Dataset, list[int]]:
@@ -75,6 +84,89 @@ def test_with_clipping_it_is_named_at_its_step(clusters, plan: Plan):
     cluster, options = clusters[plan.workers], dict(batch=BATCH, steps=STEPS)
     with pytest.raises(WorkerError, match=f"step {first}: the gradient is not finite in stage"):
         cluster.train(network(), samples, plan, optimizer=bp.optim.SGD(0.1, clip=1.0), **options)
+
+
+def without_the_steps(net, samples, optimizer, steps, left_out):
+    """The reference: serial steps, in a row, of all batches but those that are left out."""
+    net = net.copy()
+    state = optimizer.state(net.flat_parameters)
+    for number, step in enumerate(step for step in range(steps) if step not in left_out):
+        x, t = samples.batch(step, BATCH)
+        net.backward(net.loss.value_and_gradient(net.forward(x, 0, Context(step, 0, True)), t)[1])
+        gradient = net.flat_gradients
+        if optimizer.clip:
+            gradient = gradient * bp.optim.clip_factor(gradient.norm() / BATCH, optimizer.clip)
+        optimizer.update(net.flat_parameters, gradient, state, number, 1 / BATCH)
+    return net
+
+
+def close(found, expected):
+    pairs = zip(found, expected, strict=True)
+    return all(float((a - b).abs().max()) <= 1e-12 * float(b.abs().max()) for a, b in pairs)
+
+
+SKIPS = [*EXACT, P.parameter_server(2), P.parameter_server(3, 2, buckets=2), P.one_f_one_b(2, 2, data=2)]
+
+
+@pytest.mark.parametrize("plan", SKIPS, ids=lambda plan: plan.name)
+def test_a_step_is_skipped_as_if_it_had_not_been(clusters, plan: Plan):
+    optimizer, steps, (samples, spoiled) = bp.optim.SGD(0.1, momentum=0.9), 2 * STEPS, data(2 * STEPS)
+    assert len(spoiled) > 1 and spoiled[0] > 0
+    options = dict(batch=BATCH, steps=steps, optimizer=optimizer, skip_nonfinite=True)
+    result = clusters[plan.workers].train(network(Overflows()), samples, plan, **options)
+    assert result.skipped == len(spoiled) and len(result.losses) == steps
+    assert np.flatnonzero(np.isnan(result.losses)).tolist() == spoiled
+    expected = without_the_steps(network(), samples, optimizer, steps, spoiled)
+    assert close(result.network.parameters(), expected.parameters())
+
+
+def test_adam_counts_the_steps_that_were_taken_and_a_step_that_is_clipped_is_taken(clusters):
+    (samples, spoiled), optimizer = data(STEPS), bp.optim.Adam(0.01, clip=1e-3)
+    options = dict(batch=BATCH, steps=STEPS, optimizer=optimizer, skip_nonfinite=True)
+    expected = without_the_steps(network(), samples, optimizer, STEPS, spoiled)
+    for plan in (P.serial(2), P.data_parallel(2), P.zero(2, 3, units=3), P.one_f_one_b(2, 2)):
+        result = clusters[plan.workers].train(network(), samples, plan, **options)
+        assert result.skipped == len(spoiled) and result.plan.name == f"{plan.name} with clipping"
+        assert close(result.network.parameters(), expected.parameters())
+
+
+def test_running_statistics_are_of_the_steps_that_were_taken(clusters):
+    samples, spoiled = data(STEPS)
+    layers = [Linear(4, 6), BatchNorm(6), Tanh(), Linear(6, 4)]
+    net = Network(layers, 4, loss=Spoils(), seed=1, dtype=torch.float64)
+    optimizer = bp.optim.SGD(0.1, momentum=0.9)
+    expected = without_the_steps(net, samples, optimizer, STEPS, spoiled)
+    arguments = dict(batch=BATCH, steps=STEPS, optimizer=optimizer, skip_nonfinite=True)
+    for plan in (P.serial(2), P.data_parallel(2), P.zero(2, 2, units=2), P.parameter_server(2)):
+        more = {"sync_batch_norm": True} if plan.workers > 1 else {}
+        result = clusters[plan.workers].train(net, samples, plan, **arguments, **more)
+        assert result.skipped == len(spoiled)
+        for a, b in zip(result.network.parameters(), expected.parameters(), strict=True):
+            assert float((a - b).abs().max()) <= 1e-12  # the first bias has no effect: its gradient is rounding
+        assert torch.allclose(result.network.flat_buffers, expected.flat_buffers, rtol=1e-12, atol=0)
+
+
+def test_the_last_step_can_be_skipped_and_what_was_wrong_before_is_an_error(clusters):
+    samples, (first, *_) = data(STEPS)
+    arguments = dict(batch=BATCH, steps=first + 1, lr=0.1, skip_nonfinite=True)
+    for plan in (P.data_parallel(2), P.zero(2, 3), P.gpipe(2, 2)):
+        assert clusters[2].train(network(), samples, plan, **arguments).skipped == 1
+        spoiled = network()
+        spoiled.parameters()[0][0, 0] = float("nan")
+        with pytest.raises(WorkerError, match=rf"step {first}: .*the weights are not finite in stage 0, layer 0"):
+            clusters[2].train(spoiled, samples, plan, **arguments)
+
+
+def test_where_steps_cannot_be_skipped(clusters):
+    samples, before = data(STEPS)[0], clusters[2].generation
+    asynchronous = P.asynchronous_server(1, [1] * 2)
+    for plan, more in ((P.local_sgd(2, 2), {}), (P.pipedream(2, 2), {}), (asynchronous, {}),
+                       (None, {"compress": bp.compress.TopK(0.1)})):  # fmt: skip
+        with pytest.raises(ValueError, match="skip_nonfinite takes a plan with one gradient a step, not compressed"):
+            clusters[2].train(network(), samples, plan, batch=8, steps=2, lr=0.1, skip_nonfinite=True, **more)
+    with pytest.raises(TypeError, match="skip_nonfinite is True or False, not 'yes'"):
+        clusters[2].train(network(), samples, batch=8, steps=2, lr=0.1, skip_nonfinite="yes")
+    assert clusters[2].generation == before
 
 
 def test_what_a_sum_or_a_square_cannot_hold(clusters):

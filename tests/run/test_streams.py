@@ -21,7 +21,7 @@ from bpkit.run.engine.rank import Runner, train
 from bpkit.run.job import Job, Outcome
 from bpkit.trace import Log
 
-from . import host_streams, test_models
+from . import host_streams, test_finite, test_models
 from .networks import batch, every_layer
 from .oracle import flat, gradient_sum, worst
 
@@ -191,6 +191,18 @@ def test_the_host_looks_at_no_value_in_a_step():
                 job = replace(job, precision="full")
                 assert cluster.call(what_the_host_waits_for, job, False) == [[]], network
         assert cluster.call(what_the_host_waits_for, job, True) == [["_local_scalar_dense"] * 2]  # one that is there
+
+
+def test_a_step_is_skipped_although_the_host_is_ahead(clusters, monkeypatch):
+    samples, spoiled = test_finite.data(32)
+    network, plan = test_finite.network(test_finite.Overflows()), bp.plan.zero(2, 2, units=2)
+    arguments = dict(batch=test_finite.BATCH, steps=32, lr=0.1, skip_nonfinite=True)
+    polled = clusters[2].train(network, samples, plan, **arguments)
+    monkeypatch.setattr(of_cluster, "train", train_by_streams)
+    found = clusters[2].train(network, samples, plan, **arguments)
+    assert found.skipped == polled.skipped == len(spoiled) > 1
+    assert np.array_equal(found.losses, polled.losses, equal_nan=True)
+    assert torch.equal(flat(found.network.parameters()), flat(polled.network.parameters()))
 
 
 def test_a_loss_that_is_not_a_number_is_found_although_the_host_is_ahead(clusters, monkeypatch):

@@ -144,10 +144,13 @@ def update(rank: Rank, action: Action, index: int) -> Call:
         source, target = (rank.copies[action.stage][i].flat_parameters for i in rank.weights_of[index])
 
     def apply() -> None:
+        if step.skips and not math.isfinite(rank.buffers.squares):
+            return  # as on every other rank: their squares are in the sum, or their gradient is the same
         rank.buffers.clean(action.stage)
         if target is not source:
             target.copy_(source)
-        optimizer.update(target, _clipped(rank, gradient), state, step.number * each + before, step.scale)
+        number = (step.number - step.skipped) * each + before
+        optimizer.update(target, _clipped(rank, gradient), state, number, step.scale)
 
     return apply
 

@@ -49,6 +49,8 @@ class StepData:
     scale: float = 1.0  # of the merged gradient, in UPDATE
     losses: dict[int, Tensor] = field(default_factory=dict)  # of each microbatch: the sum over its terms
     sum_over_data: Callable[[Tensor], Tensor] | None = None  # for batch norm over all data ranks
+    skips: bool = False  # whether a step makes no update where its gradient is not finite
+    skipped: int = 0  # such steps so far
 
     def load(self, number: int, inputs: Tensor, targets: Tensor, first: int, microbatches: int) -> None:
         """Cut this rank's shard into microbatches; the first ones take the remainder."""

@@ -82,14 +82,14 @@ class Runner:
         self.buffers = Buffers(self.program, network, groups, job.optimizer, job.rows, job.compress)
         apart = job.sync_batch_norm and self.plan.mesh.data > 1
         over = groups.apart(self.plan.mesh, "data", "batch norm").all_reduce if apart else None
-        self.step = StepData(sum_over_data=over)
+        self.step = StepData(sum_over_data=over, skips=job.skip_nonfinite)
         bound = Rank(self.buffers, self.step, captured, job.precision).bind()
         self.executor = executor(self.program.row(self.buffers.at), bound, groups, streams)
         self.feed = Feed(comm.device)
         self.losses: list[float] = []  # this rank's share of the mean loss, for each step that has ended
         self.starts: list[int] = []  # when it began, without the time of `paused`; nanoseconds
         self.paused = 0
-        self._flights: deque[tuple[int, int, float, Callable[[], list[float]]]] = deque()
+        self._flights: deque[tuple[int, int, bool, float, Callable[[], list[float]]]] = deque()
 
     def run(self, number: int, rows: Tensor, log: Log, line: int) -> None:
         """Run one step on this rank's shard of the global batch `rows`; on a GPU it ends later (see `settle`)."""
@@ -103,18 +103,24 @@ class Runner:
             shares = job.microbatch_shares(self.buffers.at.data, number)
             self.step.contexts = [replace(c, share=s) for c, s in zip(self.step.contexts, shares, strict=True)]
         self.step.weights, self.step.scale = shard.weights, shard.scale
+        nets = self.buffers.stages.values() if self.step.skips else ()
+        kept = [(net.flat_buffers, net.flat_buffers.clone()) for net in nets]
         self.executor.run(number, log, line)
-        self._flights.append((number, began, shard.share, self.step.loss(self.executor.ahead > 0)))
+        if skipped := self.step.skips and not math.isfinite(self.buffers.squares):  # for which a GPU is waited for
+            self.step.skipped += 1
+            for statistics, before in kept:
+                statistics.copy_(before)
+        self._flights.append((number, began, skipped, shard.share, self.step.loss(self.executor.ahead > 0)))
         self.settle(self.executor.ahead)
 
     def settle(self, ahead: int = 0) -> None:
         """Wait until no more than `ahead` steps are under way; FloatingPointError if a loss is not finite."""
         squares = self.buffers.squares
         while len(self._flights) > ahead:
-            number, began, share, loss = self._flights.popleft()
+            number, began, skipped, share, loss = self._flights.popleft()
             self.starts.append((self.executor.finish() or began) - self.paused)
-            self.losses.append(self.checked(number, loss()) * share)
-            if len(squares) and squares.is_cpu and not math.isfinite(squares):
+            self.losses.append((sum(loss()) if skipped else self.checked(number, loss())) * share)
+            if not self.step.skips and len(squares) and squares.is_cpu and not math.isfinite(squares):
                 self.look(number)
 
     def checked(self, number: int, losses: Sequence[float]) -> float:
@@ -131,8 +137,9 @@ class Runner:
         for stage, net in sorted(buffers.stages.items(), reverse=True):
             own = buffers.reduced.get(stage, buffers.gradients[stage])
             low = buffers.own_bounds(net.flat_size)[0] if stage in buffers.reduced else 0
-            for what, flat in (("gradient is", own), ("weights are", buffers.masters[stage]),
-                               *(("optimizer's state is", one) for one in buffers.state[stage])):  # fmt: skip
+            flats = [("gradient is", own), ("weights are", buffers.masters[stage]),
+                     *(("optimizer's state is", one) for one in buffers.state[stage])]  # fmt: skip
+            for what, flat in flats[1:] if self.step.skips else flats:  # what is skipped leaves only its gradient
                 if not math.isfinite(flat.sum()) and len(bad := (~flat.isfinite()).nonzero()):  # a sum may overflow
                     layer = max((p.offset, p.layer) for p in net.description.parameters if p.offset <= low + bad[0])[1]
                     raise FloatingPointError(f"step {number}: {why}the {what} not finite in stage {stage}, layer "
@@ -173,7 +180,7 @@ def _steps(comm: Comm, job: Job, streams: Any) -> Outcome:
     starts = [*runner.starts, perf_counter_ns() - runner.paused]
     result = outcome(runner.buffers, runner.losses, starts, log, accuracies)
     peak = torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else 0
-    return replace(result, peak=peak, clock_error=runner.executor.clock_error())
+    return replace(result, peak=peak, clock_error=runner.executor.clock_error(), skipped=runner.step.skipped)
 
 
 def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
