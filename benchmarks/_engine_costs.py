@@ -113,8 +113,7 @@ def interpreter(comm: Comm, plan: Plan, repeats: int) -> tuple[float, int]:
     inputs, targets = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
     data = bp.data.Dataset("one sample", inputs, targets, inputs, targets)
     runner = Runner(comm, Job(program.plan, net, data, bp.optim.SGD(0.0), batch=1, compiled=program))
-    runner.step.load(0, inputs, targets, 0, 1)
-    runner.step.weights = (1.0,)
+    runner.load(0, torch.zeros(1, dtype=torch.int64))
     bound, width = runner.executor.bound, len(runner.executor.row)
     log = Log.empty([0], width)
     spent: dict[str, list[float]] = {"executor": [], "bare": []}

@@ -129,10 +129,8 @@ class Cluster:
 
     def run(self, job: Job, progress: Tell | None = None, stop: threading.Event | None = None) -> TrainResult:
         """Train by a job, which is checked first; `train` makes one of its arguments (see there)."""
-        checks.watchers(progress, stop)
-        job = self.check(job)
-        checks.enough(job.data, self.workers)
-        return assemble(job, self._watched(rounds if job.plan.servers else train, job, progress, stop), self.backend)
+        job, outcomes = self._watched(rounds if job.plan.servers else train, job, progress, stop)
+        return assemble(job, outcomes, self.backend)
 
     def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
               lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0, shards: Shards | None = None,
@@ -196,8 +194,11 @@ class Cluster:
                             target, compress, sync_batch_norm, precision, skip_nonfinite), progress, stop)  # fmt: skip
 
     def _watched(self, work: Callable[..., Outcome], job: Job, progress: Tell | None, stop: threading.Event | None,
-                 *args: Any) -> list[Outcome]:  # fmt: skip
-        """What each rank makes of a checked job, with a bar while it does."""
+                 *args: Any) -> tuple[Job, list[Outcome]]:  # fmt: skip
+        """The job once it is checked, and what each rank makes of it, with a bar while it does."""
+        checks.watchers(progress, stop)
+        job = self.check(job)
+        checks.enough(job.data, self.workers)
         with Bar(progress) as bar:
 
             def watch(marks: NDArray[np.int64]) -> None:
@@ -205,7 +206,7 @@ class Cluster:
                 done = max(0, int(marks[:, 0].max() if job.plan.servers else marks[:, 0].min()))
                 bar(min(1.0, done / job.steps), f"step {done} of {job.steps}")
 
-            return self.call(work, job, *args, watch=watch, describe=_describer(job.program), stop=stop)
+            return job, self.call(work, job, *args, watch=watch, describe=_describer(job.program), stop=stop)
 
     def train_asynchronous(self, network: Network, data: Dataset, *, batch: int, steps: int, staleness: int = 1,
                            lr: float | None = None, optimizer: Optimizer | None = None, seed: int = 0,
@@ -240,10 +241,7 @@ class Cluster:
         trainers = self.workers - 1
         nominal = asynchronous_server(trainers, [*range(1, self.workers)] * steps, staleness)
         job = Job(nominal, network, data, checks.made_optimizer(lr, optimizer), batch, steps, seed, shards)
-        checks.watchers(progress, stop)
-        job = self.check(job)
-        checks.enough(data, self.workers)
-        outcomes = self._watched(rounds, job, progress, stop, staleness)
+        job, outcomes = self._watched(rounds, job, progress, stop, staleness)
         recorded = compile(asynchronous_server(trainers, outcomes[0].arrivals, staleness), network)
         return assemble(replace(job, plan=recorded.plan, compiled=recorded), outcomes, self.backend)
 

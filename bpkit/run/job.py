@@ -95,7 +95,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Samples of the largest microbatch of any rank in any step."""
-        return max(-(-max(self.shard_sizes(step)) // self.plan.microbatches) for step in self.different_steps)
+        return max(max(part) for step in self.different_steps for part in self.microbatches(step))
 
     @property
     def memory(self) -> Memory:

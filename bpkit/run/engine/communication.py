@@ -32,21 +32,14 @@ def reduce(rank: Rank, action: Action, index: int) -> Call:
 @runs("SCATTER_GRAD")
 def scatter(rank: Rank, action: Action, index: int) -> Call:
     """Sum a stage's gradient over the data ranks, each of which keeps, or adds up, its own part."""
-    gradients, comm = rank.buffers.gradients[action.stage], rank.groups.data
-    reduced, adds, empties = rank.buffers.reduced[action.stage], index not in rank.overwriting, index in rank.emptying
-
-
-    def post() -> Handle | None:
-        if comm.size > 1:
-            return comm.post_reduce_scatter(gradients, reduced, adds)
-        (reduced.add_ if adds else reduced.copy_)(gradients)
-        return None
+    gradients, reduced = rank.buffers.gradients[action.stage], rank.buffers.reduced[action.stage]
+    post = partial(rank.groups.data.post_reduce_scatter, gradients, reduced, index not in rank.overwriting)
 
     def post_and_empty() -> None:
-        (post() or Then()).wait()
+        post().wait()
         gradients.zero_()
 
-    return nothing if not len(gradients) else post_and_empty if empties else post
+    return nothing if not len(gradients) else post_and_empty if index in rank.emptying else post
 
 
 @runs("UNSHARD")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,36 +67,21 @@ def loss(rank: Rank, action: Action, index: int) -> Call:
 # -- backward --------------------------------------------------------------------------------------------
 
 
-@runs("B")
+@runs("B", "I")
 def backward(rank: Rank, action: Action, index: int) -> Call:
-    """Both halves of the backward of a stage."""
-    s, mb, edges, adds = action.stage, action.mb or 0, rank.edges, index not in rank.overwriting
-    run, slot = rank.net(action, index).backward, rank.slots[s, mb]
+    """Both halves of the backward of a stage, or the one for which the stage before waits."""
+    s, mb, edges, net = action.stage, action.mb or 0, rank.edges, rank.net(action, index)
+    whole = partial(net.backward, accumulate=index not in rank.overwriting)
+    run, slot = whole if action.kind == "B" else net.backward_input, rank.slots[s, mb]
     given, made = Buffer("D", s + 1, mb), Buffer("D", s, mb)
 
-    def whole() -> None:
+    def input_gradient() -> None:
         above = edges[given]
-        gradient = run(above, slot, adds, s > 0)
+        gradient = run(above, slot, need_input=s > 0)
         if gradient is not None:
             edges[made] = _own(gradient, above)
 
-    return _giving_back(rank, index, whole)
-
-
-@runs("I")
-def input_half(rank: Rank, action: Action, index: int) -> Call:
-    """The half of the backward for which the stage before waits."""
-    s, mb, edges = action.stage, action.mb or 0, rank.edges
-    run, slot = rank.net(action, index).backward_input, rank.slots[s, mb]
-    given, made = Buffer("D", s + 1, mb), Buffer("D", s, mb)
-
-    def half() -> None:
-        above = edges[given]
-        gradient = run(above, slot, s > 0)
-        if gradient is not None:
-            edges[made] = _own(gradient, above)
-
-    return half
+    return _giving_back(rank, index, input_gradient)
 
 
 @runs("W")

@@ -42,22 +42,31 @@ class StepData:
     """What one step works on; filled before the row runs."""
 
     number: int = 0
-    inputs: Sequence[Tensor] = ()
-    targets: Sequence[Tensor] = ()
-    contexts: Sequence[Context] = ()
-    weights: Sequence[float] = ()  # of each microbatch's terms, in LOSS
+    inputs: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    contexts: list[Context] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # of each microbatch's terms, in LOSS
     scale: float = 1.0  # of the merged gradient, in UPDATE
     losses: dict[int, Tensor] = field(default_factory=dict)  # of each microbatch: the sum over its terms
     sum_over_data: Callable[[Tensor], Tensor] | None = None  # for batch norm over all data ranks
     skips: bool = False  # whether a step makes no update where its gradient is not finite
     skipped: int = 0  # such steps so far
 
-    def load(self, number: int, inputs: Tensor, targets: Tensor, first: int, microbatches: int) -> None:
-        """Cut this rank's shard into microbatches; the first ones take the remainder."""
-        self.inputs, self.targets = inputs.tensor_split(microbatches), targets.tensor_split(microbatches)
-        starts = accumulate(map(len, self.inputs[:-1]), initial=first)
-        self.contexts = [Context(number, start, True, self.sum_over_data) for start in starts]
+    def begin(self, number: int) -> None:
+        """Make room for another step."""
         self.number, self.losses = number, {}
+        self.inputs, self.targets, self.contexts, self.weights = [], [], [], []
+
+    def load(self, step: int, inputs: Tensor, targets: Tensor, first: int, weights: Sequence[float],
+             shares: Sequence[float]) -> None:  # fmt: skip
+        """Cut this rank's shard of a step's batch into microbatches; the first ones take the remainder."""
+        parts = inputs.tensor_split(len(weights))
+        starts = accumulate(map(len, parts[:-1]), initial=first)
+        self.inputs += parts
+        self.targets += targets.tensor_split(len(weights))
+        self.contexts += [Context(step, start, True, self.sum_over_data, share=share)
+                          for start, share in zip(starts, shares, strict=True)]  # fmt: skip
+        self.weights += weights
 
     def loss(self, ahead: bool = False) -> Callable[[], list[float]]:
         """What gives the microbatches' weighted losses, once the step has ended where the host is `ahead` of it."""

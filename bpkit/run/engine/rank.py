@@ -60,7 +60,7 @@ def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: in
     """
     low = sum(sizes[:index])
     own = targets[low : low + sizes[index]]
-    m, ranks = plan.microbatches, len(sizes) - len(plan.servers)
+    m, ranks = 1 if plan.servers else plan.microbatches, len(sizes) - len(plan.servers)  # a round is a whole shard
     if plan.holds != "all":
         weights = tuple(1.0 / max(1, loss.terms(part)) for part in own.tensor_split(m))
         return Shard(low, low + len(own), weights, 1.0, 1.0 / (ranks * m))
@@ -94,15 +94,8 @@ class Runner:
     def run(self, number: int, rows: Tensor, log: Log, line: int) -> None:
         """Run one step on this rank's shard of the global batch `rows`; on a GPU it ends later (see `settle`)."""
         began = perf_counter_ns()
-        job, everyone = self.job, self.job.data.targets[rows]
-        shard = cut(self.plan, everyone, self.network.loss, job.shard_sizes(number), self.buffers.at.data)
-        own = slice(shard.low, shard.high)
-        inputs, targets = self.feed(job.data.inputs[rows[own]]), self.feed(everyone[own])
-        self.step.load(number, inputs, targets, shard.low, self.plan.microbatches)
-        if len(self.network.flat_buffers):
-            shares = job.microbatch_shares(self.buffers.at.data, number)
-            self.step.contexts = [replace(c, share=s) for c, s in zip(self.step.contexts, shares, strict=True)]
-        self.step.weights, self.step.scale = shard.weights, shard.scale
+        self.step.begin(number)
+        share = self.load(number, rows)
         nets = self.buffers.stages.values() if self.step.skips else ()
         kept = [(net.flat_buffers, net.flat_buffers.clone()) for net in nets]
         self.executor.run(number, log, line)
@@ -110,8 +103,20 @@ class Runner:
             self.step.skipped += 1
             for statistics, before in kept:
                 statistics.copy_(before)
-        self._flights.append((number, began, skipped, shard.share, self.step.loss(self.executor.ahead > 0)))
+        self._flights.append((number, began, skipped, share, self.step.loss(self.executor.ahead > 0)))
         self.settle(self.executor.ahead)
+
+    def load(self, number: int, rows: Tensor) -> float:
+        """Load this rank's shard of a step's global batch; the factor of its weighted loss in the reported one."""
+        job, data, everyone = self.job, self.buffers.at.data, self.job.data.targets[rows]
+        shard = cut(self.plan, everyone, self.network.loss, job.shard_sizes(number), data)
+        own, weights = slice(shard.low, shard.high), shard.weights
+        kept = len(self.network.flat_buffers) > 0  # running statistics, in which each rank has a share
+        shares = job.microbatch_shares(data, number) if kept else [1.0] * len(weights)
+        inputs, targets = self.feed(job.data.inputs[rows[own]]), self.feed(everyone[own])
+        self.step.load(number, inputs, targets, shard.low, weights, shares)
+        self.step.scale = shard.scale
+        return shard.share
 
     def settle(self, ahead: int = 0) -> None:
         """Wait until no more than `ahead` steps are under way; FloatingPointError if a loss is not finite."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from time import perf_counter_ns
 
-from bpkit.nn import Context
 from bpkit.plan.action import Action
 from bpkit.plan.strategies.servers import Clock
 from bpkit.run.engine.rank import Runner, outcome
@@ -26,7 +25,8 @@ def rounds(comm: Comm, job: Job, staleness: int | None = None) -> Outcome:
         Where given, rank 0 serves live, with this bound; its row of the plan stands for any order.
     """
     runner = Runner(comm, job)
-    _load(runner, job)
+    for m in range(job.steps):  # microbatch m has the coordinates of step m
+        share = runner.load(m, job.data.indices(m, job.batch, job.seed))
     row = runner.buffers.row
     log = Log.empty([0], len(row))
     arrivals: Sequence[int] = ()
@@ -40,26 +40,9 @@ def rounds(comm: Comm, job: Job, staleness: int | None = None) -> Outcome:
     losses = runner.step.loss()()
     runner.checked(job.steps - 1, losses)
     runner.look(job.steps - 1)
-    share = 1 / (runner.plan.mesh.data - len(runner.plan.servers))
     starts = [int(log.start[0][i]) for i, action in enumerate(row) if action.kind == "ZERO"] or [began] * job.steps
     result = outcome(runner.buffers, [loss * share for loss in losses], [*starts, perf_counter_ns()], log)
     return replace(result, arrivals=tuple(arrivals))
-
-
-def _load(runner: Runner, job: Job) -> None:
-    """This rank's shard of each round; microbatch m has the coordinates of step m."""
-    step, plan, rank = runner.step, runner.plan, runner.buffers.at.data
-    inputs, targets, contexts, weights = [], [], [], []
-    for m in range(plan.microbatches):
-        sizes = job.shard_sizes(m)
-        low = sum(sizes[:rank])
-        rows = job.data.indices(m, job.batch, job.seed)[low : low + sizes[rank]]
-        inputs.append(runner.feed(job.data.inputs[rows]))
-        own = job.data.targets[rows]
-        targets.append(runner.feed(own))
-        contexts.append(Context(step=m, first=low, training=True, share=job.microbatch_shares(rank, m)[0]))
-        weights.append(1.0 / max(1, job.network.loss.terms(own)))
-    step.inputs, step.targets, step.contexts, step.weights = inputs, targets, contexts, weights
 
 
 def _serve(comm: Comm, runner: Runner, staleness: int, log: Log) -> list[int]:
