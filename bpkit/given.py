@@ -55,10 +55,9 @@ def between(what: str, value: Any, least: float, most: float) -> float:
     return found
 
 
-def whole_number(caller: str, least: int = 1, **values: Any) -> None:
-    """Refuse what is no whole number, or below `least`, by name."""
-    for name, value in values.items():
-        integer(f"{caller}: {name}", value, least, floats=False)
+def whole_numbers(caller: str, least: int = 1, **values: Any) -> list[int]:
+    """Return whole numbers as ints, or refuse by name what is none (also a float), or below `least`."""
+    return [integer(f"{caller}: {name}", value, least, floats=False) for name, value in values.items()]
 
 
 def settle(described: Any, takes: Mapping[str, int | tuple[float, float]]) -> None:

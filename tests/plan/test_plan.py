@@ -108,3 +108,37 @@ def test_whole_numbers_of_numpy_are_taken() -> None:
     for wrong in (2.0, True, "2", np.float64(2)):
         with pytest.raises(ValueError, match="workers must be a whole number of at least 1"):
             data_parallel(wrong)
+
+
+LAYOUT = bp.nn.tensor_layout(bp.nn.mlp([8, 8, 8, 8]))
+IN_PARTS = {"data": 2, "buckets": 2}
+
+
+@pytest.mark.parametrize(("make", "arguments", "options"), [
+    (bp.plan.serial, (2, 2), {}), (data_parallel, (2, 2, "mean", 2), {}), (data_parallel, (2, [1, 2]), {}),
+    *((bp.plan.zero, (2, level, 3, 2), {}) for level in (1, 2, 3)), (bp.plan.parameter_server, (3, 2, 2), {}),
+    (bp.plan.local_sgd, (2, 2, 2), {}), (bp.plan.asynchronous_server, (1, [1, 1], 1), {}),
+    (bp.plan.naive, (2,), IN_PARTS), (bp.plan.one_f_one_b, (2, 4), {"cuts": [2]}),
+    *((make, (2, 3), IN_PARTS) for make in (bp.plan.gpipe, bp.plan.one_f_one_b, bp.plan.zero_bubble_h1,
+                                            bp.plan.zero_bubble_h2, bp.plan.zb_v)),
+    (bp.plan.interleaved, (2, 4, 2), IN_PARTS), (bp.plan.pipedream, (2, 3), {}),
+    (bp.plan.tensor_parallel, (data_parallel(2), 2, LAYOUT), {}), (bp.plan.collective, ("ring", 3), {}),
+    (bp.plan.collective, ("hierarchical", 4), {"hosts": 2}),
+    (bp.plan.expand, (data_parallel(4, 2), "hierarchical"), {"hosts": 2}),
+])  # fmt: skip
+def test_a_plan_of_numpys_numbers_is_that_of_pythons(make, arguments, options) -> None:
+    def numpys(value: object) -> object:
+        return np.int64(value) if type(value) is int else np.array(value) if isinstance(value, list) else value
+
+    plan = make(*arguments, **options)
+    found = make(*map(numpys, arguments), **{name: numpys(value) for name, value in options.items()})
+    assert found == plan and str(found) == str(plan) and found.digest == plan.digest
+    assert repr(found) == repr(plan)  # of numbers that are Python's
+
+
+def test_cuts_are_whole_numbers() -> None:
+    for wrong in ("12", [1.5], [1, "2"]):
+        with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            data_parallel(2, wrong)
+    with pytest.raises(ValueError, match="buckets must be a whole number of at least 1, not 2.0"):
+        data_parallel(2, 2.0)

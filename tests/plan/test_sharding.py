@@ -104,7 +104,7 @@ def test_asynchronous_plans_hold_one_gradient_an_update():
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ((2, [1, 2], -1), "a staleness is 0 iterations or more, not -1"),
+        ((2, [1, 2], -1), "staleness must be a whole number of at least 0, not -1"),
         ((2, [1, 1, 2]), "each worker from 1 to 2 equally often"),
         ((2, [1, 3]), "each worker from 1 to 2"),
         ((2, [1, 1, 2, 2], 0), "cannot arrive again before it is answered"),

@@ -14,6 +14,7 @@ source is named.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from bpkit.given import whole_numbers
 from bpkit.plan.action import Action, Part
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
@@ -228,8 +229,8 @@ ALGORITHMS |= {made.__name__: (made.__name__, made) for made in _OTHERS}
 def _algorithm(name: str, ranks: int, stage: int, options: dict[str, int]) -> Rows:
     if name not in ALGORITHMS:
         raise ValueError(f"unknown collective {name!r}: choose one of {', '.join(ALGORITHMS)}")
-    if not isinstance(ranks, int) or ranks < 1:
-        raise ValueError(f"{name}: a collective needs at least 1 rank, not {ranks!r}")
+    (ranks,) = whole_numbers(f"{name}, a collective", ranks=ranks)
+    options = dict(zip(options, whole_numbers(name, 0, **options), strict=True))
     return ALGORITHMS[name][1](ranks, stage, **options)  # type: ignore[call-arg]
 
 

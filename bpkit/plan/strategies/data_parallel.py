@@ -1,10 +1,10 @@
 """Strategies: short pure functions that return plans."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from numbers import Integral
+from operator import index
 
-from bpkit.given import whole_number
+from bpkit.given import whole_numbers
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import complete
@@ -57,9 +57,9 @@ def data_parallel(workers: int, buckets: int | Sequence[int] = 1, merge: str = "
     ValueError
         If a number is below 1 or the merge is unknown.
     """
-    cuts = None if isinstance(buckets, int) else tuple(buckets)
-    count = buckets if isinstance(buckets, int) else len(buckets) + 1
-    whole_number("data_parallel", workers=workers, buckets=count, microbatches=microbatches)
+    cuts = tuple(map(index, buckets)) if isinstance(buckets, Iterable) else None
+    workers, count, microbatches = whole_numbers(
+        "data_parallel", workers=workers, buckets=buckets if cuts is None else len(cuts) + 1, microbatches=microbatches)
     row: list[Action] = []
     for mb in range(microbatches):
         row += [Action(stage, "F", mb) for stage in range(count)]
@@ -71,8 +71,7 @@ def data_parallel(workers: int, buckets: int | Sequence[int] = 1, merge: str = "
 def call_text(function: str, *args: int, **options: object) -> str:
     """The call that makes a plan, without the options that are at their defaults."""
     defaults = {"merge": "mean", "prefetch": True, "reshard": True, "recompute": False}
-    options = {key: int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
-               for key, value in options.items()}  # NumPy's print otherwise
+    options = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in options.items()}  # NumPy's
     words = [str(arg) for arg in args]
     words += [f"{key}={value!r}" for key, value in options.items() if value != defaults.get(key, 1)]
     return f"{function}({', '.join(words)})"

@@ -12,9 +12,10 @@ A skip connection that crosses stages would need an edge of its own.  None can: 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from operator import index
 from typing import TypedDict, Unpack
 
-from bpkit.given import whole_number
+from bpkit.given import whole_numbers
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.passes import communicate, complete, losses, recompute, refine, update_each
@@ -72,7 +73,7 @@ def gpipe(workers: int, microbatches: int, **options: Unpack[Options]) -> Plan:
 
     Bubble (p-1)(F+B), of a makespan of (m+p-1)(F+B).  Activations of m microbatches on each rank.
     """
-    whole_number("gpipe", microbatches=microbatches)
+    (microbatches,) = whole_numbers("gpipe", microbatches=microbatches)
     return _plan("gpipe", lambda rank: "F" * microbatches + "B" * microbatches, range(workers), microbatches,
                  options, workers, microbatches)  # fmt: skip
 
@@ -110,7 +111,8 @@ def interleaved(workers: int, microbatches: int, chunks: int = 2, **options: Unp
     (2(p-r-1) + (v-1)p + 1)/v.  Each microbatch is sent v times as often.  Where p does not divide m the last group
     is smaller.
     """
-    whole_number("interleaved", workers=workers, microbatches=microbatches, chunks=chunks)
+    given = {"workers": workers, "microbatches": microbatches, "chunks": chunks}
+    workers, microbatches, chunks = whole_numbers("interleaved", **given)
     order = [chunk for _ in range(0, microbatches, workers) for chunk in range(chunks) for _ in range(workers)]
     forwards, backwards = [f"F{c}" for c in order], [f"B{chunks - 1 - c}" for c in order]
 
@@ -176,6 +178,8 @@ def zb_v(workers: int, microbatches: int, **options: Unpack[Options]) -> Plan:
     size), on every rank (arXiv:2401.10241, section 6; arXiv:2405.15362).
     """
 
+    workers, microbatches = whole_numbers("zb_v", workers=workers, microbatches=microbatches)
+
     def word(rank: int) -> list[str]:
         p, n = workers, max(microbatches, 2 * workers - 1)
         row = ["F0"] * (2 * (p - rank) - 1) + ["F1", "F0"] * rank + ["F1", "I1", "W1"] * (p - rank)
@@ -199,7 +203,7 @@ def pipedream(workers: int, microbatches: int) -> Plan:
 
     No bubble but the first and the last p-1 microbatches.
     """
-    whole_number("pipedream", workers=workers, microbatches=microbatches)
+    workers, microbatches = whole_numbers("pipedream", workers=workers, microbatches=microbatches)
     rows = tuple(_numbered(_one_f_one_b(workers - rank - 1, microbatches), (rank,), microbatches)
                  for rank in range(workers))  # fmt: skip
     plan = Plan(call_text("pipedream", workers, microbatches), rows, workers, Mesh(pipeline=workers), microbatches,
@@ -210,14 +214,14 @@ def pipedream(workers: int, microbatches: int) -> Plan:
 def _plan(name: str, word: Callable[[int], Iterable[str]], place: Sequence[int], m: int, options: Options,
           *args: int) -> Plan:  # fmt: skip
     """The plan whose rank r runs ``word(r)``."""
-    data, buckets = options.get("data", 1), options.get("buckets", 1)
-    whole_number(name, workers=args[0], microbatches=m, data=data, buckets=buckets)
-    rows = tuple(_numbered(word(rank), [s for s, at in enumerate(place) if at == rank], m) for rank in range(args[0]))
-    plan = Plan(call_text(name, *args, **options), rows, len(place), Mesh(data, args[0]), m,
+    workers, m, data, buckets = whole_numbers(
+        name, workers=args[0], microbatches=m, data=options.get("data", 1), buckets=options.get("buckets", 1))
+    rows = tuple(_numbered(word(rank), [s for s, at in enumerate(place) if at == rank], m) for rank in range(workers))
+    plan = Plan(call_text(name, *args, **options), rows, len(place), Mesh(data, workers), m,
                 options.get("merge", "mean"))  # fmt: skip
     plan = refine(plan, buckets)
     if "cuts" in options:
-        plan = replace(plan, cuts=tuple(options["cuts"]))
+        plan = replace(plan, cuts=tuple(map(index, options["cuts"])))
     return complete(recompute(plan) if options.get("recompute") else plan)
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from bpkit.given import whole_number
+from bpkit.given import whole_numbers
 from bpkit.plan.action import Action, Part
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
@@ -22,7 +22,7 @@ def parameter_server(workers: int, servers: int = 1, buckets: int = 1) -> Plan:
     ValueError
         If there are more servers than workers, or a number is below 1.
     """
-    whole_number("parameter_server", workers=workers, servers=servers, buckets=buckets)
+    workers, servers, buckets = whole_numbers("parameter_server", workers=workers, servers=servers, buckets=buckets)
     if servers > workers:
         raise ValueError(f"parameter_server: {servers} servers do not fit on {workers} workers")
     rows: list[list[Action]] = [[] for _ in range(workers)]
@@ -68,7 +68,7 @@ def local_sgd(workers: int, period: int, buckets: int = 1) -> Plan:
     ValueError
         If a number is below 1.
     """
-    whole_number("local_sgd", workers=workers, period=period, buckets=buckets)
+    workers, period, buckets = whole_numbers("local_sgd", workers=workers, period=period, buckets=buckets)
     step = serial(buckets).rows[0]
     row = [action if action.mb is None else replace(action, mb=m) for m in range(period) for action in step]
     row += [Action(stage, "AVERAGE") for stage in reversed(range(buckets))]
@@ -140,16 +140,15 @@ def asynchronous_server(workers: int, arrivals: Sequence[int], staleness: int = 
     ValueError
         If the staleness is below zero, the arrivals name other workers, or could not have happened.
     """
-    whole_number("asynchronous_server", workers=workers)
-    if staleness < 0:
-        raise ValueError(f"asynchronous_server: a staleness is 0 iterations or more, not {staleness}")
+    (workers,) = whole_numbers("asynchronous_server", workers=workers)
+    (staleness,) = whole_numbers("asynchronous_server", 0, staleness=staleness)
     counts = Counter(arrivals)
     rounds = counts[1]
     if set(counts) != set(range(1, workers + 1)) or len(set(counts.values())) != 1:
         raise ValueError(f"asynchronous_server: arrivals must name each worker from 1 to {workers} equally often")
     server: list[Action] = []
     clock = Clock(workers, staleness)
-    for worker in arrivals:
+    for worker in map(int, arrivals):
         if clock.waits(worker):
             raise ValueError(f"asynchronous_server: worker {worker} cannot arrive again before it is answered "
                              f"(staleness {staleness})")  # fmt: skip

@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from bpkit.given import whole_number
+from bpkit.given import whole_numbers
 from bpkit.plan.action import Action
 from bpkit.plan.mesh import Mesh
 from bpkit.plan.plan import Plan
@@ -43,10 +43,11 @@ def zero(workers: int, level: int, units: int = 1, microbatches: int = 1, prefet
     ValueError
         If the level is not 1, 2 or 3, or a number is below 1.
     """
-    whole_number("zero", workers=workers, units=units, microbatches=microbatches)
+    workers, units, microbatches = whole_numbers("zero", workers=workers, units=units, microbatches=microbatches)
     if level not in (1, 2, 3):
         raise ValueError("zero: the level is 1 (optimizer state), 2 (and gradients) or 3 (and "
                          f"parameters), not {level!r}")  # fmt: skip
+    level = int(level)
     row: list[Action] = []
     for action in serial(units, microbatches).rows[0]:
         scatter = action.kind == "B" and (level > 1 or action.mb == microbatches - 1)

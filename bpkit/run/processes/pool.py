@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from bpkit.given import whole_number
+from bpkit.given import whole_numbers
 from bpkit.run.errors import CommunicationError, Stopped, WorkerDied, WorkerError, WorkerStuck
 from bpkit.run.processes import devices
 from bpkit.run.processes import parcel as payload
@@ -33,7 +33,7 @@ def _check(workers: int, backend: str, threads: int, timeout: float, method: str
     if sys.platform == "win32":
         raise RuntimeError("bpkit's workers run on Linux and macOS; on Windows use WSL2 "
                            "(https://learn.microsoft.com/windows/wsl/install)")
-    whole_number("Cluster", workers=workers, threads_per_worker=threads)
+    whole_numbers("Cluster", workers=workers, threads_per_worker=threads)
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(map(repr, BACKENDS))}")
     if not timeout > 0:
