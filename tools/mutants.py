@@ -1,6 +1,7 @@
 """Random mutants of plans against the checker, and random correct plans: what is accepted must be right when it is run.
 
-python tools/mutants.py [--count N] [--seed S] [--transport shm|gloo|both] [--minutes M] [--correct]
+python tools/mutants.py [--count N] [--seed S] [--transport shm|gloo|both] [--minutes M] [--timeout T]
+    [--correct]
 """
 
 import argparse
@@ -22,14 +23,16 @@ def main() -> int:
     from tests.run.mutants import Judge, originals
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--count", type=int, default=10_000, help="plans in all")
+    parser.add_argument("--count", type=int, default=10_000, help="plans in all; a transport is given no mutant twice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--transport", choices=("shm", "gloo", "both"), default="both")
     parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--timeout", type=float, default=10.0, help="seconds after which a run counts as hung")
     parser.add_argument("--correct", action="store_true", help="random correct plans in place of mutants")
     given = parser.parse_args()
     draw, plans, ends = random.Random(given.seed), originals(), time.monotonic() + 60 * given.minutes
-    judges = [Judge(name) for name in (("shm", "gloo") if given.transport == "both" else (given.transport,))]
+    backends = ("shm", "gloo") if given.transport == "both" else (given.transport,)
+    judges = [Judge(name, given.timeout) for name in backends]
     made = shown = 0
     for judge, plan in zip(cycle(judges), (draw.choice(plans) for _ in iter(int, 1)), strict=False):
         number = min(BATCH, given.count - made)

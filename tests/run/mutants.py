@@ -186,7 +186,8 @@ class Judge:
     counts: Counter[str] = field(default_factory=Counter)
     missed: list[str] = field(default_factory=list)
     _clusters: dict[int, bp.Cluster] = field(default_factory=dict)
-    _expected: dict[tuple[bool, bool], Tensor] = field(default_factory=dict)
+    _expected: dict[object, Tensor] = field(default_factory=dict)
+    _judged: set[str] = field(default_factory=set)
 
     def weights(self, plan: Plan, text: bool, clip: bool = False) -> Tensor:
         """What two steps of SGD make of a network."""
@@ -198,17 +199,30 @@ class Judge:
         return made.network.flat_parameters.clone()
 
     def of_mutants(self, plan: Plan, draw: random.Random, number: int) -> None:
-        """Make mutants of a correct plan; each must be refused, or be right."""
+        """Make mutants of a correct plan, none like it or like one before; each must be refused, or be right."""
         how = of_text(plan), any(action.kind == "NORM" for row in plan.rows for action in row)
-        expected = self.weights(plan, *how)
-        for _ in range(number):
+        if plan.digest not in self._judged:
+            self._judged.add(plan.digest)
+            self._expected[plan.digest] = self.weights(plan, *how)
+        while number:
             try:
                 changed = mutant(plan, draw)
-                check(changed)
             except ValueError:
-                self.counts["refused"] += 1
+                self.counts["no plan"] += 1  # refused when it is written
                 continue
-            self.decide(changed, how, expected, "harmless")
+            if changed.digest not in self._judged:
+                self._judged.add(changed.digest)
+                number -= 1
+                self.judge(changed, how, self._expected[plan.digest])
+
+    def judge(self, plan: Plan, how: tuple[bool, bool], expected: Tensor) -> None:
+        """Refuse a plan, or run it."""
+        try:
+            check(plan)
+        except ValueError:
+            self.counts["refused"] += 1
+        else:
+            self.decide(plan, how, expected, "harmless")
 
     def of_correct(self, draw: random.Random, number: int) -> None:
         """Make correct plans; each must be accepted, and equal serial."""
