@@ -62,6 +62,16 @@ def test_what_random_mutants_found_is_refused(plan, was, now, why):
         check(Plan.parse(text.replace(was, now, 1)))
 
 
+def test_a_stage_that_shares_its_parameter_buffer_is_not_whole_when_a_step_begins():
+    """Where each rank has a buffer of its own, another stage's parameters lie there: on gloo, not in shared memory."""
+    plan = bp.plan.zero(2, 3, units=3, microbatches=2)
+    moved = str(plan).replace(" 0UNSHARD 1UNSHARD 0F0", " 1UNSHARD 0F0") + " {}UNSHARD"
+    with pytest.raises(PlanError, match="stage 0 is whole when a step begins, in a buffer that it shares with stage 2"):
+        check(Plan.parse(moved.format(0)))
+    alone = bp.plan.zero(2, 3, units=2)  # each of its stages has a buffer to itself
+    check(Plan.parse(str(alone).replace(" 0UNSHARD 1UNSHARD 0F0", " 1UNSHARD 0F0") + " 0UNSHARD"))
+
+
 def test_a_reduction_of_another_ranks_stage_is_refused():
     rows = [list(row) for row in bp.plan.one_f_one_b(2, 1, data=2).rows]
     rows[0].append(Action(1, "REDUCE_GRAD"))

@@ -324,6 +324,10 @@ class Provenance:
             resharded = None in versions
             if resharded and stage not in rank.facts.sharded:
                 self.fail(rank, end, f"stage {stage} ends sharded, and the next step begins with a read of the whole")
+            near = self.sharing("P", rank, stage) if self.plan.mesh.data > 1 else []
+            if near and stage not in rank.facts.sharded:
+                self.fail(rank, end, f"stage {stage} is whole when a step begins, in a buffer that it shares with "
+                          f"stage {near[0]}, whose parameters may lie there: UNSHARD comes before its first use")
             for atom, version in enumerate(versions):
                 if version != wanted and (not resharded or self.owner[atom] == rank.at.data):
                     self.fail(rank, end, f"stage {stage} was updated {version or 0} times, not {wanted}")
