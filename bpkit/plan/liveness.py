@@ -7,13 +7,16 @@ checker, the simulator and the executor alike.
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
-from bpkit.plan.action import GIVES, Action, Buffer, buffer
+from bpkit.plan.action import GIVES, VERBS, Action, Buffer, buffer
 from bpkit.plan.checker.hazards import hazards
 from bpkit.plan.plan import Plan
 
 Key = tuple[int, int | None]  # stage and microbatch
+#: Of what writes into a slot or gives away what is in it: A on the way there, D on the way back.
+_GIVEN = {kind: (VERBS[kind].writes or VERBS[kind].reads)[0].letter for kind in {"F", "B", "I"} | GIVES}
 
 
 def loans(row: Sequence[Action]) -> dict[tuple[str, int], int]:
@@ -73,29 +76,29 @@ def forward_slots(row: Sequence[Action]) -> dict[Key, int]:
     """
     here = {action.stage for action in row if action.kind == "F"}
     again = recomputed(row)
-    left = Counter(key for action in row for key in _readers_of_slots(action, here))  # that are still to come
+    readers = [_readers_of_slots(action, here) for action in row]
+    left = Counter(chain.from_iterable(readers))  # that are still to come
     free: defaultdict[int, list[int]] = defaultdict(list)
     used: Counter[int] = Counter()
     held: dict[Key, int] = {}
     slots: dict[Key, int] = {}
-    for action in row:
+    for action, others in zip(row, readers, strict=True):
         key = (action.stage, action.mb)
         if action.kind == ("RECOMPUTE" if key in again else "F"):
             used[action.stage] += not free[action.stage]
             slots[key] = held[key] = heapq.heappop(free[action.stage]) if free[action.stage] else used[action.stage] - 1
-        for other in _readers_of_slots(action, here):
+        for other in others:
             left[other] -= 1
             if not left[other] and other in held:
                 heapq.heappush(free[other[0]], held.pop(other))
     return slots
 
 
-def _readers_of_slots(action: Action, here: set[int]) -> Iterator[Key]:
+def _readers_of_slots(action: Action, here: set[int]) -> Sequence[Key]:
     """The slots, as (stage, microbatch), of which an action is one of the readers."""
     if action.kind in ("B", "W"):
-        yield from ((stage, action.mb) for stage in (action.stage - 1, action.stage, action.stage + 1) if stage in here)
-    elif action.kind in GIVES:
-        yield action.stage, action.mb
+        return [(stage, action.mb) for stage in (action.stage - 1, action.stage, action.stage + 1) if stage in here]
+    return [(action.stage, action.mb)] if action.kind in GIVES else ()
 
 
 def waits(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int, ...], ...]:
@@ -108,13 +111,10 @@ def waits(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int, .
     giving: defaultdict[tuple[str, int, int], list[int]] = defaultdict(list)  # letter, stage and slot
     result = []
     for index, (action, own) in enumerate(zip(row, hazards(row, plan), strict=True)):
-        key = (action.stage, action.mb)
-        if action.kind in ("F", "B", "I") or action.kind in GIVES:
-            letter = (action.verb.writes or action.verb.reads)[0].letter  # A on the way there, D on the way back
+        letter, key = _GIVEN.get(action.kind), (action.stage, action.mb)
+        if letter and not (letter == "A" and key in copied):
             place = (letter, action.stage, slots.get(key, -1))
-            if letter == "A" and key in copied:
-                pass
-            elif action.kind in GIVES:
+            if action.kind in GIVES:
                 giving[place].append(index)
             elif place in giving:
                 own = tuple(sorted({*own, *giving.pop(place)}))

@@ -72,6 +72,12 @@ def test_a_stage_that_shares_its_parameter_buffer_is_not_whole_when_a_step_begin
     check(Plan.parse(str(alone).replace(" 0UNSHARD 1UNSHARD 0F0", " 1UNSHARD 0F0") + " 0UNSHARD"))
 
 
+def test_an_update_of_another_ranks_stage_after_the_norm_is_refused_as_others_are():
+    plan = bp.plan.compile(bp.plan.one_f_one_b(2, 1), bp.nn.mlp([4, 4, 4]), clip=True).plan
+    with pytest.raises(PlanError, match="0UPDATE: stage 0 does not live on this rank"):
+        check(plan.with_rows([list(plan.rows[0]), [*plan.rows[1], Action(0, "UPDATE")]]))
+
+
 def test_a_reduction_of_another_ranks_stage_is_refused():
     rows = [list(row) for row in bp.plan.one_f_one_b(2, 1, data=2).rows]
     rows[0].append(Action(1, "REDUCE_GRAD"))

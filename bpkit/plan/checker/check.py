@@ -92,6 +92,7 @@ class _Walk:
         self.arrivals: dict[tuple[str, object], list[tuple[_Rank, int]]] = {}
         # By from, to, and whether it sends: what has no partner yet, and what it carries.
         self.posted: dict[tuple[int, int, bool], tuple[_Rank, int, object]] = {}
+        self.partners: dict[tuple[int, str, int, int | None], int] = {}  # of messages, found once
         self.order: list[Together] = []
 
     def run(self) -> tuple[Together, ...]:
@@ -117,9 +118,9 @@ class _Walk:
 
     def _start(self, rank: _Rank, index: int) -> None:
         action = rank.holds.row[index]
-        if action.kind in COMPUTE:
+        if effect := COMPUTE.get(action.kind):
             self.world.lives_here(rank.holds, index, action.stage)
-            COMPUTE[action.kind](self.world, rank.holds, index, action)
+            effect(self.world, rank.holds, index, action)
             self._done((rank, index))
         elif action.kind in GROUP:
             self._collective(rank, index)
@@ -157,34 +158,38 @@ class _Walk:
         Both end when both have started, as on a transport whose sends wait for their receives.
         """
         action = rank.holds.row[index]
-        sends = action.kind in PARTNERS
-        other = action.stage + (1 if sends == action.kind.endswith("F") else -1)
-        if action.peer is None and not 0 <= other < self.plan.stages:
-            self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
-        peer = self._partner(rank, index, action)
-        content = self.world.take(rank.holds, index, action) if sends else None
-        if (peer, rank.number, not sends) not in self.posted:
-            self.posted[rank.number, peer, sends] = (rank, index, content)
+        sends, peer = action.kind in PARTNERS, self._partner(rank, index, action)
+        own = rank, index, self.world.take(rank.holds, index, action) if sends else None
+        found = self.posted.pop((peer, rank.number, not sends), None)
+        if found is None:
+            self.posted[rank.number, peer, sends] = own
             return
-        partner, at, given = self.posted.pop((peer, rank.number, not sends))
-        (sender, i), (receiver, j) = ((rank, index), (partner, at)) if sends else ((partner, at), (rank, index))
+        (sender, i, content), (receiver, j, _) = (own, found) if sends else (found, own)
         if not self._fit(sender.holds.row[i], receiver.holds.row[j]):
             self.world.fail(receiver.holds, j, f"the next message from rank {sender.number} is {sender.holds.row[i]}")
-        self.world.deliver(receiver.holds, j, content if sends else given)
+        self.world.deliver(receiver.holds, j, content)
         self._done((sender, i), (receiver, j))
 
     def _partner(self, rank: _Rank, index: int, action: Action) -> int:
         """The rank at the other end of a message."""
+        asked = rank.number, action.kind, action.stage, action.peer
+        if asked in self.partners:
+            return self.partners[asked]
+        other = action.stage + (1 if (action.kind in PARTNERS) == action.kind.endswith("F") else -1)
+        if action.peer is None and not 0 <= other < self.plan.stages:
+            self.world.fail(rank.holds, index, f"there is no stage {other} to exchange with")
         peer = self.plan.mesh.rank(self.plan.partner(rank.holds.at, action))
         if peer == rank.number:
             self.world.fail(rank.holds, index, "its partner is this rank itself, where nothing has to be sent")
+        self.partners[asked] = peer
         return peer
 
     def _fit(self, send: Action, receive: Action) -> bool:
         """Whether a receive takes what a send gives."""
         kinds, step = PARTNERS[send.kind]
+        inside = self.world.atoms.inside
         return (receive.kind in kinds and receive.stage == send.stage + step and receive.mb == send.mb
-                and self.world.atoms.inside(receive.part) == self.world.atoms.inside(send.part))  # fmt: skip
+                and (receive.part == send.part or inside(receive.part) == inside(send.part)))  # fmt: skip
 
     def _done(self, *ends: tuple[_Rank, int]) -> None:
         """Note what has happened together."""

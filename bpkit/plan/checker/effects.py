@@ -192,7 +192,7 @@ def _on_edge(world: Provenance, members: Members, action: Action) -> None:
 def _norm(world: Provenance, members: Members, action: Action) -> None:
     for rank, index in members:
         rank.normed = True
-        for applied in rank.facts.updates:
+        for applied in (action for action in rank.facts.updates if action.stage in rank.gradients):
             held, atoms = _updated(world, rank, applied)
             for atom in atoms:
                 world.complete(rank, index, applied.stage, atom, held[atom])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bpkit.plan.action import VERBS, Action, Touch
+from bpkit.plan.action import VERBS, Action, Part
 from bpkit.plan.checker.atoms import Atoms
 from bpkit.plan.plan import Plan
 
@@ -31,33 +31,50 @@ def hazards(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int,
         For each action, sorted indices; of earlier compute only the last.
     """
     result: list[tuple[int, ...]] = []
-    stages, atoms = {action.stage for action in row}, Atoms(action.part for action in row if action.part)
-    noted = {touch.letter for kind in {a.kind for a in row if a.verb.stream != "compute"} for touch in _TOUCHES[kind]}
-    last: dict[str, int] = {}  # by stream
+    kinds = {action.kind for action in row}
+    noted = {touch.letter for kind in kinds if VERBS[kind].stream != "compute" for touch in _TOUCHES[kind]}
+    touches = {kind: [(touch, changes) for touch, changes in _TOUCHES[kind].items() if touch.letter in noted]
+               for kind in kinds}  # fmt: skip
+    flat = _Flat(row, plan)
+    last = {"compute": -1}  # by stream
     # Communication that touched a buffer; compute needs no note, since all later actions wait for the last of it.
     changer: dict[_Key, int] = {}
     readers: dict[_Key, list[int]] = {}
     for index, action in enumerate(row):
-        stream = action.verb.stream
-        waits = {-1, last.get("compute", -1), last.get(stream, -1)}
-        for touch, changes in _TOUCHES[action.kind].items():
-            for key in _keys(action, touch, stages, atoms, plan) if touch.letter in noted else ():
+        stream = VERBS[action.kind].stream
+        waits = {last["compute"], last.get(stream, -1)}
+        for (letter, edge), changes in touches[action.kind]:
+            for key in ((letter, action.stage + edge, action.mb, 0),) if letter in "AD" else flat.keys(letter, action):
                 waits.add(changer.get(key, -1))
                 if changes:
                     waits.update(readers.pop(key, ()))
                     changer[key] = index if stream != "compute" else -1
                 elif stream != "compute":
                     readers.setdefault(key, []).append(index)
-        result.append(tuple(sorted(waits - {-1})))
+        waits.discard(-1)
+        result.append(tuple(sorted(waits)))
         last[stream] = index
     return tuple(result)
 
 
-def _keys(action: Action, touch: Touch, stages: set[int], atoms: Atoms, plan: Plan | None) -> list[_Key]:
-    """The buffers that an action means by one of its touches."""
-    if touch.letter in "ADSKN":
-        return [(touch.letter, -1 if touch.letter == "N" else action.stage + touch.edge, action.mb, 0)]
-    own = plan.near(action, touch.letter) if plan else (action.stage,)
-    near = stages if action.kind in ("NORM", "SUM_TIED") else own  # those touch every stage's gradient
-    places = {plan.room(touch.letter, other) if plan else other for other in near}
-    return [(touch.letter, place, None, atom) for place in places for atom in atoms.inside(action.part)]
+class _Flat:
+    """The flat buffers of a row, in atoms, and the norm: what is no edge of a microbatch."""
+
+    def __init__(self, row: Sequence[Action], plan: Plan | None) -> None:
+        self.plan, self.stages = plan, {action.stage for action in row}
+        self.atoms = Atoms(action.part for action in row if action.part)
+        self._found: dict[tuple[str, str, int, Part | None], list[_Key]] = {}
+
+    def keys(self, letter: str, action: Action) -> list[_Key]:
+        """The buffers of a letter that an action touches."""
+        if (found := self._found.get(asked := (letter, action.kind, action.stage, action.part))) is None:
+            found = self._found[asked] = self._keys(letter, action)
+        return found
+
+    def _keys(self, letter: str, action: Action) -> list[_Key]:
+        if letter == "N":
+            return [("N", -1, None, 0)]
+        own = self.plan.near(action, letter) if self.plan else (action.stage,)
+        near = self.stages if action.kind in ("NORM", "SUM_TIED") else own  # those touch every stage's gradient
+        places = {self.plan.room(letter, other) if self.plan else other for other in near}
+        return [(letter, place, None, atom) for place in places for atom in self.atoms.inside(action.part)]

@@ -187,6 +187,8 @@ class Provenance:
         """An activation or its gradient that must be there, and be what its reader needs."""
         letter, number, mb = edge
         held = rank.edges.get(edge)
+        if held is self.whole and not self.split:
+            return held
         if held is None:
             names = {"A": "input", "D": "gradient of output", "S": "saved state", "K": "input half"}
             return self.fail(rank, index, f"its {names[letter]} (edge {number}, microbatch {mb}) is not on this rank")
