@@ -237,9 +237,7 @@ class Action:
             raise ValueError(f"{text!r} is not an action: write <stage><KIND><microbatch>, for example 2F0 "
                              "or 0ADD_G[3/4]<3")  # fmt: skip
         number = {k: int(v) for k, v in match.groupdict().items() if v is not None and k not in ("kind", "way")}
-        part = None
-        if "of" in number:
-            part = Part(number["lo"], number.get("hi", number["lo"] + 1), number["of"])
+        part = Part(number["lo"], number.get("hi", number["lo"] + 1), number["of"]) if "of" in number else None
         action = cls(number["stage"], match["kind"], number.get("mb"), part, number.get("peer"))
         if match["way"] and match["way"] != action.verb.peer:
             raise ValueError(f"{text!r}: {action.kind} is written with {action.verb.peer!r}, as in {action}")

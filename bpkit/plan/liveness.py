@@ -8,6 +8,7 @@ checker, the simulator and the executor alike.
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 
 from bpkit.plan.action import GIVES, VERBS, Action, Buffer, buffer
@@ -120,6 +121,12 @@ def waits(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int, .
                 own = tuple(sorted({*own, *giving.pop(place)}))
         result.append(own)
     return tuple(result)
+
+
+@lru_cache(maxsize=16)
+def waits_by_row(plan: Plan) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """What each action of each row of a plan waits for (see `waits`); remembered, since several ask for it."""
+    return tuple(waits(row, plan) for row in plan.rows)
 
 
 def weight_copies(row: Sequence[Action]) -> tuple[dict[int, tuple[int, int]], dict[int, int]]:

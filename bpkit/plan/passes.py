@@ -22,11 +22,17 @@ def complete(plan: Plan, norm: bool = False) -> Plan:
     return update(clip(plan) if norm else plan)
 
 
-def _each_row(plan: Plan, change: Callable[[list[Action]], Iterable[Action]]) -> Plan:
-    return plan.with_rows([list(change(list(row))) for row in plan.rows])
+def _by_row(change: Callable[[Plan, list[Action]], Iterable[Action]]) -> Callable[[Plan], Plan]:
+    """A pass that changes each row by itself, from the function that does."""
+
+    def of_plan(plan: Plan) -> Plan:
+        return plan.with_rows(change(plan, list(row)) for row in plan.rows)
+
+    of_plan.__name__, of_plan.__doc__ = change.__name__, change.__doc__
+    return of_plan
 
 
-def _last_gradients(row: list[Action]) -> dict[int, int]:
+def _last_gradients(row: Sequence[Action]) -> dict[int, int]:
     """Index of the action that completes each stage's gradient in a row."""
     return {action.stage: index for index, action in enumerate(row) if action.kind in ("B", "W")}
 
@@ -59,43 +65,33 @@ def refine(plan: Plan, k: int) -> Plan:
     return replace(plan, rows=rows, stages=plan.stages * k, place=place, cuts=plan.cuts if k == 1 else None)
 
 
-def recompute(plan: Plan) -> Plan:
+@_by_row
+def recompute(plan: Plan, row: list[Action]) -> Iterable[Action]:
     """A RECOMPUTE before each backward that does not directly follow its forward, whose activations are dropped."""
-
-    def insert(row: list[Action]) -> Iterable[Action]:
-        for before, action in zip([None, *row], row, strict=False):
-            if action.kind in ("B", "I") and before != Action(action.stage, "F", action.mb):
-                yield Action(action.stage, "RECOMPUTE", action.mb)
-            yield action
-
-    return _each_row(plan, insert)
+    for before, action in zip([None, *row], row, strict=False):
+        if action.kind in ("B", "I") and before != Action(action.stage, "F", action.mb):
+            yield Action(action.stage, "RECOMPUTE", action.mb)
+        yield action
 
 
-def losses(plan: Plan) -> Plan:
+@_by_row
+def losses(plan: Plan, row: list[Action]) -> Iterable[Action]:
     """A LOSS before the first backward action of each microbatch on the last stage."""
-
-    def insert(row: list[Action]) -> Iterable[Action]:
-        done: set[int | None] = set()
-        for action in row:
-            if action.stage == plan.stages - 1 and action.kind in ("B", "I") and action.mb not in done:
-                done.add(action.mb)
-                yield Action(action.stage, "LOSS", action.mb)
-            yield action
-
-    return _each_row(plan, insert)
+    done: set[int | None] = set()
+    for action in row:
+        if action.stage == plan.stages - 1 and action.kind in ("B", "I") and action.mb not in done:
+            done.add(action.mb)
+            yield Action(action.stage, "LOSS", action.mb)
+        yield action
 
 
-def tensor_edges(plan: Plan) -> Plan:
+@_by_row
+def tensor_edges(plan: Plan, row: list[Action]) -> Iterable[Action]:
     """The collective on the tensor axis that each edge needs: a sum, or tokens scattered or gathered."""
-
-    def insert(row: list[Action]) -> Iterable[Action]:
-        for action in row:
-            yield action
-            kind = plan.edge_collective(action.kind, action.stage) if action.kind in ("F", "I", "B") else ""
-            if kind:
-                yield Action(action.stage, kind, action.mb)
-
-    return _each_row(plan, insert)
+    for action in row:
+        yield action
+        if kind := plan.edge_collective(action.kind, action.stage):
+            yield Action(action.stage, kind, action.mb)
 
 
 def communicate(plan: Plan) -> Plan:
@@ -157,33 +153,21 @@ def _ready(plan: Plan, action: Action, arrived: dict[tuple[str, int, int | None]
 def _hand_over(plan: Plan, rank: int, action: Action, end: int, rows: Rows,
                arrived: dict[tuple[str, int, int | None], int]) -> None:  # fmt: skip
     """Mark what an action produced, and send it where the next stage is elsewhere."""
-    kind = action.kind
-    if kind in ("F", "B", "I") and plan.edge_collective(kind, action.stage):
-        return  # what is handed over is the collective's result
-    made = action.verb.writes[:1]
-    if made == (Touch("A", 1),):
-        arrived["A", action.stage + 1, action.mb] = end
-        _send(plan, rank, action, "F", action.stage + 1, rows)
-    elif made == (Touch("D"),):
-        arrived["D", action.stage, action.mb] = end
-        _send(plan, rank, action, "B", action.stage - 1, rows)
-
-
-def _send(plan: Plan, rank: int, action: Action, way: str, to: int, rows: Rows) -> None:
+    stage, mb, made = action.stage, action.mb, action.verb.writes[:1]
+    if made not in ((Touch("A", 1),), (Touch("D"),)) or plan.edge_collective(action.kind, stage):
+        return  # of a pass before a collective, what is handed over is the collective's result
+    way, to = ("F", stage + 1) if made[0].edge else ("B", stage - 1)
+    arrived[made[0].letter, stage + made[0].edge, mb] = end
     if 0 <= to < plan.stages and plan.place[to] != rank:
-        rows[rank].append(Action(action.stage, f"SEND_{way}", action.mb))
-        rows[plan.place[to]].append(Action(to, f"RECV_{way}", action.mb))
+        rows[rank].append(Action(stage, f"SEND_{way}", mb))
+        rows[plan.place[to]].append(Action(to, f"RECV_{way}", mb))
 
 
-def zero(plan: Plan) -> Plan:
+@_by_row
+def zero(plan: Plan, row: list[Action]) -> Iterable[Action]:
     """A ZERO for each stage of a row, before its first action that adds to the gradient."""
-
-    def insert(row: list[Action]) -> Iterable[Action]:
-        stages = sorted({action.stage for action in row if action.kind == "F"})
-        yield from (Action(stage, "ZERO") for stage in stages)
-        yield from row
-
-    return _each_row(plan, insert)
+    yield from (Action(stage, "ZERO") for stage in sorted({action.stage for action in row if action.kind == "F"}))
+    yield from row
 
 
 def tensor_gradients(plan: Plan) -> Plan:
@@ -202,7 +186,7 @@ def reduce_gradients(plan: Plan) -> Plan:
 def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
     follow = ON_EDGES | {"SEND_B", "SUM_G"}
 
-    def insert(row: list[Action]) -> Iterable[Action]:
+    def insert(row: Sequence[Action]) -> Iterable[Action]:
         after: dict[int, Action] = {}
         for stage, index in _last_gradients(row).items():
             for later in range(index + 1, len(row)):  # a receive may have been posted between
@@ -217,7 +201,7 @@ def _after_gradients(plan: Plan, kind: str, stages: set[int]) -> Plan:
             if index in after:
                 yield after[index]
 
-    return _each_row(plan, insert)
+    return plan.with_rows(map(insert, plan.rows))
 
 
 def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
@@ -240,7 +224,7 @@ def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
                          "the gradient of all its uses at once: cut so that one stage holds them all")  # fmt: skip
     copies = {*sum(plan.copied, ())}
 
-    def insert(row: list[Action]) -> Iterable[Action]:
+    def insert(row: Sequence[Action]) -> Sequence[Action]:
         for holder in plan.lending:
             uses = [i for i, a in enumerate(row) if a.verb.stream == "compute" and holder in plan.near(a, "P")
                     and a.kind not in ("ZERO", "UPDATE")]  # fmt: skip
@@ -254,7 +238,7 @@ def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
         last = max(i for i, action in enumerate(rest) if action.kind in ON_EDGES | {"B", "W", "SEND_B", "SUM_G"})
         return [*rest[: last + 1], Action(own[0], "SUM_TIED"), *late, *rest[last + 1 :]]
 
-    plan = _each_row(plan, insert)
+    plan = plan.with_rows(map(insert, plan.rows))
     return replace(plan, name=f"{plan.name} with tied weights") if copies else plan
 
 
@@ -265,30 +249,24 @@ def clip(plan: Plan) -> Plan:
     return plan.with_rows([[*row[:i], n, *row[i:]] for row, i, n in zip(plan.rows, first, norms, strict=True)])
 
 
-def update(plan: Plan) -> Plan:
+@_by_row
+def update(plan: Plan, row: list[Action]) -> Iterable[Action]:
     """An UPDATE of each stage at the end of the row, in the order in which gradients are completed."""
-
-    def insert(row: list[Action]) -> Iterable[Action]:
-        yield from row
-        done = _last_gradients(row)
-        yield from (Action(stage, "UPDATE") for stage in sorted(done, key=done.__getitem__))
-
-    return _each_row(plan, insert)
+    yield from row
+    done = _last_gradients(row)
+    yield from (Action(stage, "UPDATE") for stage in sorted(done, key=done.__getitem__))
 
 
-def update_each(plan: Plan) -> Plan:
+@_by_row
+def update_each(plan: Plan, row: list[Action]) -> Iterable[Action]:
     """A ZERO before each B and an UPDATE before the next compute: every microbatch is applied by itself."""
-
-    def insert(row: list[Action]) -> Iterable[Action]:
-        due: list[Action] = []
-        for action in row:
-            if action.verb.stream == "compute":  # what is sent first does not wait for the update
-                yield from due
-                due.clear()
-            if action.kind == "B":
-                yield Action(action.stage, "ZERO")
-                due.append(Action(action.stage, "UPDATE"))
-            yield action
-        yield from due
-
-    return _each_row(plan, insert)
+    due: list[Action] = []
+    for action in row:
+        if action.verb.stream == "compute":  # what is sent first does not wait for the update
+            yield from due
+            due.clear()
+        if action.kind == "B":
+            yield Action(action.stage, "ZERO")
+            due.append(Action(action.stage, "UPDATE"))
+        yield action
+    yield from due

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Final
@@ -123,23 +123,23 @@ class Plan:
         if self.stages < 1 or self.microbatches < 1:
             raise ValueError(f"{self.name}: a plan needs at least one stage and one microbatch, not "
                              f"{self.stages} and {self.microbatches}")  # fmt: skip
-        if self.merge not in MERGES:
-            raise ValueError(f"{self.name}: unknown merge {self.merge!r}: choose one of {', '.join(MERGES)}")
+        for what, known in (("merge", MERGES), ("purpose", PURPOSES), ("holds", ("all", "own", "one"))):
+            if (given := getattr(self, what)) not in known:
+                raise ValueError(f"{self.name}: unknown {what} {given!r}: choose one of {', '.join(known)}")
         needed = self.mesh.pipeline * (self.mesh.data if self.expanded else 1)
         if len(self.rows) != needed:
             each = "(pipeline, data) coordinate" if self.expanded else "pipeline coordinate"
             raise ValueError(f"{self.name}: {len(self.rows)} rows, but a mesh of {self.mesh} needs "
                              f"{needed}: one a {each}")  # fmt: skip
-        if self.purpose not in PURPOSES:
-            raise ValueError(f"{self.name}: unknown purpose {self.purpose!r}: choose one of {', '.join(PURPOSES)}")
-        if self.holds not in ("all", "own", "one"):
-            raise ValueError(f"{self.name}: an UPDATE holds 'all', 'own' or 'one', not {self.holds!r}")
         if min(self.staleness, self.gradient_buffers, self.parameter_buffers) < 0:
             raise ValueError(f"{self.name}: a staleness and numbers of buffers are not negative")
         if self.cuts is not None and len(self.cuts) != self.stages - 1:
             raise ValueError(f"{self.name}: {self.stages} stages need {self.stages - 1} cuts, not {len(self.cuts)}")
         if not self.place:
             object.__setattr__(self, "place", self._places())
+        if len(self.place) != self.stages or not {*self.place} <= {*range(self.mesh.pipeline)}:
+            raise ValueError(f"{self.name}: place gives each of {self.stages} stages one of {self.mesh.pipeline} "
+                             f"pipeline ranks, not {self.place}")  # fmt: skip
         if any(len(group) < 2 or list(group) != sorted({*group} & {*range(self.stages)}) for group in self.tied):
             raise ValueError(f"{self.name}: tied are two or more of {self.stages} stages, in order, not {self.tied}")
         for start, end in self.skips:
@@ -150,6 +150,9 @@ class Plan:
             for action in row:
                 self._fits(action, index)
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.mesh, self.stages, self.microbatches, *map(len, self.rows)))  # all actions: slow
+
     def _places(self) -> tuple[int, ...]:
         """Where each stage's forwards stand."""
         per_row = self.mesh.data if self.expanded else 1
@@ -158,22 +161,21 @@ class Plan:
             for action in row:
                 if action.kind == "F" and found.setdefault(action.stage, index // per_row) != index // per_row:
                     raise ValueError(f"{self.name}: stage {action.stage} is run forward in rows of two pipeline ranks")
-        missing = [stage for stage in range(self.stages) if stage not in found]
-        if missing:
-            raise ValueError(f"{self.name}: no row runs stage {missing[0]} forward")
+        missing = next((stage for stage in range(self.stages) if stage not in found), None)
+        if missing is not None:
+            raise ValueError(f"{self.name}: no row runs stage {missing} forward")
         return tuple(found[stage] for stage in range(self.stages))
 
     def _fits(self, action: Action, row: int) -> None:
-        if (action.stage < self.stages and (action.mb is None or action.mb < self.microbatches)
-                and (action.peer is None or (self.expanded and action.peer < self.mesh.data))):
-            return
-        where = f"{self.name}: {action} in row {row}"
+        why = ""
         if action.stage >= self.stages:
-            raise ValueError(f"{where}: the plan has stages 0 to {self.stages - 1}")
-        if action.mb is not None and action.mb >= self.microbatches:
-            raise ValueError(f"{where}: the plan has microbatches 0 to {self.microbatches - 1}")
-        raise ValueError(f"{where}: a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of "
-                         "an expanded plan")  # fmt: skip
+            why = f"the plan has stages 0 to {self.stages - 1}"
+        elif action.mb is not None and action.mb >= self.microbatches:
+            why = f"the plan has microbatches 0 to {self.microbatches - 1}"
+        elif action.peer is not None and (not self.expanded or action.peer >= self.mesh.data):
+            why = f"a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of an expanded plan"
+        if why:
+            raise ValueError(f"{self.name}: {action} in row {row}: {why}")
 
     @property
     def exact(self) -> bool:
@@ -181,10 +183,10 @@ class Plan:
         return self.merge == "mean" and self.holds == "all"
 
     def edge_collective(self, kind: str, stage: int) -> str:
-        """The kind of the collective on the tensor axis that must follow an F, B or I of a stage; "" for none."""
+        """The kind of the collective on the tensor axis that must follow an action of a stage; "" for none."""
         way, to = ("F", stage + 1) if kind == "F" else ("B", stage - 1)
         partial = self.partial_outputs if kind == "F" else self.partial_inputs
-        if to < 0:
+        if kind not in ("F", "B", "I") or to < 0:
             return ""
         if stage in self.own_tokens:
             return "" if to in self.own_tokens else f"GATHER_{way}"
@@ -254,9 +256,9 @@ class Plan:
         after = (action.kind in PARTNERS) == action.kind.endswith("F")  # SEND_F and RECV_B face the next stage
         return Coordinate(self.place[action.stage + (1 if after else -1)], at.data, at.tensor)
 
-    def with_rows(self, rows: list[list[Action]]) -> Plan:
+    def with_rows(self, rows: Iterable[Iterable[Action]]) -> Plan:
         """The same plan with other rows."""
-        return replace(self, rows=tuple(tuple(row) for row in rows))
+        return replace(self, rows=tuple(map(tuple, rows)))
 
     @cached_property
     def digest(self) -> str:
@@ -327,14 +329,13 @@ def grid(plan: Plan, marked: tuple[int, int] | None = None, around: int = 8) -> 
         text = str(plan.rows[row][column]) if column < len(plan.rows[row]) else ""
         return f">>{text or 'end of row'}<<" if marked == (row, column) else text
 
-    columns = [[str(c)] + [cell(r, c) for r in range(len(plan.rows))] for c in range(low, high + (marked is not None))]
-    names = ["step"] + [f"row {r}" for r in range(len(plan.rows))]
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for index, name in enumerate(names):
-        cells = "  ".join(column[index].ljust(w) for column, w in zip(columns, widths, strict=True))
-        lines.append(f"{name.ljust(8)}{'... ' if low else ''}{cells}{' ...' if high < width else ''}".rstrip())
-    return "\n".join(lines)
+    numbers = range(low, high + (marked is not None))
+    lines = [["step", *map(str, numbers)]]
+    lines += [[f"row {r}", *(cell(r, c) for c in numbers)] for r in range(len(plan.rows))]
+    widths = [8, *(max(map(len, column)) for column in list(zip(*lines, strict=True))[1:])]
+    padded = ([text.ljust(width) for text, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"{name}{'... ' if low else ''}{'  '.join(cells)}{' ...' if high < width else ''}".rstrip()
+                     for name, *cells in padded)  # fmt: skip
 
 
 class PlanError(ValueError):

@@ -12,7 +12,7 @@ from bpkit.description.network import Described, Description
 from bpkit.description.tensor import TensorLayout, shard, tensor_layout
 from bpkit.plan.action import Action, buffer
 from bpkit.plan.checker.check import check
-from bpkit.plan.liveness import loans, peak_activations, waits
+from bpkit.plan.liveness import loans, peak_activations, waits_by_row
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.passes import clip as clipped
 from bpkit.plan.passes import tie
@@ -255,6 +255,5 @@ class _Wire:
 
 def _instructions(plan: Plan, wire: _Wire) -> tuple[tuple[Instruction, ...], ...]:
     return tuple(tuple(Instruction(action, tuple(i for i in needs if row[i].verb.stream != "compute"),
-                                   wire.payload(action, plan))
-                       for action, needs in zip(row, waits(row, plan), strict=True))
-                 for row in plan.rows)  # fmt: skip
+                                   wire.payload(action, plan)) for action, needs in zip(row, waits, strict=True))
+                 for row, waits in zip(plan.rows, waits_by_row(plan), strict=True))  # fmt: skip

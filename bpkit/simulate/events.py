@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bpkit.plan import Plan, Program
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.check import order
-from bpkit.plan.liveness import waits
+from bpkit.plan.liveness import waits_by_row
 from bpkit.plan.mesh import Coordinate
 
 if TYPE_CHECKING:
@@ -110,8 +110,8 @@ def _samples(plan: Plan, at: Coordinate, batch: int, mb: int) -> int:
 
 def run(plan: Plan, times: Times, steps: int) -> list[Rank]:
     """The simulation itself, of plain numbers: each rank with what it notes."""
-    together = order(plan)
-    ranks = [Rank(plan.row(at), waits(plan.row(at), plan), steps) for at in plan.mesh.coordinates()]
+    together, waits = order(plan), waits_by_row(plan)
+    ranks = [Rank(plan.row(at), waits[plan.row_index(at)], steps) for at in plan.mesh.coordinates()]
     for step in range(steps):
         begun = [max(rank.end[step - 1], default=0) for rank in ranks]  # 0 for the first: nothing has ended
         for ends in together:

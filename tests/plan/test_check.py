@@ -1,6 +1,8 @@
 """The checker: correct plans are accepted, and each kind of mistake is refused, at its cell."""
 
 import sys
+from contextlib import nullcontext
+from time import perf_counter
 
 import pytest
 
@@ -193,6 +195,27 @@ def test_the_order_of_independent_collectives_must_agree():
     check(Plan.parse(text.format(one, one)))
     with pytest.raises(PlanError, match="deadlock"):
         check(Plan.parse(text.format(one, two)))
+
+
+@pytest.mark.parametrize(("was", "now", "why"), [
+    ("microbatches 1", "microbatches 99999999", "no action is of microbatch 1 of 99999999"),
+    ("stages 1", "stages 99999999", "place gives each of 99999999 stages one of 1 pipeline ranks, not"),
+    ("stages 1\nmicrobatches 1\nmerge mean\nplace 0", "stages 99999999\nmicrobatches 1", "no row runs stage 1 forward"),
+    ("data=2", "data=99999999", "99,999,999 ranks with 599,999,994 actions are more than the 10,000,000"),
+    ("tensor=1", "tensor=99999999", "199,999,998 ranks with"),
+    ("pipeline=1", "pipeline=99999999", "needs 99999999: one a pipeline coordinate"),
+    ("place 0", "place 0\nexpanded yes", "needs 2: one a .pipeline, data. coordinate"),
+    ("place 0", "place 0\ntied 0 99999999", "tied are two or more of 1 stages"),
+    ("place 0", "place 0\nservers 99999999", ""),
+    ("0UPDATE", "0UPDATE[0/99999999] 0UPDATE[1:99999999/99999999]", ""),
+], ids=lambda text: text[:24])  # fmt: skip
+def test_large_numbers_end_at_once(was, now, why):
+    text = str(bp.plan.data_parallel(2))
+    assert was in text
+    began = perf_counter()
+    with pytest.raises(ValueError, match=why) if why else nullcontext():
+        check(Plan.parse(text.replace(was, now)))
+    assert perf_counter() - began < 2
 
 
 def test_a_later_step_sees_new_weights_only():

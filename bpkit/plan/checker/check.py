@@ -14,12 +14,16 @@ from heapq import heappop, heappush
 from bpkit.plan.action import PARTNERS, Action
 from bpkit.plan.checker.effects import COMPUTE, GROUP
 from bpkit.plan.checker.provenance import Holdings, Provenance
-from bpkit.plan.liveness import waits
+from bpkit.plan.liveness import waits_by_row
 from bpkit.plan.plan import Plan, PlanError
 
 #: Actions that happen together, each as its rank and its index in the row: one of compute, or all ends of a
 #: communication, of a message the sender first.
 Together = tuple[tuple[int, int], ...]
+
+
+#: More ranks or actions are not walked over: it would take minutes.
+MOST = 10_000_000
 
 
 @dataclass
@@ -53,6 +57,8 @@ def check(plan: Plan) -> None:
     ------
     PlanError
         Naming the row, the action and the reason.
+    ValueError
+        If there are more than `MOST` ranks or actions.
     """
     order(plan)
 
@@ -63,9 +69,17 @@ def order(plan: Plan) -> tuple[Together, ...]:
 
     Raises
     ------
-    PlanError
+    PlanError, ValueError
         As `check`.
     """
+    actions = plan.workers // len(plan.rows) * sum(map(len, plan.rows))
+    if max(plan.workers, actions) > MOST:
+        raise ValueError(f"{plan.name}: {plan.workers:,} ranks with {actions:,} actions are more than the {MOST:,} "
+                         "that are checked: check the same plan on a smaller mesh")  # fmt: skip
+    named = {action.mb for row in plan.rows for action in row} - {None}
+    if 1 < plan.microbatches != len(named):
+        missing = next(mb for mb in range(plan.microbatches) if mb not in named)
+        raise PlanError(plan, 0, len(plan.rows[0]), f"no action is of microbatch {missing} of {plan.microbatches}")
     return _Walk(plan).run()
 
 
@@ -84,7 +98,7 @@ class _Walk:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.world = Provenance(plan)
-        rows = [waits(row, plan) for row in plan.rows]
+        rows = waits_by_row(plan)
         followers = list(map(_followers, rows))
         self.ranks = [_Rank(number, holds, followers[holds.index], list(map(len, rows[holds.index])),
                             [i for i, own in enumerate(rows[holds.index]) if not own])

@@ -35,7 +35,8 @@ def hazards(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int,
     noted = {touch.letter for kind in kinds if VERBS[kind].stream != "compute" for touch in _TOUCHES[kind]}
     touches = {kind: [(touch, changes) for touch, changes in _TOUCHES[kind].items() if touch.letter in noted]
                for kind in kinds}  # fmt: skip
-    flat = _Flat(row, plan)
+    stages, atoms = {action.stage for action in row}, Atoms(action.part for action in row if action.part)
+    flat: dict[tuple[str, str, int, Part | None], list[_Key]] = {}  # what has been asked for
     last = {"compute": -1}  # by stream
     # Communication that touched a buffer; compute needs no note, since all later actions wait for the last of it.
     changer: dict[_Key, int] = {}
@@ -44,7 +45,13 @@ def hazards(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int,
         stream = VERBS[action.kind].stream
         waits = {last["compute"], last.get(stream, -1)}
         for (letter, edge), changes in touches[action.kind]:
-            for key in ((letter, action.stage + edge, action.mb, 0),) if letter in "AD" else flat.keys(letter, action):
+            if letter in "AD":
+                keys = [(letter, action.stage + edge, action.mb, 0)]
+            elif (asked := (letter, action.kind, action.stage, action.part)) not in flat:
+                keys = flat[asked] = _flat(letter, action, stages, atoms, plan)
+            else:
+                keys = flat[asked]
+            for key in keys:
                 waits.add(changer.get(key, -1))
                 if changes:
                     waits.update(readers.pop(key, ()))
@@ -57,24 +64,11 @@ def hazards(row: Sequence[Action], plan: Plan | None = None) -> tuple[tuple[int,
     return tuple(result)
 
 
-class _Flat:
-    """The flat buffers of a row, in atoms, and the norm: what is no edge of a microbatch."""
-
-    def __init__(self, row: Sequence[Action], plan: Plan | None) -> None:
-        self.plan, self.stages = plan, {action.stage for action in row}
-        self.atoms = Atoms(action.part for action in row if action.part)
-        self._found: dict[tuple[str, str, int, Part | None], list[_Key]] = {}
-
-    def keys(self, letter: str, action: Action) -> list[_Key]:
-        """The buffers of a letter that an action touches."""
-        if (found := self._found.get(asked := (letter, action.kind, action.stage, action.part))) is None:
-            found = self._found[asked] = self._keys(letter, action)
-        return found
-
-    def _keys(self, letter: str, action: Action) -> list[_Key]:
-        if letter == "N":
-            return [("N", -1, None, 0)]
-        own = self.plan.near(action, letter) if self.plan else (action.stage,)
-        near = self.stages if action.kind in ("NORM", "SUM_TIED") else own  # those touch every stage's gradient
-        places = {self.plan.room(letter, other) if self.plan else other for other in near}
-        return [(letter, place, None, atom) for place in places for atom in self.atoms.inside(action.part)]
+def _flat(letter: str, action: Action, stages: set[int], atoms: Atoms, plan: Plan | None) -> list[_Key]:
+    """The flat buffers of a letter, in atoms, or the norm, that an action touches."""
+    if letter == "N":
+        return [("N", -1, None, 0)]
+    own = plan.near(action, letter) if plan else (action.stage,)
+    near = stages if action.kind in ("NORM", "SUM_TIED") else own  # those touch every stage's gradient
+    places = {plan.room(letter, other) if plan else other for other in near}
+    return [(letter, place, None, atom) for place in places for atom in atoms.inside(action.part)]

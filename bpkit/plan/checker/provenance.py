@@ -97,7 +97,8 @@ class Provenance:
         tokens, share = (frozenset(s for s in self.whole if s[i] == at.tensor) for i in (0, 1))
         rank = Holdings(at, index, row, Facts(row), tokens, share)
         for stage in self.plan.owned(at.pipeline):
-            rank.gradients[stage] = [self._before(at.data, atom) for atom in range(len(self.atoms))]
+            rank.gradients[stage] = [STALE if self.plan.purpose == "train" else self._around(at.data, owner)[0]
+                                     for owner in self.owner]  # fmt: skip
             rank.reduced[stage] = [STALE] * len(self.atoms)
             sharded = stage in rank.facts.sharded and self.plan.mesh.data > 1
             rank.versions[stage] = [0 if not sharded or owner == at.data else None for owner in self.owner]
@@ -231,10 +232,14 @@ class Provenance:
 
     def complete(self, rank: Holdings, index: int, stage: int, atom: int, held: Contributions) -> None:
         """Refuse a gradient that is read as complete and is not what the plan declares."""
+        if self.plan.holds == "all" and not self.uses and held == self._complete[stage in self.split]:
+            return
         own = (2 << self.block) - 1
         uses = Contributions(held.there & ~own, held.again & ~own)
         held = Contributions(held.there & own, held.again & own)
-        self._complete_own(rank, index, stage, atom, held)
+        if why := self._not_own(rank, stage, held):
+            self.fail(rank, index, "the gradient of stage {} from {} to {} is not {}".format(
+                stage, *self.atoms.fractions(atom), why))  # fmt: skip
         ties = [use for use, (number, _) in enumerate(self.uses, 1)
                 if self.plan.holders[number].get(rank.at.pipeline) == stage]  # fmt: skip
         each = self._complete[False].there if self.plan.holds == "all" else held.there
@@ -245,22 +250,19 @@ class Provenance:
             self.fail(rank, index, f"the gradient of the tensor that stages {stages} share is not the sum of all their "
                       f"contributions: {how}, after the last backward of each")  # fmt: skip
 
-    def _complete_own(self, rank: Holdings, index: int, stage: int, atom: int, held: Contributions) -> None:
-        if self.plan.holds == "all" and held == self._complete[stage in self.split]:
-            return
-        where = "the gradient of stage {} from {} to {} is not".format(stage, *self.atoms.fractions(atom))
+    def _not_own(self, rank: Holdings, stage: int, held: Contributions) -> str:
+        """What a stage's own gradient should hold, and what it holds; nothing where that is right."""
         if self.plan.holds != "all":
-            whose = f"one microbatch of {'its own shard' if self.plan.holds == 'own' else 'one shard'}"
             named = self.named(held.there)
             own = self.plan.holds == "one" or all(c is not None and c[0] == rank.at.data for c in named)
-            if len(named) != 1 or None in named or held.again or not own:
-                self.fail(rank, index, f"{where} {whose}: it holds {self.say(held.there)}")
-            return
+            whose = f"one microbatch of {'its own shard' if self.plan.holds == 'own' else 'one shard'}"
+            wrong = len(named) != 1 or None in named or held.again or not own
+            return f"{whose}: it holds {self.say(held.there)}" if wrong else ""
         wanted = self._complete[stage in self.split].there
         missing, extra = wanted & ~held.there, held.again | held.there & ~wanted
         parts = [f"it lacks {self.say(missing)}"] * bool(missing)
         parts += [f"it holds {self.say(extra)} too often"] * bool(extra)
-        self.fail(rank, index, f"{where} the sum of all shards: " + " and ".join(parts))
+        return "the sum of all shards: " + " and ".join(parts) if parts else ""
 
     def say(self, held: int) -> str:
         """A few contributions in words."""
@@ -291,25 +293,15 @@ class Provenance:
 
     # -- before and after --------------------------------------------------------------------------------
 
-    def _before(self, data: int, atom: int) -> Contributions:
-        """A gradient before the plan: stale in training, this rank's own in a collective by itself."""
-        if self.plan.purpose == "train":
-            return STALE
-        if self.plan.purpose == "all_to_all":
-            return self.one(data, self.owner[atom])
-        holds = {"all_gather": self.owner[atom] == data, "broadcast": data == 0}.get(self.plan.purpose, True)
-        return self.one(data, 0) if holds else NOTHING
-
-    def _after(self, data: int, atom: int) -> Contributions | None:
-        """What a collective by itself must leave; None where it does not matter."""
-        purpose, everyone = self.plan.purpose, self._complete[False]
-        if purpose == "all_reduce":
-            return everyone
-        if purpose == "reduce_scatter":
-            return everyone if self.owner[atom] == data else None
-        if purpose == "all_to_all":
-            return self.one(self.owner[atom], data)
-        return self.one(self.owner[atom] if purpose == "all_gather" else 0, 0)
+    def _around(self, data: int, owner: int) -> tuple[Contributions, Contributions | None]:
+        """What a collective by itself begins with in an atom, and must leave there; None where that does not matter."""
+        own, everyone = self.one(data, 0), self._complete[False]
+        around: dict[str, tuple[Contributions, Contributions | None]] = {
+            "all_reduce": (own, everyone), "reduce_scatter": (own, everyone if owner == data else None),
+            "all_gather": (own if owner == data else NOTHING, self.one(owner, 0)),
+            "broadcast": (NOTHING if data else own, self.one(0, 0)),
+            "all_to_all": (self.one(data, owner), self.one(owner, data))}  # fmt: skip
+        return around[self.plan.purpose]
 
     def finish(self, rank: Holdings) -> None:
         """After the last action: everything consumed, every part updated as often as declared, replicas alike."""
@@ -338,7 +330,7 @@ class Provenance:
 
     def _finish_collective(self, rank: Holdings) -> None:
         for atom, held in enumerate(rank.gradients[0]):
-            wanted = self._after(rank.at.data, atom)
+            _, wanted = self._around(rank.at.data, self.owner[atom])
             if wanted is not None and held != wanted:
                 words = *self.atoms.fractions(atom), self.say(held.there), self.say(wanted.there)
                 self.fail(rank, len(rank.row), "elements {} to {} end as {}, not as {}".format(*words))

@@ -57,13 +57,10 @@ def tensor_parallel(plan: Plan, tensor: int, layout: TensorLayout) -> Plan:
     split = {*layout.partial_outputs, *layout.partial_inputs} if tensor > 1 else set()
     rows = tuple(tuple(a for action in row for a in _cut(action, bounds, split)) for row in plan.rows)
     place = tuple(plan.place[stage] for stage, (low, high) in enumerate(bounds) for _ in range(low, high))
-    made = Plan(f"tensor_parallel({plan.name}, {tensor})", rows, count,
-                Mesh(plan.mesh.data, plan.mesh.pipeline, tensor), plan.microbatches, plan.merge, place, layout.cuts,
-                skips=layout.skips, opened=True)
-    if tensor > 1:
-        made = replace(made, partial_outputs=layout.partial_outputs, partial_inputs=layout.partial_inputs,
-                       own_tokens=layout.own_tokens)  # fmt: skip
-    return complete(made)
+    shares = (layout.partial_outputs, layout.partial_inputs, layout.own_tokens) if tensor > 1 else ((), (), ())
+    return complete(Plan(f"tensor_parallel({plan.name}, {tensor})", rows, count,
+                         Mesh(plan.mesh.data, plan.mesh.pipeline, tensor), plan.microbatches, plan.merge, place,
+                         layout.cuts, *shares, skips=layout.skips, opened=True))  # fmt: skip
 
 
 def _cut(action: Action, bounds: list[tuple[int, int]], split: set[int]) -> list[Action]:

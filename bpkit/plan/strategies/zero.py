@@ -57,10 +57,9 @@ def zero(workers: int, level: int, units: int = 1, microbatches: int = 1, prefet
     for stage in reversed(range(units)):
         row += [Action(stage, "UPDATE")] + [Action(stage, "UNSHARD")] * (level < 3)
     name = call_text("zero", workers, level, units=units, microbatches=microbatches, prefetch=prefetch, reshard=reshard)
-    buffers = {"gradient_buffers": 2} if level > 1 and units > 2 and workers > 1 else {}
-    if level == 3 and reshard and units > 2 and workers > 1:
-        buffers["parameter_buffers"] = 2
-    return Plan(name, (tuple(row),), units, Mesh(data=workers), microbatches, **buffers)  # type: ignore[arg-type]
+    shared = 2 * (units > 2 and workers > 1)
+    return Plan(name, (tuple(row),), units, Mesh(data=workers), microbatches, gradient_buffers=shared * (level > 1),
+                parameter_buffers=shared * (level == 3 and reshard))  # fmt: skip
 
 
 def _gathered(row: list[Action], prefetch: bool) -> list[Action]:
@@ -81,7 +80,5 @@ def _kept(row: list[Action], units: int) -> list[Action]:
     """Parameters gathered at the start of the step, all at once, and dropped after the last backward."""
     head = [Action(stage, "UNSHARD") for stage in range(units)]
     last = {action.stage: i for i, action in enumerate(row) if action.kind == "B"}
-    out = list(head)
-    for i, action in enumerate(row):
-        out += [action] + [Action(action.stage, "RESHARD")] * (last.get(action.stage) == i)
-    return out
+    return head + [each for i, action in enumerate(row)
+                   for each in [action, *[Action(action.stage, "RESHARD")] * (last.get(action.stage) == i)]]
