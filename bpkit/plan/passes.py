@@ -242,11 +242,11 @@ def tie(plan: Plan, groups: Sequence[Sequence[int]]) -> Plan:
     return replace(plan, name=f"{plan.name} with tied weights") if copies else plan
 
 
-def clip(plan: Plan) -> Plan:
+@_by_row
+def clip(plan: Plan, row: list[Action]) -> Iterable[Action]:
     """A NORM in each row, before it first updates or receives parameters, for clipping by the global norm."""
-    first = [next((i for i, a in enumerate(row) if a.kind in ("UPDATE", "RECV_P")), len(row)) for row in plan.rows]
-    norms = [Action(min(a.stage for a in row), "NORM") for row in plan.rows]
-    return plan.with_rows([[*row[:i], n, *row[i:]] for row, i, n in zip(plan.rows, first, norms, strict=True)])
+    first = next((i for i, action in enumerate(row) if action.kind in ("UPDATE", "RECV_P")), len(row))
+    return [*row[:first], Action(min(action.stage for action in row), "NORM"), *row[first:]]
 
 
 @_by_row

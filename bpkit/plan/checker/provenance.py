@@ -8,7 +8,7 @@ update demands that its part holds every contribution exactly once.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from bpkit.plan.action import Action, Part, buffer
 from bpkit.plan.checker.atoms import Atoms
@@ -134,10 +134,9 @@ class Provenance:
     def take(self, rank: Holdings, index: int, action: Action) -> object:
         """What a send carries."""
         self.lives_here(rank, index, action.stage if action.verb.scope == "part" else None)
-        if action.kind == "SEND_G":
-            return [rank.gradients[action.stage][i] for i in self.atoms.inside(action.part)]
-        if action.kind == "SEND_P":
-            return [rank.versions[action.stage][i] for i in self.atoms.inside(action.part)]
+        if action.verb.scope == "part":
+            held = (rank.gradients if action.kind == "SEND_G" else rank.versions)[action.stage]
+            return [held[i] for i in self.atoms.inside(action.part)]
         buf = buffer(action, action.verb.reads[0])
         value = self.whole_edge(rank, index, buf)
         rank.edges.pop(buf)
@@ -151,13 +150,9 @@ class Provenance:
             return
         assert isinstance(message, list)
         self.lives_here(rank, index, action.stage)
+        held: list[Any] = (rank.versions if action.kind == "RECV_P" else rank.gradients)[action.stage]
         for i, content in zip(self.atoms.inside(action.part), message, strict=True):
-            if action.kind == "RECV_P":
-                rank.versions[action.stage][i] = content
-            elif action.kind == "ADD_G":
-                rank.gradients[action.stage][i] = rank.gradients[action.stage][i].plus(content)
-            else:
-                rank.gradients[action.stage][i] = content
+            held[i] = held[i].plus(content) if action.kind == "ADD_G" else content
 
     def swap(self, members: Members, action: Action) -> None:
         """Two ranks exchange parts of their buffers."""

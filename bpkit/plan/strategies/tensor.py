@@ -69,11 +69,8 @@ def _cut(action: Action, bounds: list[tuple[int, int]], split: set[int]) -> list
         return []
     low, high = bounds[action.stage]
     stages = range(low, high) if action.kind in ("F", "RECOMPUTE") else range(high - 1, low - 1, -1)
-    result: list[Action] = []
-    for stage in stages:
-        kinds = ("I", "W") if action.kind == "B" and stage in split else (action.kind,)
-        result += [Action(stage, kind, action.mb) for kind in kinds]
-    return result
+    return [Action(stage, kind, action.mb) for stage in stages
+            for kind in (("I", "W") if action.kind == "B" and stage in split else (action.kind,))]
 
 
 def shard_optimizer(plan: Plan) -> Plan:
@@ -84,14 +81,10 @@ def shard_optimizer(plan: Plan) -> Plan:
     ValueError
         If the plan has no REDUCE_GRAD to replace.
     """
-    rows: list[list[Action]] = []
-    for row in plan.rows:
-        out: list[Action] = []
-        for action in row:
-            kind = "SCATTER_GRAD" if action.kind == "REDUCE_GRAD" else action.kind
-            out.append(replace(action, kind=kind))
-            out += [Action(action.stage, "UNSHARD")] * (kind == "UPDATE")
-        rows.append(out)
+    kinds = {"REDUCE_GRAD": "SCATTER_GRAD"}
+    rows = [[each for action in row for each in [replace(action, kind=kinds.get(action.kind, action.kind)),
+                                                 *[Action(action.stage, "UNSHARD")] * (action.kind == "UPDATE")]]
+            for row in plan.rows]  # fmt: skip
     if not any(action.kind == "SCATTER_GRAD" for row in rows for action in row):
         raise ValueError(f"{plan.name} reduces no gradient over a data axis: there is nothing to shard")
     return replace(plan.with_rows(rows), name=f"shard_optimizer({plan.name})")
