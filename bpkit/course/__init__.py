@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bpkit.course import exercises
     from bpkit.course.figures.explorers import Explorer, explorer
     from bpkit.course.figures.merging import Merging, merging
-    from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh, draw_tied
+    from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh
     from bpkit.course.figures.more_pictures import draw_staleness, draw_ties, draw_tokens
     from bpkit.course.figures.pictures import draw_groups, draw_messages, draw_split, draw_zero
     from bpkit.course.figures.pipelines import Pipelines, pipelines
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bpkit.course.words import say
 
 __all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "SavedBytes", "draw_bars", "draw_block", "draw_groups",
-           "draw_mesh", "draw_messages", "draw_split", "draw_staleness", "draw_tied", "draw_ties", "draw_tokens",
+           "draw_mesh", "draw_messages", "draw_split", "draw_staleness", "draw_ties", "draw_tokens",
            "draw_zero", "exercises", "explorer", "gpu_figures", "in_torch", "launch", "merging", "off", "pipelines",
            "say", "serial_gradient", "torch_schedule", "vector"]  # fmt: skip
 
@@ -36,7 +36,7 @@ _PLACES = {
     "figures.pipelines": ("Pipelines", "pipelines"), "recorded": ("GpuFigures", "gpu_figures"),
     "exercises": ("exercises",), "pytorch": ("torch_schedule",), "words": ("say",),
     "launching": ("in_torch", "launch", "off", "serial_gradient", "vector"),
-    "figures.models": ("draw_bars", "draw_block", "draw_mesh", "draw_tied"), "saved": ("SavedBytes",),
+    "figures.models": ("draw_bars", "draw_block", "draw_mesh"), "saved": ("SavedBytes",),
 }  # fmt: skip
 _NEEDS = {**dict.fromkeys(("figures.explorers", "figures.merging", "figures.pipelines"), "anywidget"),
           **dict.fromkeys(("figures.models", "figures.pictures", "figures.more_pictures"), "matplotlib")}  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 import bpkit as bp
@@ -13,11 +12,6 @@ def test_mesh_names_each_rank_at_its_place() -> None:
     drawn = bp.course.draw_mesh(mesh, host=2)
     assert "rank 2: stage 1, part 0, shard 0" in drawn.alt and "Hosts of 2 ranks" in drawn.alt
     assert all(f"rank {rank}" in drawn.svg() for rank in range(4))
-
-
-@pytest.mark.parametrize("place, says", [([0, 1], "SUM_TIED, once a step"), ([0, 0], "one copy, on rank 0")])
-def test_tied_says_whether_something_is_sent(place: list[int], says: str) -> None:
-    assert says in bp.course.draw_tied(["a", "b"], place, (0, 1)).alt
 
 
 def test_bars_hold_every_value() -> None:

@@ -1,8 +1,8 @@
-"""Pictures of chapter 4.2: a block of a GPT, tied weights, a mesh of ranks, and bars for what ranks hold."""
+"""Pictures of chapter 4.2: a block of a GPT, a mesh of ranks, and bars for what ranks hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 
 from matplotlib import rc_context
@@ -36,9 +36,8 @@ def _box(axes: Axes, x: float, y: float, size: tuple[float, float], text: str,
     axes.text(x, y, text, ha="center", va="center", color=ink)
 
 
-def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], both: bool = False,
-           bend: float = 0.0) -> None:  # fmt: skip
-    look = {"arrowstyle": "<->" if both else "->", "color": INK, "connectionstyle": f"arc3,rad={bend}"}
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0) -> None:
+    look = {"arrowstyle": "->", "color": INK, "connectionstyle": f"arc3,rad={bend}"}
     axes.annotate("", end, start, arrowprops=look)
 
 
@@ -62,41 +61,6 @@ def draw_block() -> Drawing:
         axes.text(0.0, 0.35, "a vector for each token goes in, and one comes out", color=INK)
     figure.alt = ("A block of a GPT. A vector for each token passes a layer norm and attention, and is added to "
                   "itself; then it passes a layer norm, a linear layer, GELU and a linear layer, and is added again.")
-    return figure
-
-
-def draw_tied(stages: Sequence[str], place: Sequence[int], tied: tuple[int, int]) -> Drawing:
-    """Draw which rank holds which stage, and where a matrix that two stages use lies.
-
-    Parameters
-    ----------
-    stages : sequence of str
-        What is in each stage.
-    place : sequence of int
-        The rank of each stage.
-    tied : (int, int)
-        The stages that use the matrix.
-    """
-    ranks = max(place) + 1
-    with rc_context(STYLE):
-        figure, axes = _ground(10, ranks + 0.5, 0.75 * ranks + 0.3)
-        step = 8.4 / len(stages)
-        middle = [(1.6 + step * (number + 0.5), ranks - 0.3 - rank) for number, rank in enumerate(place)]
-        for rank in range(ranks):
-            axes.text(0, ranks - 0.3 - rank, f"rank {rank}", va="center", color=INK)
-        for number, ((x, y), text) in enumerate(zip(middle, stages, strict=True)):
-            _box(axes, x, y, (0.8 * step, 0.62), text, _SHADES[1] if number in tied else ("none", INK))
-        for (x, y), (far_x, far_y) in pairwise(middle):
-            _arrow(axes, (x + 0.4 * step, y), (far_x - 0.4 * step, far_y))
-        one, other = (place[stage] for stage in tied)
-        (x, y), (far_x, far_y) = middle[tied[0]], middle[tied[1]]
-        if one != other:
-            _arrow(axes, (x, y - 0.33), (far_x - 0.1 * step, far_y - 0.33), both=True, bend=0.2)
-        words = "SUM_TIED, once a step" if one != other else f"one copy, on rank {one}: nothing to send"
-        axes.text(1.6, 0.02, words, color=INK)
-    held = zip(place, (" ".join(text.split()) for text in stages), strict=True)
-    said = "; ".join(f"rank {rank} holds {text}" for rank, text in held)
-    figure.alt = f"Stages by rank: {said}. The tied matrix is used in stages {tied[0]} and {tied[1]}: {words}."
     return figure
 
 
