@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "book/howto.md", "book/gpu.md")
 #: What a command begins with; other code in the text is a name, a setting or a file.
@@ -114,7 +116,6 @@ def test_the_first_lines_of_the_readme(tmp_path: Path) -> None:
     run(sys.executable, str(tmp_path / "first.py"), PYTHONPATH=str(ROOT), MPLBACKEND="agg")
 
 
-@pytest.mark.slow
 def test_an_installed_library(tmp_path: Path) -> None:
     """What pip installs holds what the library reads at run time."""
     run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), ".", limit=300.0)
@@ -123,7 +124,6 @@ def test_an_installed_library(tmp_path: Path) -> None:
     assert str(tmp_path) in said
 
 
-@pytest.mark.slow
 def test_the_command_for_gpus(tmp_path: Path) -> None:
     """With no GPU the tests are skipped, and the benchmark takes the processor; the last five lines say so."""
     said = run(sys.executable, "tools/gpu.py", "--device", "cpu", "--out", str(tmp_path), "--minutes", "4", limit=240)

@@ -15,6 +15,8 @@ import torch
 
 import bpkit as bp
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

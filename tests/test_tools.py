@@ -18,6 +18,8 @@ import nbformat
 import pytest
 from nbformat import v4
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -185,7 +187,6 @@ def chapter(tmp_path: Path, run: int, saved: int, said: str = "shown\n") -> subp
                           env=environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("run", "saved", "said", "outcome"), [
     (3, 3, "shown\n", "2 passed"),
     (4, 3, "shown\n", "field value is 3, in a fresh run 4"),

@@ -2,8 +2,9 @@
 
     python tools/test.py [lint] [unit] [slow] [chapters] [book] [browser]
 
-`unit` is the fast half of the library's tests, `slow` those that are marked so.  Each chapter is executed once: nbval
-compares its outputs, a plugin of ours its widgets.
+`unit` is the fast part of the library's tests, `slow` those that are marked so.  Both, and the browser's, run two files
+at a time: much of them waits for processes to start, to end or to time out.  Each chapter is executed once, by itself:
+nbval compares its outputs, a plugin of ours its widgets.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ LONGEST = 1500
 def commands(stage: str) -> list[list[str]]:
     """The commands of one stage; all are run, even when the first fails."""
     junit = f"--junitxml={RESULTS / stage}.xml"
-    library = [*PYTEST, junit, "--ignore=tests/book", "--continue-on-collection-errors", "tests", "-m"]
+    two = ["-n", "2", "--dist", "loadfile"]
+    library = [*PYTEST, junit, *two, "--ignore=tests/book", "--continue-on-collection-errors", "tests", "-m"]
     nbval = [*PYTEST, junit, "-p", "nbval_widgets", "-p", "no:cacheprovider", "--nbval-cell-timeout=300",
              "--nbval-sanitize-with=chapters/sanitize.cfg"]
     return {
@@ -39,7 +41,7 @@ def commands(stage: str) -> list[list[str]]:
         "slow": [[*library, "slow"]],
         "chapters": [[*nbval, *chapters()]] if chapters() else [],
         "book": [[sys.executable, "tools/book.py"]],
-        "browser": [[*PYTEST, junit, "tests/book"]],
+        "browser": [[*PYTEST, junit, "-n", "2", "tests/book"]],
     }[stage]
 
 

@@ -21,6 +21,8 @@ from bpkit.course.figures.pipelines import MODULES, SCHEDULES, UNITS, Pipelines,
 from bpkit.course.figures.schedules import FORMAT, equal_stages
 from bpkit.plan import Plan
 
+pytestmark = pytest.mark.slow
+
 CASES = [(name, p, m) for name in SCHEDULES for p in range(1, 5) for m in range(1, 9)]
 RECORDED = Path(__file__).parents[2] / "book/measurements/pipelines-two-core-cpu.json"
 CELL = re.compile(r"(\d+)([FBIW])(\d+)")

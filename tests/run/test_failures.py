@@ -16,6 +16,8 @@ from bpkit.run.transports.comm import Comm
 
 from .pools import gone, our_files
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["shm", "gloo"])
 def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:

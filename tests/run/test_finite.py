@@ -14,6 +14,8 @@ from bpkit.nn import BatchNorm, Context, CrossEntropy, Linear, Network, Tanh
 from bpkit.plan import Plan
 from bpkit.run import WorkerError
 
+pytestmark = pytest.mark.slow
+
 STEPS, BATCH = 16, 4
 
 

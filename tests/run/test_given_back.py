@@ -22,6 +22,8 @@ from tests.plan.test_pipeline import SCHEDULES
 
 from .oracle import gradient_sum, worst
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-12
 TEXT = bp.data.text(length=8)
 GPT = bp.nn.gpt(TEXT.vocabulary, 8, width=16, heads=4, layers=2, dtype=torch.float64)  # no dropout: it writes anew

@@ -14,6 +14,8 @@ from tests.nn import test_gpt
 
 from .oracle import flat, gradient_sum, worst
 
+pytestmark = pytest.mark.slow
+
 EXACT, SAMPLES = 1e-12, 11
 TEXT, DIGITS = bp.data.text(length=12), bp.data.digits(dtype=torch.float64)
 F64 = {"seed": 1, "dtype": torch.float64}

@@ -15,6 +15,8 @@ from bpkit.plan import compile, data_parallel, serial, tensor_parallel
 
 from .mutants import GPT, NEAR, Judge, originals
 
+pytestmark = pytest.mark.slow
+
 MUTANTS = 24  # a plan and transport
 CORRECT = 48  # a transport
 

@@ -12,6 +12,8 @@ from bpkit.plan.strategies.collectives import ALGORITHMS
 from .networks import SAMPLES, batch, every_layer
 from .oracle import flat, gradient_sum, worst
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-12
 NETWORK = every_layer()
 EXPANDED = ["ring", "server", "sharded_server", "tree", "halving_doubling", "hierarchical"]

@@ -16,6 +16,8 @@ import pytest
 
 from .pools import gone
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

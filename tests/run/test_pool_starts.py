@@ -21,6 +21,8 @@ from bpkit.run.transports.shared import names
 from .pools import gone, our_files
 from .test_pool_scripts import family, files_of, start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("backend", ["shm", "gloo"])
 @pytest.mark.parametrize("where", ["_start", "_until_ready"])

@@ -26,6 +26,8 @@ from bpkit.run.transports.comm import Comm
 from .pools import gone, group_of, shared_pool
 from .test_pool_scripts import start
 
+pytestmark = pytest.mark.slow
+
 
 def draw(comm: Comm) -> tuple[int, int, int]:
     return int(torch.randint(1 << 60, (1,))), int(np.random.randint(1 << 60)), random.randrange(1 << 60)

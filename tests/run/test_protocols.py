@@ -16,6 +16,8 @@ from bpkit.run.transports.comm import Comm, part_bounds
 
 from . import test_comm, test_groups
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 1.5
 SLOT = ("SEND_F", 0)
 

@@ -28,6 +28,8 @@ from bpkit.run.job import Job
 from bpkit.run.transports.shared import files
 from bpkit.run.transports.shared.transport import SharedMemoryComm
 
+pytestmark = pytest.mark.slow
+
 DATA = bp.data.digits()
 NETWORK = bp.nn.mlp([64, 48, 40, 32, 10], seed=1)
 PLANS = [serial(), data_parallel(2, 3), zero(2, 1, units=3), zero(2, 2, units=3), zero(2, 3, units=3), gpipe(2, 4),

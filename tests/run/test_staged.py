@@ -21,6 +21,8 @@ from . import test_models
 from .oracle import flat, gradient_sum, worst
 from .pools import shared_pool
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = test_models.SAMPLES
 
 

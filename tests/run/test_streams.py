@@ -25,6 +25,8 @@ from . import host_streams, test_finite, test_models
 from .networks import batch, every_layer
 from .oracle import flat, gradient_sum, worst
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = test_models.SAMPLES
 PLANS = {plan.name: plan for plan in test_models.plans(test_models.MODELS["gpt, tied"][0])}
 

@@ -37,6 +37,8 @@ from bpkit.plan.strategies.pipeline import (
 from .mutants import mutant
 from .oracle import flat, gradient_sum, worst
 
+pytestmark = pytest.mark.slow
+
 EXACT, SAMPLES = 1e-12, 11
 V, W, H, LENGTH = 7, 6, 5, 4
 F64 = {"seed": 1, "dtype": torch.float64}

@@ -18,6 +18,8 @@ from bpkit.run import Stopped, WorkerDied, WorkerError
 
 from .pools import alive
 
+pytestmark = pytest.mark.slow
+
 DATA = bp.data.digits()
 NETWORK = bp.nn.mlp([64, 256, 256, 10], seed=0)
 

@@ -23,6 +23,8 @@ from bpkit.simulate import simulate
 
 from ..measure.made import repeated, result
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -20,6 +20,8 @@ from bpkit.plan import (
 from bpkit.simulate import simulate
 from tests.run import test_models
 
+pytestmark = pytest.mark.slow
+
 TEXT = bp.data.text(length=8)
 GPT = bp.nn.gpt(TEXT.vocabulary, 8, width=16, heads=4, layers=2)
 MLP, DIGITS = bp.nn.mlp([64, 12, 11, 10], seed=1), bp.data.digits()

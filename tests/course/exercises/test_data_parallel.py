@@ -17,6 +17,8 @@ from torch import Tensor
 import bpkit as bp
 from bpkit.course.exercises.ring import ring
 
+pytestmark = pytest.mark.slow
+
 # As functions of a cell travel: by value, so that no worker imports this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -16,6 +16,8 @@ import bpkit as bp
 
 from .judge import rejected
 
+pytestmark = pytest.mark.slow
+
 # As functions of a cell travel: by value, so that no worker imports this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
