@@ -42,6 +42,38 @@ def _judge_ring_sends(answer: Any) -> str:
                 f"of its {2 * (RANKS - 1)} steps, and add up their sizes")  # fmt: skip
 
 
+# -- predict and fill in: unequal shards -------------------------------------------------------------------
+
+
+def _judge_sample_weight(answer: Any) -> str:
+    (number,) = need_numbers([answer], 1, "how many times as much")
+    if number == 80 / 4:
+        return "1/(4 x 4) of the average is one sample of the last shard, 1/(4 x 80) one of the first"
+    if number == 4 / 80:
+        raise Wrong("that is how many times as much one of the first counts")
+    if number == 1:
+        raise Wrong("so it would be in the gradient of the mean loss of the whole batch; here means are averaged")
+    raise Wrong("what weight has the mean of a shard in the average, and what weight has a sample in the mean?")
+
+
+def _judge_merge_means(answer: Any) -> str:
+    need_function(answer, "merge_means(means, sizes)")
+    for sizes in ((4, 4, 4), (6, 4, 2), (7, 5, 0), (0, 1, 9)):
+        sums = [torch.arange(1.0, 6.0, dtype=torch.float64) * size * (rank + 1) ** 2 for rank, size in enumerate(sizes)]
+        wanted = torch.stack(sums).sum(0) / sum(sizes)
+        try:
+            found = torch.as_tensor(answer([s / size for s, size in zip(sums, sizes, strict=True)], list(sizes)))
+        except Exception as error:  # whatever an answer raises
+            raise Wrong(f"shards of {sizes}: it raises {type(error).__name__}: {error}") from error
+        if found.shape != wanted.shape or not found.isfinite().all():
+            raise Wrong(f"shards of {sizes}: the result is not a vector of {len(wanted)} finite numbers")
+        if not torch.allclose(found.double(), wanted, rtol=1e-9):
+            times = float(found.double().norm() / wanted.norm())
+            raise Wrong(f"shards of {sizes}: the result is {times:.3g} times as long as the gradient of the mean loss "
+                        "of all samples")  # fmt: skip
+    return "equal, unequal and empty shards give the gradient of the mean loss of the whole batch"
+
+
 # -- find the bug: a training step -------------------------------------------------------------------------
 
 
@@ -126,5 +158,7 @@ EXERCISES: dict[str, Callable[[Any], str]] = {
     "ring_sends": _judge_ring_sends,
     "ring_all_reduce": ring.judge,
     "ring_to_the_left": partial(ring.judge, to_the_left=True),
+    "sample_weight": _judge_sample_weight,
+    "merge_means": _judge_merge_means,
     "train_step": _judge_train_step,
 }

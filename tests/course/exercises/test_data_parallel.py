@@ -49,6 +49,37 @@ def test_ring_sends_rejects(answer: Any, says: str) -> None:
     assert not verdict.passed and says in verdict.sentence
 
 
+# -- unequal shards ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer, says", [(20, ""), (20.0, ""), (0.05, "one of the first"), (1, "whole batch"),
+                                          (4, "what weight"), (None, "how many times"), ("x", "how many times")])
+def test_sample_weight(answer: Any, says: str) -> None:
+    verdict = bp.exercises.check("sample_weight", answer)
+    assert verdict.passed == (not says) and says in verdict.sentence
+
+
+def weighted(means: list[Tensor], sizes: list[int]) -> Tensor:
+    return sum((m * size for m, size in zip(means, sizes, strict=True) if size), torch.zeros(5)) / sum(sizes)
+
+
+@pytest.mark.parametrize(
+    "answer, says",
+    [
+        (weighted, ""),
+        (lambda means, sizes: sum(means) / len(means), "(6, 4, 2)"),
+        (lambda means, sizes: sum(means), "3 times as long"),
+        (lambda means, sizes: sum(m * s for m, s in zip(means, sizes, strict=True)) / sum(sizes), "finite"),
+        (lambda means, sizes: sum(m * s for m, s in zip(means, sizes, strict=True) if s), "12 times as long"),
+        (lambda means: means, "raises TypeError"),
+        (None, "is a function"),
+    ],
+)
+def test_merge_means(answer: Any, says: str) -> None:
+    verdict = bp.exercises.check("merge_means", answer)
+    assert verdict.passed == (not says) and says in verdict.sentence
+
+
 # -- the ring ----------------------------------------------------------------------------------------------
 
 
