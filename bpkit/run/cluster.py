@@ -172,7 +172,8 @@ class Cluster:
             that is a FloatingPointError.  For plans with one gradient, not compressed.  The norm of each gradient is
             taken (a pass over memory), and a GPU is waited for.
         evaluate_every : int
-            Steps between evaluations on the test samples (0: none); their time is not counted.
+            Steps between evaluations on the test samples (0: none); their time is not counted.  Where one fails, the
+            WorkerError's cause is an `EvaluationError` with the network as trained until then.
         target : float, optional
             Stop once this test accuracy is reached.
         record : int

@@ -1,5 +1,7 @@
 """What can go wrong between the caller and its workers, one class a case."""
 
+from typing import Any
+
 
 class WorkerError(RuntimeError):
     """A worker raised: the message carries its rank, what it was doing and its traceback.
@@ -28,6 +30,20 @@ class WorkerStuck(WorkerError):
 
 class Stopped(RuntimeError):
     """The run was ended by the caller's ``stop`` event."""
+
+
+class EvaluationError(RuntimeError):
+    """The test accuracy could not be computed; what was trained until then is not lost.
+
+    Attributes
+    ----------
+    network : Network
+        A copy with the weights after the steps that the message says.
+    """
+
+    def __init__(self, message: str, network: Any = None) -> None:
+        super().__init__(message)
+        self.network = network
 
 
 class CommunicationError(RuntimeError):

@@ -131,11 +131,11 @@ class Outcome:
         Flat parameters by stage, and what is kept beside them, from data coordinate 0; elsewhere only their digests.
     digests : dict
         A digest of the bits of each stage's parameters.
-    accuracies : list of (step, test accuracy)
     memory : dict
         Bytes of parameters, gradients and optimizer state on this rank.
     encoded : int
         Payload bytes of a step, where gradients are compressed.
+    accuracies : sequence of (step, test accuracy)
     peak : int
         The most bytes that the GPU's allocator held at once.
     clock_error : float
@@ -151,9 +151,9 @@ class Outcome:
     log: Log
     parameters: dict[int, tuple[Tensor, Tensor]]
     digests: dict[int, str]
-    accuracies: list[tuple[int, float]]
     memory: dict[str, int]
     encoded: int = 0
+    accuracies: Sequence[tuple[int, float]] = ()
     peak: int = 0
     clock_error: float = 0.0
     arrivals: tuple[int, ...] = ()

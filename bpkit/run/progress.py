@@ -20,7 +20,7 @@ def somebody_looks() -> bool:
     return sys.stderr.isatty() or "ipykernel" in sys.modules
 
 
-class Bar:
+class Bar(contextlib.AbstractContextManager["Bar"]):
     """Takes a long run's (fraction done, text): to a callback, or to tqdm once it takes more than two seconds."""
 
     def __init__(self, callback: Tell | None) -> None:
@@ -41,9 +41,6 @@ class Bar:
     def part(self, index: int, of: int, what: str) -> Tell:
         """What takes the progress of run `index` of so many."""
         return lambda fraction, text: self((index + fraction) / of, f"{what}: {text}" if text else what)
-
-    def __enter__(self) -> Bar:
-        return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:

@@ -7,7 +7,7 @@ from time import perf_counter
 import pytest
 
 import bpkit as bp
-from bpkit.plan import Action, Plan, PlanError, check
+from bpkit.plan import Action, Part, Plan, PlanError, check
 from bpkit.plan.checker.check import order
 
 from .hand_written import PIPELINE_1F1B, SHARDED, TENSOR, TOKENS, plans, ring
@@ -177,6 +177,19 @@ def test_a_message_to_oneself_is_refused(was, now):
     changed = Plan.parse(str(plan).replace(f" {was}", f" {now}", 1))
     with pytest.raises(PlanError, match="is this rank itself"):
         check(changed)
+
+
+def test_an_exchange_that_blocks_has_no_place_in_training():
+    """Twice the same exchange leaves all as it was, so only where it stands is wrong."""
+    plan = bp.plan.expand(bp.plan.one_f_one_b(2, 2, data=2), "ring")
+    check(plan)
+    rows = [list(row) for row in plan.rows]
+    for index, row in enumerate(rows):
+        at = next(i for i, action in enumerate(row) if action.kind == "UPDATE")
+        row[at:at] = [Action(row[at].stage, "SWAP_G", None, Part(0, 1, 2), 1 - index % 2)] * 2
+    with pytest.raises(PlanError, match="SWAP_G.*: it stands only in a collective by itself"):
+        check(plan.with_rows(rows))
+    check(bp.plan.collective("all_to_all", 3))
 
 
 def test_a_deadlock_shows_the_grid():

@@ -70,6 +70,37 @@ def test_a_raising_action_is_named_with_its_rank_and_traceback():
         assert cluster.gradients(network, inputs, targets[:64]).isfinite().all()
 
 
+class BreaksInTests(bp.nn.Tanh):
+    """A layer that cannot take what only test samples hold."""
+
+    def at(self, site):
+        made = super().at(site)
+        forward = made.forward
+
+        def checked(x, context):
+            if not context.training and (x > 99).any():
+                raise ArithmeticError("a test sample too large")
+            return forward(x, context)
+
+        made.forward = checked
+        return made
+
+
+@pytest.mark.parametrize("plan", [bp.plan.data_parallel(2), bp.plan.gpipe(2, 2), bp.plan.zero(2, 3)],
+                         ids=lambda plan: plan.name)  # fmt: skip
+def test_what_was_trained_until_an_evaluation_failed_is_not_lost(plan):
+    network = bp.nn.Network([bp.nn.Linear(64, 8), BreaksInTests(), bp.nn.Linear(8, 10)], 64, seed=0)
+    data = Dataset("large", DATA.inputs, DATA.targets, 1e6 * DATA.test_inputs, DATA.test_targets)
+    with bp.Cluster(2) as cluster:
+        with pytest.raises(WorkerError, match="EvaluationError: after 3 steps") as caught:
+            cluster.train(network, data, plan, batch=16, steps=9, lr=0.1, evaluate_every=3)
+        cause = caught.value.__cause__
+        assert isinstance(cause, bp.run.EvaluationError) and "a test sample too large" in str(cause)
+        expected = cluster.train(network, data, plan, batch=16, steps=3, lr=0.1).network
+        for a, b in zip(cause.network.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_stop_ends_a_run():
     stop = threading.Event()
     threading.Timer(0.4, stop.set).start()

@@ -155,6 +155,9 @@ class _Walk:
                 self.world.fail(rank.holds, index, f"stage {action.stage} holds no copy of a tied tensor")
         elif action.kind == "SWAP_G":
             size, key = 2, (action.stage, *sorted((rank.number, self._partner(rank, index, action))))
+            if self.plan.purpose == "train":
+                why = "its rank does nothing else until its peer comes: it stands only in a collective by itself"
+                self.world.fail(rank.holds, index, why)
         else:
             axis = action.verb.axis or ""
             size, key = getattr(self.plan.mesh, axis), (action.stage, action.mb, at._replace(**{axis: 0}))

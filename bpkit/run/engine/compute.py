@@ -21,9 +21,9 @@ def zero(rank: Rank, action: Action, index: int) -> Call:
 # -- forward ---------------------------------------------------------------------------------------------
 
 
-@runs("F")
+@runs("F", "RECOMPUTE")
 def forward(rank: Rank, action: Action, index: int) -> Call:
-    """The forward of a stage; nothing is kept but the output where it is computed again."""
+    """The forward of a stage, of which only the output is kept where it runs again for what its backward needs."""
     s, mb, edges, step = action.stage, action.mb or 0, rank.edges, rank.step
     run, slot = rank.net(action, index).forward, rank.slots.get((s, mb))
     given, made = Buffer("A", s, mb), Buffer("A", s + 1, mb)
@@ -38,15 +38,9 @@ def forward(rank: Rank, action: Action, index: int) -> Call:
         x = step.inputs[mb] if s == 0 else edges[given]
         edges[made] = run(x, "forgotten", replace(step.contexts[mb], again=True)).clone()
 
+    if action.kind == "RECOMPUTE":
+        return lambda: run(step.inputs[mb] if s == 0 else edges[given], slot, step.contexts[mb])
     return forget if Action(s, "RECOMPUTE", mb) in rank.row else keep
-
-
-@runs("RECOMPUTE")
-def recompute(rank: Rank, action: Action, index: int) -> Call:
-    """The forward again, for what its backward needs."""
-    s, mb, edges, step = action.stage, action.mb or 0, rank.edges, rank.step
-    run, slot, given = rank.net(action, index).forward, rank.slots[s, mb], Buffer("A", s, mb)
-    return lambda: run(step.inputs[mb] if s == 0 else edges[given], slot, step.contexts[mb])
 
 
 @runs("LOSS")

@@ -4,7 +4,6 @@ import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from time import perf_counter_ns
 from typing import Any
 
@@ -18,6 +17,7 @@ from bpkit.run.engine.context import Rank, StepData
 from bpkit.run.engine.device import Feed, executor
 from bpkit.run.engine.groups import Groups
 from bpkit.run.engine.memory import Buffers, OneBuffer
+from bpkit.run.errors import EvaluationError
 from bpkit.run.job import Job, Outcome
 from bpkit.run.room import explained
 from bpkit.run.transports.comm import Comm
@@ -25,50 +25,23 @@ from bpkit.run.whole import gathered
 from bpkit.trace import Log
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A rank's rows of the global batch, and the factors that the plan gives them.
+def factors(plan: Plan, targets: Tensor, own: Tensor, loss: Loss) -> tuple[Sequence[float], float, float]:
+    """What a plan multiplies with: each microbatch's loss, in LOSS; the gradient, in UPDATE; and the weighted loss, in
+    the loss that is reported.
 
     Parameters
     ----------
-    low, high : int
-        Rows of the global batch.
-    weights : tuple of float
-        Factor of each microbatch's loss, in LOSS.
-    scale : float
-        Factor of the gradient, in UPDATE.
-    share : float
-        Factor of the weighted loss in the reported loss.
+    targets, own : Tensor
+        Of the whole global batch, and of this rank's shard of it.
     """
-
-    low: int
-    high: int
-    weights: tuple[float, ...]
-    scale: float
-    share: float
-
-
-def cut(plan: Plan, targets: Tensor, loss: Loss, sizes: Sequence[int], index: int) -> Shard:
-    """The shard of data rank `index` of a global batch.
-
-    Parameters
-    ----------
-    targets : Tensor
-        Of the whole global batch.
-    sizes : sequence of int
-        Samples of each data rank.
-    """
-    low = sum(sizes[:index])
-    own = targets[low : low + sizes[index]]
-    m, ranks = 1 if plan.servers else plan.microbatches, len(sizes) - len(plan.servers)  # a round is a whole shard
+    m, ranks = 1 if plan.servers else plan.microbatches, plan.mesh.data - len(plan.servers)  # a round is a whole shard
     if plan.holds != "all":
-        weights = tuple(1.0 / max(1, loss.terms(part)) for part in own.tensor_split(m))
-        return Shard(low, low + len(own), weights, 1.0, 1.0 / (ranks * m))
+        return [1.0 / max(1, loss.terms(part)) for part in own.tensor_split(m)], 1.0, 1.0 / (ranks * m)
     if plan.merge == "mean":
         scale = 1.0 / max(1, loss.terms(targets))
-        return Shard(low, low + len(own), (1.0,) * m, scale, scale)
+        return [1.0] * m, scale, scale
     scale = 1.0 / ranks if plan.merge == "mean-of-means" else 1.0
-    return Shard(low, low + len(own), (1.0 / max(1, loss.terms(own)),) * m, scale, scale)
+    return [1.0 / max(1, loss.terms(own))] * m, scale, scale
 
 
 class Runner:
@@ -109,14 +82,14 @@ class Runner:
     def load(self, number: int, rows: Tensor) -> float:
         """Load this rank's shard of a step's global batch; the factor of its weighted loss in the reported one."""
         job, data, everyone = self.job, self.buffers.at.data, self.job.data.targets[rows]
-        shard = cut(self.plan, everyone, self.network.loss, job.shard_sizes(number), data)
-        own, weights = slice(shard.low, shard.high), shard.weights
+        sizes = job.shard_sizes(number)
+        own = slice(first := sum(sizes[:data]), first + sizes[data])
+        weights, self.step.scale, share = factors(self.plan, everyone, everyone[own], self.network.loss)
         kept = len(self.network.flat_buffers) > 0  # running statistics, in which each rank has a share
         shares = job.microbatch_shares(data, number) if kept else [1.0] * len(weights)
         inputs, targets = self.feed(job.data.inputs[rows[own]]), self.feed(everyone[own])
-        self.step.load(number, inputs, targets, shard.low, weights, shares)
-        self.step.scale = shard.scale
-        return shard.share
+        self.step.load(number, inputs, targets, first, weights, shares)
+        return share
 
     def settle(self, ahead: int = 0) -> None:
         """Wait until no more than `ahead` steps are under way; FloatingPointError if a loss is not finite."""
@@ -176,25 +149,24 @@ def _steps(comm: Comm, job: Job, streams: Any) -> Outcome:
             runner.look(step)  # a pass over memory; between such steps weights that are not finite show in the loss
         if evaluates:
             began = perf_counter_ns()
-            accuracies.append((step + 1, evaluate(comm, runner.buffers, job)))
+            accuracies.append((step + 1, evaluate(comm, runner.buffers, job, step + 1)))
             runner.paused += perf_counter_ns() - began
             if job.target is not None and accuracies[-1][1] >= job.target:
                 log = log.until(line)
                 break
     runner.settle()
     starts = [*runner.starts, perf_counter_ns() - runner.paused]
-    result = outcome(runner.buffers, runner.losses, starts, log, accuracies)
     peak = torch.cuda.max_memory_allocated() if comm.device.type == "cuda" else 0
-    return replace(result, peak=peak, clock_error=runner.executor.clock_error(), skipped=runner.step.skipped)
+    return outcome(runner.buffers, runner.losses, starts, log, accuracies=accuracies, peak=peak,
+                   clock_error=runner.executor.clock_error(), skipped=runner.step.skipped)  # fmt: skip
 
 
-def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log,
-            accuracies: Sequence[tuple[int, float]] = ()) -> Outcome:  # fmt: skip
+def outcome(buffers: Buffers, losses: list[float], starts: list[int], log: Log, **more: Any) -> Outcome:
     """What a rank returns after its last step."""
     held = holdings(buffers)
     digests = {stage: _digest(flat) for stage, (flat, _) in held.items()}
-    return Outcome(losses, starts, log, held if buffers.at.data == 0 else {}, digests, list(accuracies),
-                   buffers.memory(), buffers.encoded)  # fmt: skip
+    return Outcome(losses, starts, log, held if buffers.at.data == 0 else {}, digests, buffers.memory(),
+                   buffers.encoded, **more)  # fmt: skip
 
 
 def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
@@ -204,8 +176,14 @@ def holdings(buffers: Buffers) -> dict[int, tuple[Tensor, Tensor]]:
                     net.flat_buffers) for stage, net in buffers.stages.items()}  # fmt: skip
 
 
-def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
-    """Test accuracy, computed by rank 0 from what all ranks hold; the same number on every rank."""
+def evaluate(comm: Comm, buffers: Buffers, job: Job, steps: int) -> float:
+    """Test accuracy after so many steps, computed by rank 0 from what all ranks hold; the same on every rank.
+
+    Raises
+    ------
+    EvaluationError
+        With what was trained, if a test sample's output cannot be computed.
+    """
     plan, held = job.program.plan, holdings(buffers)
     hits = torch.zeros(2, dtype=torch.float64)  # on the CPU, as what the ranks hold: every transport carries it
     if comm.rank:
@@ -219,7 +197,11 @@ def evaluate(comm: Comm, buffers: Buffers, job: Job) -> float:
         network = gathered(job.network, job.program, [held, *others]).copy(comm.device)
 
     def count(inputs: Tensor, targets: Tensor) -> Tensor:
-        right, counted = network.predict(inputs.to(comm.device)).argmax(-1).cpu() == targets, targets >= 0
+        try:
+            right, counted = network.predict(inputs.to(comm.device)).argmax(-1).cpu() == targets, targets >= 0
+        except Exception as error:
+            why = f"after {steps} steps, of which this error's `network` holds the weights: {error}"
+            raise EvaluationError(why, network.copy("cpu")) from error
         return hits.add_(torch.stack([right[counted].sum(), counted.sum()]))
 
     # Piece by piece, so that the others see that it goes on.

@@ -5,7 +5,6 @@ row is not known before a live run.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from time import perf_counter_ns
 
 from bpkit.plan.action import Action
@@ -41,8 +40,8 @@ def rounds(comm: Comm, job: Job, staleness: int | None = None) -> Outcome:
     runner.checked(job.steps - 1, losses)
     runner.look(job.steps - 1)
     starts = [int(log.start[0][i]) for i, action in enumerate(row) if action.kind == "ZERO"] or [began] * job.steps
-    result = outcome(runner.buffers, [loss * share for loss in losses], [*starts, perf_counter_ns()], log)
-    return replace(result, arrivals=tuple(arrivals))
+    ended = perf_counter_ns()
+    return outcome(runner.buffers, [loss * share for loss in losses], [*starts, ended], log, arrivals=tuple(arrivals))
 
 
 def _serve(comm: Comm, runner: Runner, staleness: int, log: Log) -> list[int]:
