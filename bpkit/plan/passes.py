@@ -50,17 +50,13 @@ def refine(plan: Plan, k: int) -> Plan:
     if k < 1:
         raise ValueError(f"refine cuts each stage in at least 1, not {k}")
 
-    def cut(row: list[Action]) -> Iterable[Action]:
-        for action in row:
-            if action.kind not in ("F", "B", "I", "W"):
-                raise ValueError(f"refine comes before the other passes; the plan already holds {action}")
-            inner = range(k) if action.kind == "F" else range(k - 1, -1, -1)
-            for i in inner:
-                yield Action(action.stage * k + i, action.kind, action.mb)
-
+    if wrong := [action for row in plan.rows for action in row if action.kind not in ("F", "B", "I", "W")]:
+        raise ValueError(f"refine comes before the other passes; the plan already holds {wrong[0]}")
     if k > 1 and (plan.cuts or plan.skips or plan.tied or plan.mesh.tensor > 1):
         raise ValueError(f"{plan.name}: refine comes before cuts (then of the parts), skips, ties and a tensor axis")
-    rows = tuple(tuple(cut(list(row))) for row in plan.rows)
+    inner = {"F": range(k)}
+    rows = tuple(tuple(Action(action.stage * k + i, action.kind, action.mb) for action in row
+                       for i in inner.get(action.kind, range(k - 1, -1, -1))) for row in plan.rows)  # fmt: skip
     place = tuple(where for where in plan.place for _ in range(k))
     return replace(plan, rows=rows, stages=plan.stages * k, place=place, cuts=plan.cuts if k == 1 else None)
 
@@ -145,8 +141,7 @@ def _ready(plan: Plan, action: Action, arrived: dict[tuple[str, int, int | None]
     if action.kind in ("F", "RECOMPUTE") and action.stage > 0:
         return arrived.get(("A", action.stage, action.mb))
     if action.kind in ("B", "I"):
-        edge = ("A" if action.stage == plan.stages - 1 else "D", action.stage + 1, action.mb)
-        return arrived.get(edge)
+        return arrived.get(("A" if action.stage == plan.stages - 1 else "D", action.stage + 1, action.mb))
     return 0
 
 

@@ -10,9 +10,11 @@ from functools import partial
 import pytest
 
 import bpkit as bp
-from bpkit.plan import Action, Plan, PlanError, check
-from bpkit.plan.liveness import peak_activations
-from bpkit.plan.strategies.pipeline import (
+from bpkit.plan import (
+    Action,
+    Plan,
+    PlanError,
+    check,
     gpipe,
     interleaved,
     naive,
@@ -22,6 +24,7 @@ from bpkit.plan.strategies.pipeline import (
     zero_bubble_h1,
     zero_bubble_h2,
 )
+from bpkit.plan.liveness import peak_activations
 
 SCHEDULES: dict[str, Callable[..., Plan]] = {
     "gpipe": gpipe, "1f1b": one_f_one_b, "h1": zero_bubble_h1, "h2": zero_bubble_h2, "zb_v": zb_v,

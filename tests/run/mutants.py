@@ -20,15 +20,18 @@ from bpkit.plan import (
     compile,
     data_parallel,
     expand,
+    gpipe,
+    interleaved,
     local_sgd,
+    one_f_one_b,
     parameter_server,
     serial,
     shard_optimizer,
     tensor_parallel,
+    zb_v,
     zero,
 )  # fmt: skip
 from bpkit.plan.action import VERBS
-from bpkit.plan.strategies.pipeline import gpipe, interleaved, one_f_one_b, zb_v
 
 SAMPLES, STEPS, NEAR = 6, 2, 1e-12
 TEXT = bp.data.text(length=8)
@@ -216,9 +219,10 @@ class Judge:
                 self.judge(changed, how, self._expected[plan.digest])
 
     def judge(self, plan: Plan, how: tuple[bool, bool], expected: Tensor) -> None:
-        """Refuse a plan, or run it."""
+        """Refuse a plan, by itself or where clipping is added to it, or run it."""
         try:
             check(plan)
+            compile(plan, GPT if how[0] else MLP, clip=how[1])
         except ValueError:
             self.counts["refused"] += 1
         else:

@@ -7,8 +7,20 @@ import torch
 
 import bpkit as bp
 from bpkit.nn import Network
-from bpkit.plan import Plan, data_parallel, serial, shard_optimizer, tensor_parallel, zero
-from bpkit.plan.strategies.pipeline import gpipe, interleaved, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.plan import (
+    Plan,
+    data_parallel,
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    serial,
+    shard_optimizer,
+    tensor_parallel,
+    zb_v,
+    zero,
+    zero_bubble_h1,
+    zero_bubble_h2,
+)
 from bpkit.run.whole import unsharded
 from tests.nn import test_gpt
 

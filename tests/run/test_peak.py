@@ -10,8 +10,7 @@ from torch import Tensor
 
 import bpkit as bp
 from bpkit.nn import Context, Layer, Linear, Network, ReLU, Site
-from bpkit.plan import compile
-from bpkit.plan.strategies.pipeline import gpipe, interleaved, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
+from bpkit.plan import compile, gpipe, interleaved, one_f_one_b, zb_v, zero_bubble_h1, zero_bubble_h2
 
 KEPT: dict[str, set[int]] = {}  # in a worker: passes whose forward has run and whose weight half has not
 PEAK: dict[str, int] = {}

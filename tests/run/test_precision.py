@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import bpkit as bp
-from bpkit.plan import data_parallel, serial, tensor_parallel, zero
-from bpkit.plan.strategies.pipeline import one_f_one_b, zero_bubble_h1
+from bpkit.plan import data_parallel, one_f_one_b, serial, tensor_parallel, zero, zero_bubble_h1
 
 from .oracle import flat, gradient_sum
 

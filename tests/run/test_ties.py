@@ -17,22 +17,20 @@ from bpkit.plan import (
     compile,
     data_parallel,
     expand,
+    gpipe,
+    interleaved,
     local_sgd,
+    one_f_one_b,
     parameter_server,
+    pipedream,
     serial,
     shard_optimizer,
     tensor_parallel,
-    zero,
-)  # fmt: skip
-from bpkit.plan.strategies.pipeline import (
-    gpipe,
-    interleaved,
-    one_f_one_b,
-    pipedream,
     zb_v,
+    zero,
     zero_bubble_h1,
     zero_bubble_h2,
-)
+)  # fmt: skip
 
 from .mutants import mutant
 from .oracle import flat, gradient_sum, worst

@@ -10,18 +10,25 @@ import pytest
 import bpkit as bp
 from bpkit.measure.pipeline import bubble, makespan, period
 from bpkit.measure.steps import Steps
-from bpkit.plan import Action, Plan, PlanError, data_parallel, expand, parameter_server, serial, zero
-from bpkit.plan.passes import tie
-from bpkit.plan.strategies.pipeline import (
+from bpkit.plan import (
+    Action,
+    Plan,
+    PlanError,
+    data_parallel,
+    expand,
     gpipe,
     interleaved,
     naive,
     one_f_one_b,
+    parameter_server,
     pipedream,
+    serial,
     zb_v,
+    zero,
     zero_bubble_h1,
     zero_bubble_h2,
 )
+from bpkit.plan.passes import tie
 from bpkit.simulate import Times, simulate
 from tests.plan.hand_written import plans
 
