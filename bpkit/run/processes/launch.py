@@ -20,7 +20,7 @@ from bpkit.run.processes import devices, worker
 from bpkit.run.processes.imports import Version
 from bpkit.run.transports.board import Board
 from bpkit.run.transports.shared import files as memory
-from bpkit.run.transports.shared.names import Hub
+from bpkit.run.transports.shared import names
 
 _START_LIMIT = 120.0  # seconds until every worker must have joined
 _LONGEST = 60  # characters of the path of a folder for sockets, whose own paths may have 107 (103 on macOS)
@@ -114,29 +114,28 @@ class Workers:
         self.imported: dict[str, Version] = {}
         self._logs: list[IO[bytes]] = []
         self._read, self._last = [0] * ranks, [""] * ranks
-        self._hub: Hub | None = None
         memory.sweep()
         meeting = _meeting(self._pid)
-        self._path = os.path.join(meeting, memory.unique_name())
-        control = memory.unnamed(Board.size(ranks))
+        self._name = memory.unique_name()
+        self._path = os.path.join(meeting, self._name)
         try:
-            self.board = Board(control, ranks)
-            self._hub = Hub(ranks) if backend == "shm" else None
-            setup = {"backend": backend, "device": device, "ranks": ranks, "threads": threads, "timeout": timeout,
-                     "meeting": meeting, "path": self._path, "environment": dict(os.environ), "folder": os.getcwd(),
-                     "layout": self._hub.layout if self._hub else None, "control": _Descriptor(control),
-                     "method": multiprocessing.get_start_method(allow_none=True),
-                     "mail": self._hub and _Descriptor(self._hub.fd)}  # fmt: skip
-            with _apart(meeting):
-                self._start(ranks, method, setup)
-            self._until_ready()
+            with contextlib.ExitStack() as joining:
+                control = memory.unnamed(Board.size(ranks))
+                joining.callback(os.close, control)
+                self.board = Board(control, ranks)
+                setup = {"backend": backend, "device": device, "ranks": ranks, "threads": threads, "timeout": timeout,
+                         "meeting": meeting, "path": self._path, "environment": dict(os.environ),
+                         "folder": os.getcwd(), "control": _Descriptor(control),
+                         "method": multiprocessing.get_start_method(allow_none=True)}  # fmt: skip
+                if backend == "shm":
+                    setup["layout"], mail = joining.enter_context(names.meeting(ranks, self._name))
+                    setup["mail"] = _Descriptor(mail)
+                with _apart(meeting):
+                    self._start(ranks, method, setup)
+                self._until_ready()
         except BaseException:
             self.end()
             raise
-        finally:
-            os.close(control)
-            if self._hub:
-                self._hub.close()
         for rank in range(ranks):
             self.read_log(rank)  # what libraries print while they join is nobody's result
 
@@ -212,8 +211,7 @@ class Workers:
             log.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
-        if self._hub:  # workers that were ended between making a file and unlinking it
-            memory.remove(f"{self._hub.layout.name}-")
+        memory.remove(f"{self._name}-")  # workers may have been ended between making a file and unlinking it
 
 
 def _kill(process: Any) -> None:

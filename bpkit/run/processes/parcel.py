@@ -1,27 +1,28 @@
 """What travels between the caller and its workers: pickled once, big parts through one shared file.
 
-The pickle stream (protocol 5) leaves the memory of CPU tensors and arrays out of band. A parcel above
-`SMALL` bytes is written once into an unnamed file in shared memory whose descriptor goes to every
+The pickle stream (protocol 5) leaves the memory of CPU tensors and arrays out of band. Where that is above
+`SMALL` bytes it is written once into an unnamed file in memory whose descriptor goes to every
 worker; each maps it copy-on-write, so ranks neither copy it nor see each other's changes.
 
 Tensors that share memory still share it on arrival, and it travels once: from the first to the last element that
 any of them has, so 8 rows of a large tensor cost what 8 rows cost (and every thousandth row what all rows cost).
 """
 
+import ctypes
 import io
 import mmap
 import os
 import pickle
 import sys
+from array import array
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 
-from bpkit.run.errors import NoRoom
 from bpkit.run.transports.shared import files as memory
 
 SMALL = 65536
@@ -32,32 +33,34 @@ class _Storage:
     """The memory of one or more tensors, as far as they use it; pickled once a stream, so views stay views."""
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()  # type: ignore[call-overload]
-        self._used = np.array([len(self._raw), 0])  # first and last-plus-one byte; known once all is pickled
-        self.whole = pickle.PickleBuffer(self._raw.data)
+        self._storage, self._length = storage, storage.nbytes()  # which must live as long as its bytes are looked at
+        self._raw = (ctypes.c_char * self._length).from_address(storage.data_ptr())
+        self._used = array("q", [self._length, 0])  # first and last-plus-one byte; known once all is pickled
+        self.whole = pickle.PickleBuffer(self._raw)
 
     def use(self, first: int, last: int) -> None:
         """Some tensor has these bytes."""
-        self._used[:] = min(self._used[0], first - first % _ALIGN), max(self._used[1], last)
+        used = self._used
+        used[0], used[1] = min(used[0], first - first % _ALIGN), max(used[1], last)
 
     def part(self) -> pickle.PickleBuffer:
         """What travels in place of the whole."""
-        return pickle.PickleBuffer(self._raw[slice(*self._used)].data)
+        return pickle.PickleBuffer(memoryview(self._raw)[slice(*self._used)])
 
     def __reduce__(self) -> tuple:
-        return _storage_from, (self.whole, pickle.PickleBuffer(self._used.data))
+        return _storage_from, (self.whole, pickle.PickleBuffer(self._used))
 
 
-def _storage_from(buffer: Any, used: Any) -> tuple[torch.Tensor, int]:
-    raw = torch.frombuffer(buffer, dtype=torch.uint8) if len(memoryview(buffer)) else torch.empty(0, dtype=torch.uint8)
-    return raw, int(np.frombuffer(used, np.int64)[0])
+def _storage_from(buffer: Any, used: Any) -> tuple[torch.UntypedStorage, int]:
+    raw = torch.frombuffer(buffer, dtype=torch.uint8) if len(buffer) else torch.empty(0, dtype=torch.uint8)
+    return raw.untyped_storage(), memoryview(used).cast("q")[0]
 
 
-def _tensor_from(memory: tuple[torch.Tensor, int], dtype: torch.dtype, offset: int, shape: tuple, stride: tuple,
-                 grad: bool) -> torch.Tensor:
-    raw, first = memory
+def _tensor_from(memory: tuple[torch.UntypedStorage, int], dtype: torch.dtype, offset: int, shape: tuple,
+                 stride: tuple, grad: bool) -> torch.Tensor:  # fmt: skip
+    storage, first = memory
     start = max(0, offset - first // dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(raw.untyped_storage(), start, shape, stride).requires_grad_(grad)
+    return torch.empty(0, dtype=dtype).set_(storage, start, shape, stride).requires_grad_(grad)  # type: ignore
 
 
 def _reduce_tensor(tensor: torch.Tensor, storages: dict[int, _Storage]) -> Any:
@@ -66,7 +69,8 @@ def _reduce_tensor(tensor: torch.Tensor, storages: dict[int, _Storage]) -> Any:
         or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or not tensor.is_leaf):  # fmt: skip
         return NotImplemented
     whole, shape, stride = tensor.untyped_storage(), tuple(tensor.shape), tensor.stride()
-    storage = storages.setdefault(whole.data_ptr() or -1 - len(storages), _Storage(whole))
+    key = whole.data_ptr() or -1 - len(storages)
+    storage = storages.get(key) or storages.setdefault(key, _Storage(whole))
     first, size = int(tensor.storage_offset()), tensor.element_size()
     if tensor.numel():
         last = first + sum((int(n) - 1) * step for n, step in zip(shape, stride, strict=True))
@@ -98,89 +102,75 @@ def _pickler_class() -> type:
     return Pickler
 
 
+def _places(sizes: Sequence[int]) -> list[slice]:
+    """Where parts of these sizes lie, one after another."""
+    starts = accumulate((-(-size // _ALIGN) * _ALIGN for size in sizes), initial=0)
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+
+
 class Parcel:
-    """Several objects, pickled each on its own, whose big parts lie in one list.
+    """Several objects, pickled each on its own, whose big parts lie in one piece of memory.
 
     Parameters
     ----------
     objects : sequence
         What to send. A receiver unpickles only the ones it asks for.
+    kind : str
+        What it is for.
     """
 
-    def __init__(self, objects: Sequence[Any]) -> None:
-        self._buffers: list[memoryview] = []
-        self.streams: list[tuple[bytes, list[int]]] = []
+    def __init__(self, objects: Sequence[Any], kind: str = "") -> None:
+        self.kind, self._fd = kind, -1
+        self._streams: list[tuple[bytes, slice]] = []
+        buffers: list[memoryview] = []
         for item in objects:
             file, found = io.BytesIO(), list[pickle.PickleBuffer]()
             pickler = _pickler_class()(file, found.append)
             pickler.dump(item)
             parts = {id(storage.whole): storage.part() for storage in pickler.storages.values()}
-            self.streams.append((file.getvalue(), [len(self._buffers) + index for index in range(len(found))]))
-            self._buffers += [parts.get(id(buffer), buffer).raw() for buffer in found]
-        self.size = sum(len(data) for data, _ in self.streams) + sum(b.nbytes for b in self._buffers)
-        self._fd = self._write() if self.size > SMALL else None
-        self._message: bytes | None = None
+            self._streams.append((file.getvalue(), slice(len(buffers), len(buffers) + len(found))))
+            buffers += [parts.get(id(buffer), buffer).raw() for buffer in found]
+        sizes = [buffer.nbytes for buffer in buffers]
+        places = _places(sizes)
+        whole: Any = bytearray(places[-1].stop if places else 0)
+        if len(whole) > SMALL:
+            self._fd = memory.unnamed(len(whole))
+            whole = mmap.mmap(self._fd, len(whole))
+        for place, buffer in zip(places, buffers, strict=True):
+            whole[place] = buffer
+        self._buffers: list[Any] = [memoryview(whole)[place] for place in places]
+        self.size = sum(sizes) + sum(len(data) for data, _ in self._streams)
+        self._message = pickle.dumps((kind, self._streams, sizes, whole if self._fd < 0 else None), protocol=5)
 
-    def _write(self) -> int | None:
-        """Copy the buffers into one unnamed shared file; None when there is no room for it."""
-        self._places, end = [], 0
-        for buffer in self._buffers:
-            self._places.append((end, buffer.nbytes))
-            end += -(-buffer.nbytes // _ALIGN) * _ALIGN
-        try:
-            fd = memory.anonymous(end, "a payload") if end else None
-        except NoRoom:
-            return None
-        if fd is not None:
-            with mmap.mmap(fd, end) as target:
-                for (start, size), buffer in zip(self._places, self._buffers, strict=True):
-                    target[start : start + size] = buffer
-        return fd
-
-    def send(self, connection: Connection, kind: str) -> None:
-        """Send the parcel, under the name `kind`."""
-        if self._message is None:
-            inline = None if self._fd is not None else [bytes(b) for b in self._buffers]
-            places = self._places if self._fd is not None else None
-            self._message = pickle.dumps((kind, self.streams, inline, places), protocol=5)
+    def send(self, connection: Connection) -> None:
+        """Send the parcel."""
         connection.send_bytes(self._message)
-        if self._fd is not None:
+        if self._fd >= 0:
             reduction.send_handle(connection, self._fd, 0)
-
-    def buffers(self, index: int) -> list[memoryview]:
-        """The out-of-band buffers of object number `index`."""
-        return [self._buffers[i] for i in self.streams[index][1]]
-
-    def close(self) -> None:
-        """Let go of the file; what receivers have mapped stays."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
-        self._buffers.clear()
-
-
-class Received:
-    """A parcel as it arrived; `load` unpickles one of its objects."""
-
-    def __init__(self, connection: Connection, copy: bool = False) -> None:
-        self.kind, self._streams, inline, places = pickle.loads(connection.recv_bytes())
-        if places is None:
-            self._buffers: list[Any] = [bytearray(b) for b in inline]
-            return
-        fd = reduction.recv_handle(connection)
-        try:
-            # A private mapping: pages are shared until somebody writes to them.
-            mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_COPY)
-        finally:
-            os.close(fd)
-        whole = memoryview(mapped)
-        parts = [whole[start : start + size] for start, size in places]
-        self._buffers = [bytearray(part) for part in parts] if copy else parts
 
     def load(self, index: int) -> Any:
         """Unpickle object number `index`."""
         data, used = self._streams[index]
-        return pickle.loads(data, buffers=[self._buffers[i] for i in used])
+        return pickle.loads(data, buffers=self._buffers[used])
+
+    def close(self) -> None:
+        """Let go of the file; what receivers have mapped stays."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+
+class Received(Parcel):
+    """A parcel as it arrived; with `copy` each big part in memory of its own."""
+
+    def __init__(self, connection: Connection, copy: bool = False) -> None:
+        self.kind, self._streams, sizes, whole = pickle.loads(connection.recv_bytes())
+        if whole is None:  # a private mapping: pages are shared until somebody writes to them
+            self._fd = reduction.recv_handle(connection)
+            whole = mmap.mmap(self._fd, 0, access=mmap.ACCESS_COPY)
+            self.close()
+        parts = [memoryview(whole)[place] for place in _places(sizes)]
+        self._buffers = [bytearray(part) for part in parts] if copy else parts
 
 
 def explain(function: Any, args: tuple, error: BaseException) -> str:

@@ -174,7 +174,7 @@ class Pool:
             A module was edited and not reloaded, so that the workers ran another text of it than this program does.
         """
         try:
-            parcel = payload.Parcel([(fn, args)])
+            parcel = payload.Parcel([(fn, args)], "call")
         except Exception as error:
             raise TypeError(payload.explain(fn, args, error)) from error
         try:
@@ -237,10 +237,8 @@ class _Run:
         """Send the call, wait for every answer, and return the results by rank."""
         self.workers.board.clear()
         for channel in self.workers.channels:
-            try:
-                parcel.send(channel, "call")
-            except OSError:
-                break  # a dead worker: `_collect` finds it
+            with contextlib.suppress(OSError):  # a dead worker: `_collect` finds it
+                parcel.send(channel)
         limit = time.monotonic() + timeout if timeout is not None else float("inf")
         while len(self._answers) < len(self.workers.channels):
             if why := why_end():

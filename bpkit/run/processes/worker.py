@@ -7,7 +7,6 @@ run a multi-threaded product hangs.
 import contextlib
 import multiprocessing
 import os
-import pickle
 import random
 import shutil
 import signal
@@ -108,23 +107,23 @@ def _answer(comm: Comm, call: Received, channel: Connection, imports: Imports) -
         comm.finish()
         messages = ([b - a for a, b in zip(sent, comm.sent_to, strict=True)],
                     [b - a for a, b in zip(received, comm.received_from, strict=True)])
-        parcel, kind = Parcel([(result, messages, imports.new())]), "result"
+        parcel = Parcel([(result, messages, imports.new())], "result")
     except BaseException as error:
-        kind, parcel = _failure(error)
+        parcel = _failure(error)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    parcel.send(channel, kind)
+    parcel.send(channel)
     parcel.close()
 
 
-def _failure(error: BaseException) -> tuple[str, Parcel]:
+def _failure(error: BaseException) -> Parcel:
     """An error as text, and as an object where it can be pickled."""
     kinds: dict[type, str] = {PeerTimeout: "stuck", CommunicationError: "lost"}
     kind = "lost" if "Connection closed by peer" in str(error) else kinds.get(type(error), "raised")
-    text = "".join(traceback.format_exception(error)).rstrip()
+    text = "".join(traceback.format_exception(error)).rstrip(), str(error)
     try:
-        parcel = Parcel([(text, str(error)), error])
-        pickle.loads(parcel.streams[1][0], buffers=parcel.buffers(1))
+        parcel = Parcel([text, error], kind)
+        parcel.load(1)
     except BaseException:
-        parcel = Parcel([(text, str(error)), None])
-    return kind, parcel
+        parcel = Parcel([text], kind)
+    return parcel

@@ -1,9 +1,6 @@
 """What each rank is doing, written by the rank itself and read by the caller and by who waits for it."""
 
-from __future__ import annotations
-
 import mmap
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,30 +25,20 @@ class Board:
     received : numpy.ndarray
         ``(ranks, ranks)`` int64: messages that the first rank has received from the second, where the
         transport cannot know when it may let go of what it has sent.
-    room : numpy.ndarray
-        One int64 for the answer of the rank that allocates shared memory.
     """
 
     WIDTH = 16
 
     def __init__(self, file: int, ranks: int) -> None:
         buffer = mmap.mmap(file, self.size(ranks))
-        table = np.frombuffer(buffer, np.int64, (ranks + 1) * self.WIDTH).reshape(ranks + 1, self.WIDTH)
-        self.room = table[0, :1]
-        self.marks, self.waits, self.works = table[1:, :2], table[1:, 2:4], table[1:, 4:6]
+        table = np.frombuffer(buffer, np.int64, ranks * self.WIDTH).reshape(ranks, self.WIDTH)
+        self.marks, self.waits, self.works = table[:, :2], table[:, 2:4], table[:, 4:6]
         self.received = np.frombuffer(buffer, np.int64, ranks * ranks, table.nbytes).reshape(ranks, ranks)
 
     @classmethod
     def size(cls, ranks: int) -> int:
         """Bytes of the board."""
-        return 8 * (cls.WIDTH * (ranks + 1) + ranks * ranks)
-
-    def of(self, path: str, ranks: Sequence[int]) -> Board:
-        """The board of a group of ranks: a file of its own; what informs the caller stays where it is."""
-        with open(path, "r+b") as file:
-            board = Board(file.fileno(), len(ranks))
-        board.marks, board.waits = ([rows[rank] for rank in ranks] for rows in (self.marks, self.waits))  # type: ignore
-        return board
+        return 8 * ranks * (cls.WIDTH + ranks)
 
     def clear(self) -> None:
         """Begin a call: no rank has done anything yet."""

@@ -67,8 +67,8 @@ def unique_name() -> str:
     return f"{prefix(os.getpid())}{next(_numbers)}-{os.urandom(3).hex()}"
 
 
-def create(path: str, size: int, what: str, reserve: bool = True) -> int:
-    """Open a new file of `size` bytes of zeros; with `reserve` its pages exist, so no later SIGBUS.
+def create(path: str, size: int, what: str) -> int:
+    """Open a new file of `size` bytes of zeros, whose pages exist, so no later SIGBUS.
 
     Raises
     ------
@@ -79,10 +79,7 @@ def create(path: str, size: int, what: str, reserve: bool = True) -> int:
         raise no_room(what, size)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        if reserve and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, max(size, 1))
-        else:
-            os.ftruncate(fd, max(size, 1))
+        getattr(os, "posix_fallocate", lambda fd, start, size: os.ftruncate(fd, size))(fd, 0, max(size, 1))
     except OSError as error:
         os.close(fd)
         os.unlink(path)
@@ -92,19 +89,13 @@ def create(path: str, size: int, what: str, reserve: bool = True) -> int:
     return fd
 
 
-def anonymous(size: int, what: str, reserve: bool = True) -> int:
-    """Like `create`, without a name: the descriptor is all there is."""
-    path = os.path.join(directory(), unique_name())
-    fd = create(path, size, what, reserve)
-    os.unlink(path)
-    return fd
-
-
 def unnamed(size: int) -> int:
-    """A small file of zeros that needs no room where shared memory lives; the descriptor is all there is."""
-    if not hasattr(os, "memfd_create"):
-        return anonymous(size, "the workers' board")
-    fd = os.memfd_create(PREFIX)
+    """A file of zeros without a name, which on Linux needs no room where shared memory lives."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create(PREFIX)
+    else:
+        fd, path = tempfile.mkstemp()
+        os.unlink(path)
     os.ftruncate(fd, size)
     return fd
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bpkit.run.transports.board import Board
@@ -22,13 +23,20 @@ class Layout:
     ----------
     name : str
         What the names of semaphores and files begin with.
-    ranks, frame_bytes : int
-        Workers, and bytes of one frame of a mailbox; 0 for a group of ranks, which has no mailboxes.
+    members : sequence of int
+        All ranks, or those of a group.
+    frame_bytes : int
+        Bytes of one frame of a mailbox; 0 for a group of ranks, which has no mailboxes.
     """
 
     name: str
-    ranks: int
-    frame_bytes: int
+    members: Sequence[int]
+    frame_bytes: int = 0
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return len(self.members)
 
     @property
     def mail_bytes(self) -> int:
@@ -51,47 +59,41 @@ class Layout:
         return {self.semaphore(kind, a, b): value for kind, value in self.kinds.items()
                 for a in range(self.ranks) for b in range(self.ranks) if a != b}  # fmt: skip
 
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """The semaphores have their names, by which the ranks open them."""
+        try:
+            try:
+                for name, value in self.semaphores().items():
+                    create_semaphore(name, value)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+                    what = f"backend 'shm' with {self.ranks} workers"
+                    raise memory.no_room(what, needed(self.ranks)) from error
+                raise
+            yield
+        finally:
+            for name in self.semaphores():
+                with contextlib.suppress(OSError):  # not made
+                    unlink_semaphore(name)
+
 
 def needed(ranks: int) -> int:
     """Bytes of shared memory without which `ranks` workers cannot start: a page a semaphore and frame."""
-    smallest = Layout("", ranks, _PAGE)
+    smallest = Layout("", range(ranks), _PAGE)
     return Board.size(ranks) + smallest.mail_bytes + _PAGE * len(smallest.semaphores())
 
 
-class Hub:
-    """The caller's side: makes the semaphores and the mailboxes of one launch.
-
-    Attributes
-    ----------
-    layout : Layout
-    fd : int
-        The mailboxes' file; the workers map it.
-    """
-
-    def __init__(self, ranks: int) -> None:
-        budget = min(_MAIL, memory.free_room() // 4)
-        self.layout = Layout(memory.unique_name(), ranks, frame_size(ranks, budget))
-        try:
-            self._held = [create_semaphore(name, value) for name, value in self.layout.semaphores().items()]
-            # Not reserved: a mailbox takes pages only as far as messages fill it.
-            self.fd = memory.anonymous(self.layout.mail_bytes, "mail between the workers", reserve=False)
-        except BaseException as error:
-            self.unlink()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
-                raise memory.no_room(f"backend 'shm' with {ranks} workers", needed(ranks)) from error
-            raise
-
-    def close(self) -> None:
-        """Let go of all, once all workers have joined (or none will)."""
-        os.close(self.fd)
-        self.unlink()
-
-    def unlink(self) -> None:
-        """Remove the names."""
-        for name in self.layout.semaphores():
-            with contextlib.suppress(OSError):  # not made yet, or removed already
-                unlink_semaphore(name)
-        self._held = []
+@contextlib.contextmanager
+def meeting(ranks: int, name: str) -> Iterator[tuple[Layout, int]]:
+    """The caller's side of a launch, while its workers join: what they must know, and the file of all mailboxes."""
+    layout = Layout(name, range(ranks), frame_size(ranks, min(_MAIL, memory.free_room() // 4)))
+    fd = memory.unnamed(layout.mail_bytes)  # a mailbox takes memory only as far as messages fill it
+    try:
+        with layout.named():
+            yield layout, fd
+    finally:
+        os.close(fd)
 
 
 def frame_size(ranks: int, budget: int) -> int:

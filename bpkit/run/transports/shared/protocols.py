@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle
 
 import torch
@@ -31,16 +32,19 @@ class Lane:
 
     Attributes
     ----------
+    peers : list of int
+        Their ranks in the whole, for errors.
     line : deque of Posted
     left : int
         Tokens that have not come for the first in line.
     """
 
     def __init__(self, layout: Layout, kind: str, rank: int, peers: Sequence[int], waiter: Waiter) -> None:
-        self.peers, self.waiter = peers, waiter
+        self.peers, self.waiter = [layout.members[peer] for peer in peers], waiter
         self.tokens = [open_semaphore(layout.semaphore(kind, peer, rank)) for peer in peers]
         self._gives = [open_semaphore(layout.semaphore(kind, rank, peer)).release for peer in peers]
-        self._takes = [(token.acquire, token, peer) for token, peer in zip(self.tokens, peers, strict=True)]
+        self._takes = [(partial(token.acquire, False), token, peer)
+                       for token, peer in zip(self.tokens, self.peers, strict=True)]  # fmt: skip
         self.line: deque[Posted] = deque()
         self.left = len(peers)
 
@@ -60,9 +64,9 @@ class Lane:
 
     def take(self, operation: str) -> None:
         """Wait for a token of each peer; nothing may stand in line."""
-        for acquire, token, peer in self._takes:
-            if not acquire(False):
-                self.waiter.take(token, operation, peer)
+        for take, token, peer in self._takes:
+            if not take():
+                self.waiter.until(take, token, operation, peer)
 
     def __call__(self) -> None:
         """Let all act whose tokens have come; never blocks."""

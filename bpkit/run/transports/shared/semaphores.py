@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from _multiprocessing import SemLock  # type: ignore[import-not-found]
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import perf_counter_ns
 
 import numpy as np
@@ -45,42 +45,25 @@ def unlink_semaphore(name: str) -> None:
 
 
 class Waiter:
-    """How one rank waits: some tries, then yields, then blocks, never longer than the time-out.
+    """How one rank waits, in all its groups: some tries, then yields, then blocks, never longer than the time-out.
 
     Attributes
     ----------
     waited : int
         Nanoseconds spent in waits so far (a token that was there at the first try costs none).
     duties : dict
-        What moves this rank's own unfinished sends and reductions, while there are any; one for all groups that
-        the rank belongs to.
+        What moves this rank's own unfinished sends and reductions, while there are any.
     """
 
-    def __init__(self, rank: int, note: np.ndarray, timeout: float, ranks: Sequence[int] = (),
-                 duties: dict[Callable[[], object], None] | None = None) -> None:  # fmt: skip
-        self.rank = rank
+    def __init__(self, note: np.ndarray, timeout: float) -> None:
         self.waited = 0
-        self.duties = {} if duties is None else duties
-        self._note = note
-        self._timeout = timeout
-        self._ranks = ranks  # of the members of a group, for messages
+        self.duties: dict[Callable[[], object], None] = {}
+        self._note, self._timeout = note, timeout
 
     def progress(self) -> None:
         """Move this rank's unfinished business along; never blocks."""
         for duty in tuple(self.duties):
             duty()
-
-    def _global(self, peer: int) -> int:
-        return self._ranks[peer] if self._ranks and peer >= 0 else peer
-
-    def take(self, semaphore: SemLock, operation: str, peer: int) -> None:
-        """Take one token of `semaphore`, which rank `peer` gives."""
-        start, acquire = perf_counter_ns(), semaphore.acquire
-        for _ in range(_TRIES):
-            if acquire(False):
-                self.waited += perf_counter_ns() - start
-                return
-        self.until(lambda: acquire(False), semaphore, operation, peer)
 
     def until(self, check: Callable[[], bool], semaphore: SemLock | None, operation: str, peer: int) -> None:
         """Wait until `check()` holds; a token on `semaphore` is a reason to look again (None: look now and then).
@@ -96,7 +79,7 @@ class Waiter:
                 break
         else:
             try:
-                self._note[1], self._note[0] = self._global(peer), OPERATIONS.index(operation)
+                self._note[1], self._note[0] = peer, OPERATIONS.index(operation)
                 self._block(check, semaphore, operation, peer)
             finally:
                 self._note[0] = 0
@@ -113,7 +96,7 @@ class Waiter:
         while not check():
             left = deadline - time.monotonic()
             if left <= 0:
-                whom = f"rank {self._global(peer)}" if peer >= 0 else "any rank"
+                whom = f"rank {peer}" if peer >= 0 else "any rank"
                 raise PeerTimeout(f"waited {self._timeout:g} s in {operation} for {whom}")
             if semaphore is None:
                 time.sleep(_NAP)

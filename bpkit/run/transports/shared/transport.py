@@ -5,10 +5,11 @@ order, and writes it into every rank's share. No byte is copied but the result. 
 area, one copy in and one out.
 """
 
+import contextlib
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -20,7 +21,7 @@ from bpkit.run.transports.shared.mailbox import Mail
 from bpkit.run.transports.shared.names import Layout
 from bpkit.run.transports.shared.protocols import Loans, Posted, Protocols
 from bpkit.run.transports.shared.scratch import Scratch
-from bpkit.run.transports.shared.semaphores import Waiter, create_semaphore, unlink_semaphore
+from bpkit.run.transports.shared.semaphores import Waiter
 from bpkit.run.transports.shared.symmetric import Steps, Symmetric, run
 
 _LINE = 64
@@ -32,10 +33,10 @@ class SharedMemoryComm(Comm):
     name = "shm"
 
     def __init__(self, rank: int, layout: Layout, fd: int, board: Board, timeout: float,
-                 ranks: Sequence[int] = (), duties: dict[Callable[[], object], None] | None = None) -> None:
+                 waiter: Waiter | None = None) -> None:  # fmt: skip
         super().__init__(rank, layout.ranks, board, timeout)
         self._layout = layout
-        self._waiter = Waiter(rank, board.waits[rank], timeout, ranks, duties)
+        self._waiter = waiter or Waiter(board.waits[rank], timeout)
         self.progress = self._waiter.progress  # type: ignore[method-assign]  # of all groups of this rank
         self._protocols = Protocols(layout, rank, self._waiter)
         self._mail = Mail(layout, rank, fd, self._protocols)
@@ -49,23 +50,13 @@ class SharedMemoryComm(Comm):
 
     def group(self, groups: Sequence[Sequence[int]]) -> Comm:
         self._allocations += 1
-        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
-        layout = Layout(f"{self._layout.name}-{self._allocations}.{index}", len(groups[index]), 0)
-        path = os.path.join(files.directory(), layout.name)
-        first, held = self.rank == groups[index][0], []
-        if first:
-            held = [create_semaphore(name, value) for name, value in layout.semaphores().items()]
-            os.close(files.create(path, Board.size(layout.ranks), "a group of ranks"))
-        self._protocols.meet("barrier")
-        board = self.board.of(path, groups[index])
-        comm = SharedMemoryComm(groups[index].index(self.rank), layout, -1, board, self.timeout, groups[index],
-                                self._waiter.duties)
-        self._protocols.meet("barrier")
-        if first:
-            for name in layout.semaphores():
-                unlink_semaphore(name)
-            os.unlink(path)
-        del held
+        index, ranks = next((i, ranks) for i, ranks in enumerate(groups) if self.rank in ranks)
+        layout = Layout(f"{self._layout.name}-{self._allocations}.{index}", ranks)
+        with layout.named() if self.rank == ranks[0] else contextlib.nullcontext():
+            self._protocols.meet("barrier")
+            comm = SharedMemoryComm(ranks.index(self.rank), layout, -1, self.board, self.timeout, self._waiter)
+            self._protocols.meet("barrier")
+        comm.mark = self.mark
         return comm
 
     @property
@@ -114,21 +105,17 @@ class SharedMemoryComm(Comm):
         """Map one new file of `size` bytes on every rank; its name is gone when this returns."""
         self._allocations += 1
         path = os.path.join(files.directory(), f"{self._layout.name}-{self._allocations}")
-        what = f"comm.empty for {self.size} ranks"
-        fd = -1
+        what, fd = f"comm.empty for {self.size} ranks", -1
         if self.rank == 0:
-            try:
+            with contextlib.suppress(NoRoom):
                 fd = files.create(path, size, what)
-                self.board.room[0] = -1
-            except NoRoom:
-                self.board.room[0] = files.free_room()
         self._protocols.meet(operation)
-        free = int(self.board.room[0])
-        if free < 0 and self.rank != 0:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        if self.rank:
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._protocols.meet(operation)
-        if free >= 0:
-            raise files.no_room(what, size, free)
+        if fd < 0:
+            raise files.no_room(what, size)
         if self.rank == 0:
             os.unlink(path)
         try:
@@ -182,14 +169,13 @@ class SharedMemoryComm(Comm):
     def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
         steps = self._sum(tensor)
         if steps is None:
-            self._scratch.reduce(tensor, "all_reduce")
-            return Then()
+            return self._scratch.sum(tensor, "all_reduce")
         return Posted(self._protocols.together(steps), "all_reduce")
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         steps = self._sum(tensor)
         if steps is None:
-            self._scratch.reduce(tensor, "all_reduce")
+            self._scratch.sum(tensor, "all_reduce")
         else:  # as if posted and waited for, without a handle: small sums are bound by what is done here
             self._protocols.meet("all_reduce")
             run(steps)
@@ -204,10 +190,8 @@ class SharedMemoryComm(Comm):
             found, part = self._find(tensor), tensor.view(-1)[lo:hi]
             here = part.data_ptr() == out.data_ptr()
             if found is None:
-                self._scratch.reduce(tensor, "reduce_scatter")
-                if not here:
-                    out.add_(part) if add else out.copy_(part)
-                return Then()
+                self._scratch.sum(tensor, "reduce_scatter")
+                return Then(then=lambda: here or (out.add_(part) if add else out.copy_(part)))
             memory, start = found
             into, targets = (None, [self.rank] if self.rank else []) if here else (out, [])
             steps = self._sums[key] = memory.sum(start, bounds, out.dtype, targets, into, add)
@@ -224,8 +208,7 @@ class SharedMemoryComm(Comm):
         self.check_tensor(tensor, operation)
         found = self._find(tensor, common=True)
         if found is None:
-            self._scratch.spread(tensor, operation, bounds)
-            return Then()
+            return self._scratch.exchange(tensor, operation, bounds)
         memory, start = found
         apart = range(self.size) if len(memory.tensors) == self.size else ()  # else all is where it belongs
         steps = [memory.copy(start, bounds[rank], tensor.dtype, rank, self.rank) for rank in apart if rank != self.rank]
