@@ -10,10 +10,11 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from multiprocessing import connection, forkserver, reduction, resource_tracker, spawn
 from multiprocessing.util import Finalize
-from typing import IO, Any
+from typing import Any
 
 from bpkit.run.errors import WorkerDied
 from bpkit.run.processes import devices, worker
@@ -112,8 +113,8 @@ class Workers:
         self.processes: list[Any] = []
         self.channels: list[Any] = []
         self.imported: dict[str, Version] = {}
-        self._logs: list[IO[bytes]] = []
-        self._read, self._last = [0] * ranks, [""] * ranks
+        self._logs: list[int] = []
+        self._read = [0] * ranks
         memory.sweep()
         meeting = _meeting(self._pid)
         self._name = memory.unique_name()
@@ -147,10 +148,12 @@ class Workers:
                 forkserver.ensure_running()
             setup["server"] = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
         for rank in range(ranks):
-            self._logs.append(tempfile.TemporaryFile())  # noqa: SIM115
+            with tempfile.TemporaryFile() as log:
+                self._logs.append(os.dup(log.fileno()))
+            weakref.finalize(self, os.close, self._logs[rank])
             ours, theirs = context.Pipe()
             self.channels.append(ours)
-            args = rank, theirs, setup | {"log": _Descriptor(self._logs[rank].fileno())}
+            args = rank, theirs, setup | {"log": _Descriptor(self._logs[rank])}
             self.processes.append(context.Process(target=worker.main, args=args, name=f"bpkit-{rank}", daemon=True))
             with _uninterrupted() if method == "spawn" else contextlib.nullcontext():
                 self.processes[rank].start()
@@ -187,13 +190,10 @@ class Workers:
 
     def read_log(self, rank: int) -> str:
         """What a rank has printed since the last look."""
-        if rank < len(self._logs) and not self._logs[rank].closed:
-            fd, start = self._logs[rank].fileno(), self._read[rank]
-            data = os.pread(fd, os.fstat(fd).st_size - start, start)
-            self._read[rank] += len(data)
-            return data.decode(errors="replace")
-        text, self._last[rank] = self._last[rank], ""
-        return text
+        fd, start = self._logs[rank], self._read[rank]
+        data = os.pread(fd, os.fstat(fd).st_size - start, start)
+        self._read[rank] += len(data)
+        return data.decode(errors="replace")
 
     def end(self) -> None:
         """Kill every process, with those that its calls have started, and wait until it is gone; may be repeated."""
@@ -206,9 +206,6 @@ class Workers:
             process.join(5.0)
         for channel in self.channels:
             channel.close()
-        for rank, log in enumerate(self._logs):
-            self._last[rank] = self.read_log(rank)
-            log.close()
         with contextlib.suppress(OSError):
             os.unlink(self._path)
         memory.remove(f"{self._name}-")  # workers may have been ended between making a file and unlinking it

@@ -6,7 +6,8 @@ import abc
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,15 @@ Slots = Mapping[Channel, tuple[int, int]]  # slots of a channel, and elements of
 Taker = Callable[[torch.Tensor], object]
 
 
-class Handle(abc.ABC):
+@dataclass
+class Account:
+    """What a rank has sent, in bytes, and waited for, in nanoseconds, in all its groups."""
+
+    sent: int = 0
+    waited: int = 0
+
+
+class Handle(Protocol):
     """Posted communication.
 
     Attributes
@@ -39,19 +48,18 @@ class Handle(abc.ABC):
         Whether peers wait for this rank to `poll` it, so that the rank must not block on anything else.
     """
 
-    passive = False
-    polled = False
+    passive: bool = False
+    polled: bool = False
 
-    @abc.abstractmethod
     def poll(self) -> bool:
         """Whether it has finished; moves it along, never blocks."""
 
-    @abc.abstractmethod
     def wait(self) -> None:
         """Block until it has finished."""
 
-    def watch(self) -> None:  # noqa: B027 - only what is passive has anything to do
+    def watch(self) -> None:
         """Let a thread wait for it, so that `poll` tells its end although it is passive."""
+        return
 
 
 class Then(Handle):
@@ -93,14 +101,12 @@ class Then(Handle):
             self._finished = True
 
 
-class Edges(abc.ABC):
+class Edges(Protocol):
     """Messages between stages, in order for each pair of ranks."""
 
-    @abc.abstractmethod
     def send(self, channel: Channel, tensor: torch.Tensor, to: int) -> Handle:
         """Send a tensor; it may change once the handle has finished."""
 
-    @abc.abstractmethod
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
         """Post the receive of the next message of `source`; `take` gets the tensor, until `release`."""
 
@@ -119,8 +125,6 @@ class Comm(abc.ABC):
         Where tensors for this transport live.
     timeout : float
         Seconds that this rank may wait for a peer.
-    sent : int
-        Payload bytes given to `send` so far. Collectives are not counted.
     mark : numpy.ndarray
         Two int64 (step, action index) that the caller sees; the executor writes them.
     cache : dict
@@ -129,21 +133,23 @@ class Comm(abc.ABC):
 
     name = ""
 
-    def __init__(self, rank: int, size: int, board: Board, timeout: float, device: str = "cpu") -> None:
-        self.rank, self.size = rank, size
-        self.device = torch.device(device)
-        self.sent = 0
-        self.timeout = timeout
-        self.board = board
+    def __init__(self, rank: int, size: int, board: Board, timeout: float, device: str = "cpu",
+                 account: Account | None = None) -> None:  # fmt: skip
+        self.rank, self.size, self.timeout, self.device = rank, size, timeout, torch.device(device)
+        self.board, self.account = board, account or Account()
         self.mark: np.ndarray = board.marks[rank]
         self.cache: dict[Any, Any] = {}
-        self.sent_to = [0] * size  # messages, compared with what peers received after each call
-        self.received_from = [0] * size
+        self.sent_to, self.received_from = [0] * size, [0] * size  # messages, compared after each call
 
     @property
-    @abc.abstractmethod
     def waited(self) -> int:
-        """Nanoseconds this rank has spent waiting for peers so far."""
+        """Nanoseconds this rank has spent waiting for peers so far, in all its groups."""
+        return self.account.waited
+
+    @property
+    def sent(self) -> int:
+        """Payload bytes sent so far, in all its groups, other than by collectives."""
+        return self.account.sent
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Send to rank `to`; buffered: returns without waiting for the receiver, whatever the size."""
@@ -152,7 +158,7 @@ class Comm(abc.ABC):
         if tensor.dim() > MAX_DIMS:
             raise ValueError(f"send: a tensor of {tensor.dim()} dimensions; at most {MAX_DIMS} travel")
         self._send(tensor, to)
-        self.sent += tensor.numel() * tensor.element_size()
+        self.account.sent += tensor.numel() * tensor.element_size()
         self.sent_to[to] += 1
 
     def recv(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from itertools import combinations
@@ -88,8 +89,9 @@ class DistributedComm(Comm):
         self.name = backend
         device = f"cuda:{rank % torch.cuda.device_count()}" if backend == "nccl" else "cpu"
         super().__init__(rank, size, board, timeout, device)
-        self._waited = 0
         self._members: Any = None  # the process group; None is all ranks
+        self._ranks: Sequence[int] = range(size)  # by their numbers in the whole, as
+        self._me = rank
         self._threads: ThreadPoolExecutor | None = None
         self._held: list[deque[tuple[int, Any, torch.Tensor]]] = [deque() for _ in range(size)]
         if not dist.is_initialized():
@@ -119,10 +121,6 @@ class DistributedComm(Comm):
         after another, whatever their direction, so a message could wait for one that is given after it."""
         return self._down if to < source else None
 
-    @property
-    def waited(self) -> int:
-        return self._waited
-
     def waiting_threads(self) -> ThreadPoolExecutor:
         """Threads that wait for messages while this rank has something else to move along."""
         if self._threads is None:
@@ -131,7 +129,7 @@ class DistributedComm(Comm):
 
     def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
         """Run a blocking call of torch.distributed: timed, noted for the caller, its errors translated."""
-        waits = self.board.waits[self.rank]
+        waits = self.board.waits[self._me]
         waits[1], waits[0] = peer, OPERATIONS.index(operation)
         start = perf_counter_ns()
         try:
@@ -143,7 +141,7 @@ class DistributedComm(Comm):
                 raise PeerTimeout(f"waited {self.timeout:g} s in {operation}{whom}") from error
             raise CommunicationError(f"{self.name}: {operation} failed: {text}") from error
         finally:
-            self._waited += perf_counter_ns() - start
+            self.account.waited += perf_counter_ns() - start
             waits[0] = 0
 
     # Messages
@@ -154,10 +152,10 @@ class DistributedComm(Comm):
         A send's `is_completed` of gloo stays false until somebody waits, and a wait that times out breaks
         the connection; so the receiver's count tells which waits return at once.
         """
-        held, received = self._held[to], int(self.board.received[to, self.rank])
+        held, received = self._held[to], int(self.board.received[to, self._me])
         while held and (held[0][0] < received or len(held) > _HELD):
             self.run("send", to, held.popleft()[1].wait)
-        held.append((self.sent_to[to], dist.isend(packet, to, self._way(self.rank, to)), packet))
+        held.append((self.sent_to[to], dist.isend(packet, to, self._way(self._me, to)), packet))
 
     def _send(self, tensor: torch.Tensor, to: int) -> None:
         data = _bytes(tensor).to(self.device)
@@ -186,7 +184,7 @@ class DistributedComm(Comm):
     def count_received(self, source: int) -> None:
         """Tell the sender, and the check after the call, that one more message has arrived."""
         self.received_from[source] += 1
-        self.board.received[self.rank, source] = self.received_from[source]
+        self.board.received[self._me, source] = self.received_from[source]
 
     def finish(self) -> None:
         """Nothing to do: gloo delivers on its own threads, and the caller compares the counts."""
@@ -239,11 +237,6 @@ class DistributedComm(Comm):
         part = tensor.view(-1)[slice(*self.bounds(tensor.numel()))]
         return Then(self.post_all_reduce(tensor), then=lambda: out.add_(part) if add else out.copy_(part))
 
-    def reduce_scatter(self, tensor: torch.Tensor) -> torch.Tensor:
-        part = tensor.detach().view(-1)[slice(*self.bounds(tensor.numel()))]
-        self._posted(tensor, "reduce_scatter", partial(self._scatter, out=part, add=False)).wait()
-        return part
-
     def _padded(self, flat: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Memory for parts that are all as long as the longest, which PyTorch asks for, and each rank's in it."""
         width, bounds = -(-flat.numel() // self.size), [self.bounds(flat.numel(), r) for r in range(self.size)]
@@ -268,48 +261,33 @@ class DistributedComm(Comm):
     # Messages that are posted
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
+        to = self._ranks[to]  # all groups' go the way of all ranks, so they keep one order a pair
         self._post(tensor.clone(), to)  # a copy, since gloo tells only who waits when the memory is free
         if tensor.is_cuda:
             tensor.record_stream(torch.cuda.current_stream())  # a stream's copy reads it later
-        self.sent += tensor.numel() * tensor.element_size()
+        self.account.sent += tensor.numel() * tensor.element_size()
         self.sent_to[to] += 1
         return Then()
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
-        into = torch.empty_like(tensor) if add else tensor
-        message = _Work(self, dist.irecv(into, source, self._way(source, self.rank)), "recv", source)
+        into, source = torch.empty_like(tensor) if add else tensor, self._ranks[source]
+        message = _Work(self, dist.irecv(into, source, self._way(source, self._me)), "recv", source)
         return Then(message, then=partial(tensor.add_, into)) if add else message
 
     def edges(self, slots: Slots, elements: int, tokens: int, dtype: torch.dtype) -> Edges:
         return _Copies(self)
 
     def group(self, groups: Sequence[Sequence[int]]) -> Comm:
-        made = [dist.new_group(list(ranks)) for ranks in groups]
-        index = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
-        return _Group(self, groups[index], made[index])
+        made, group = [dist.new_group(list(ranks)) for ranks in groups], copy(self)
+        group._ranks, group._members = next(pair for pair in zip(groups, made, strict=True) if self.rank in pair[0])
+        group.rank, group.size = group._ranks.index(self.rank), len(group._ranks)
+        return group
 
     def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
         for _ in range(each * len(sources)):
             source = self.run("recv", -1, dist.recv, tensor)  # of any rank: gloo can, NCCL cannot
             self.count_received(source)
             yield source
-
-
-class _Group(DistributedComm):
-    """The end of a group of ranks; its messages go the way of all ranks, so they keep one order a pair."""
-
-    def __init__(self, parent: DistributedComm, ranks: Sequence[int], members: Any) -> None:
-        Comm.__init__(self, ranks.index(parent.rank), len(ranks), parent.board, parent.timeout, str(parent.device))
-        self.name, self._parent, self._ranks, self._members, self._waited = parent.name, parent, ranks, members, 0
-
-    def run(self, operation: str, peer: int, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
-        return self._parent.run(operation, peer, function, *args, **named)
-
-    def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
-        return self._parent.post_send(tensor, self._ranks[to])
-
-    def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
-        return self._parent.post_recv(tensor, self._ranks[source], add)
 
 
 class _Copies(Edges):

@@ -24,25 +24,11 @@ class Staged(Comm):
     """
 
     def __init__(self, host: Comm, device: torch.device) -> None:
-        self._host, self.device, self.name = host, device, host.name
-        self.rank, self.size, self.timeout = host.rank, host.size, host.timeout
-        self.board, self.mark, self.cache = host.board, host.mark, host.cache
+        super().__init__(host.rank, host.size, host.board, host.timeout, str(device), host.account)
+        self._host, self.name, self.mark, self.cache = host, host.name, host.mark, host.cache
         self.sent_to, self.received_from = host.sent_to, host.received_from
         self.progress = host.progress  # type: ignore[method-assign]
         self._mirrors: dict[int, tuple[int, Tensor]] = {}  # by address: bytes, and what mirrors them
-
-    @property
-    def sent(self) -> int:  # type: ignore[override]
-        """Payload bytes given to `send` so far."""
-        return self._host.sent
-
-    @sent.setter
-    def sent(self, count: int) -> None:
-        self._host.sent = count
-
-    @property
-    def waited(self) -> int:
-        return self._host.waited
 
     def barrier(self) -> None:
         self._host.barrier()

@@ -211,7 +211,7 @@ class Loans(Edges):
                        for channel in slots for peer, lane in protocols.returned.items()}  # fmt: skip
 
     def send(self, channel: Channel, tensor: Tensor, to: int) -> Handle:
-        self._comm.sent += tensor.numel() * tensor.element_size()
+        self._comm.account.sent += tensor.numel() * tensor.element_size()
         return Posted(self._lend(channel, tensor, to), "send", polled=True)  # the peer waits for it
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bpkit.run.errors import PeerTimeout
 from bpkit.run.transports.board import OPERATIONS
+from bpkit.run.transports.comm import Account
 
 _COUNTING = 1  # SemLock's kind for a counting semaphore
 _TRIES = 20  # tries before the first yield: a peer on another core answers within these
@@ -44,7 +45,7 @@ def unlink_semaphore(name: str) -> None:
     sem_unlink("/" + name)
 
 
-class Waiter:
+class Waiter(Account):
     """How one rank waits, in all its groups: some tries, then yields, then blocks, never longer than the time-out.
 
     Attributes
@@ -56,7 +57,7 @@ class Waiter:
     """
 
     def __init__(self, note: np.ndarray, timeout: float) -> None:
-        self.waited = 0
+        super().__init__()
         self.duties: dict[Callable[[], object], None] = {}
         self._note, self._timeout = note, timeout
 

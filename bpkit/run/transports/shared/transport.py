@@ -34,9 +34,8 @@ class SharedMemoryComm(Comm):
 
     def __init__(self, rank: int, layout: Layout, fd: int, board: Board, timeout: float,
                  waiter: Waiter | None = None) -> None:  # fmt: skip
-        super().__init__(rank, layout.ranks, board, timeout)
-        self._layout = layout
-        self._waiter = waiter or Waiter(board.waits[rank], timeout)
+        self._layout, self._waiter = layout, waiter or Waiter(board.waits[rank], timeout)
+        super().__init__(rank, layout.ranks, board, timeout, account=self._waiter)
         self.progress = self._waiter.progress  # type: ignore[method-assign]  # of all groups of this rank
         self._protocols = Protocols(layout, rank, self._waiter)
         self._mail = Mail(layout, rank, fd, self._protocols)
@@ -58,10 +57,6 @@ class SharedMemoryComm(Comm):
             self._protocols.meet("barrier")
         comm.mark = self.mark
         return comm
-
-    @property
-    def waited(self) -> int:
-        return self._waiter.waited
 
     # Messages, and what moves along beside other things
 
@@ -218,7 +213,7 @@ class SharedMemoryComm(Comm):
 
     def post_send(self, tensor: torch.Tensor, to: int) -> Handle:
         self._of_all(tensor, "post_send")
-        self.sent += tensor.numel() * tensor.element_size()
+        self.account.sent += tensor.numel() * tensor.element_size()
         return Posted(self._protocols.show(to), "send", polled=True)
 
     def post_recv(self, tensor: torch.Tensor, source: int, add: bool = False) -> Handle:
