@@ -41,10 +41,10 @@ class Mail:
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Write a message; what does not fit is copied."""
-        rest = [raw_bytes(tensor.contiguous())]
-        posted, lane = Posted(self._put(rest, header(tensor), to), "send"), self._free[to]
-        if posted.lane is None:
-            return
+        rest, head, lane = [raw_bytes(tensor.contiguous())], header(tensor), self._free[to]
+        if not lane.line and lane.came() and self._fill(rest, head, to):
+            return  # as most do: in one frame, which is free
+        posted = Posted(self._put(rest, head, to), "send")
         start, left, tries = perf_counter_ns(), 0, 0
         while not posted.poll() and lane.line[0] is posted and tries < _FULL_TRIES:
             tries = tries + 1 if len(rest[0]) == left else 0
@@ -55,16 +55,19 @@ class Mail:
 
     def _put(self, rest: list[np.ndarray], start: bytes, to: int) -> Exchange:
         """Fill frames as they become free, with what is in `rest` then."""
-        while True:
+        yield self._free[to]
+        while not self._fill(rest, start, to):
             yield self._free[to]
-            head, payload = next(self._out[to])
-            head[: len(start)] = start
-            size = min(len(payload), len(rest[0]))
-            payload[:size] = rest[0][:size]
-            self._filled[to].give()
-            rest[0] = rest[0][size:]
-            if not len(rest[0]):
-                return
+
+    def _fill(self, rest: list[np.ndarray], start: bytes, to: int) -> bool:
+        """Fill a free frame; whether nothing is left."""
+        head, payload = next(self._out[to])
+        head[: len(start)] = start
+        size = min(len(payload), len(rest[0]))
+        payload[:size] = rest[0][:size]
+        self._filled[to].give()
+        rest[0] = rest[0][size:]
+        return not len(rest[0])
 
     def receive(self, tensor: torch.Tensor | None, source: int) -> torch.Tensor:
         """Read the next message into `tensor`, or into a new tensor when None."""

@@ -39,38 +39,47 @@ class Scratch:
             self._memory = self._allocate(2 * want, torch.uint8, operation)
         return self._memory.numel() // 2
 
-    def _next(self, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[list[torch.Tensor], Steps]:
-        """The next area, of each rank, for so many elements, and the steps that sum them, into rank 0's."""
+    def _next(self, n: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], Steps]:
+        """The next area, of each rank, and the steps that sum them, into rank 0's."""
         self._half = 1 - self._half
-        key = (self._half, lengths, dtype)
+        key = (self._half, n, dtype)
         if key not in self._areas:
             memory, start = self._find(self._memory, "scratch")
             start += self._half * (self._memory.numel() // 2)
-            each = lengths if len(lengths) > 1 else lengths * self._comm.size
-            self._areas[key] = ([memory.view(rank, start, n, dtype) for rank, n in enumerate(each)],
-                                memory.sum(start, self._comm.bounds(max(each)), dtype))  # fmt: skip
+            self._areas[key] = ([memory.view(rank, start, n, dtype) for rank in range(self._comm.size)],
+                                memory.sum(start, self._comm.bounds(n), dtype))  # fmt: skip
         return self._areas[key]
 
     def sum(self, tensor: torch.Tensor, operation: str) -> Then:
         """Sum over ranks, in place."""
-        return self.exchange(tensor, operation, [(0, tensor.numel())])
+        flat, own = tensor.detach().reshape(-1), self._comm.rank
+        most = flat.numel() and self._room(flat.numel() * flat.element_size(), operation) // flat.element_size()
+        for piece in flat.split(most) if most < flat.numel() else (flat,) if most else ():
+            areas, steps = self._next(piece.numel(), piece.dtype)
+            areas[own].copy_(piece)
+            self._meet(operation)
+            run(steps)
+            self._meet(operation)
+            piece.copy_(areas[0])
+        return self._put_back(flat, tensor)
 
     def exchange(self, tensor: torch.Tensor, operation: str, bounds: list[tuple[int, int]]) -> Then:
-        """Copy each rank's range of elements to all the others; where there is one range, sum it over ranks."""
-        flat, own, sums = tensor.detach().reshape(-1), self._comm.rank, len(bounds) == 1
+        """Copy each rank's range of elements to all the others."""
+        flat, own = tensor.detach().reshape(-1), self._comm.rank
         most, size = max(hi - lo for lo, hi in bounds), flat.element_size()
         width = self._room(most * size, operation) // size if most else 1
         for done in range(0, most, width):
             pieces = [flat[min(lo + done, hi) : min(lo + done + width, hi)] for lo, hi in bounds]
-            areas, steps = self._next(tuple(map(len, pieces)), flat.dtype)
-            areas[own].copy_(pieces[0 if sums else own])
+            areas, _ = self._next(min(width, most - done), flat.dtype)
+            areas[own][: len(pieces[own])].copy_(pieces[own])
             self._meet(operation)
-            if sums:
-                run(steps)
-                self._meet(operation)
             for rank, piece in enumerate(pieces):
-                if sums or rank != own:
-                    piece.copy_(areas[rank])
+                if rank != own:
+                    piece.copy_(areas[rank][: len(piece)])
+        return self._put_back(flat, tensor)
+
+    @staticmethod
+    def _put_back(flat: torch.Tensor, tensor: torch.Tensor) -> Then:
         if flat.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(flat.view(tensor.shape))
         return Then()

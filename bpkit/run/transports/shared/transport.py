@@ -221,9 +221,13 @@ class SharedMemoryComm(Comm):
 
     def _take(self, tensor: torch.Tensor, source: int, add: bool = False) -> Steps:
         """The steps that read a peer's memory into a tensor."""
-        memory, start = self._of_all(tensor, "post_recv")
-        act = memory.addition if add else memory.copy
-        return [act(start, (0, tensor.numel()), tensor.dtype, source, self.rank)]
+        key = (tensor.data_ptr(), tensor.numel(), tensor.dtype, source, add)
+        steps = self._sums.get(key)
+        if steps is None or not tensor.is_contiguous():
+            memory, start = self._of_all(tensor, "post_recv")
+            act = memory.addition if add else memory.copy
+            steps = self._sums[key] = [act(start, (0, tensor.numel()), tensor.dtype, source, self.rank)]
+        return steps
 
     def arrivals(self, tensor: torch.Tensor, sources: Sequence[int], each: int) -> Iterator[int]:
         # Nothing is posted: what is posted acts whenever its message comes, and all of these have one place.
