@@ -219,8 +219,10 @@ class DistributedComm(Comm):
         return Then(_Work(self, work, operation), then=put_back)
 
     def post_all_reduce(self, tensor: torch.Tensor) -> Handle:
-        return self._posted(tensor, "all_reduce", lambda flat: (
-            dist.all_reduce(flat, group=self._members, async_op=True), lambda: None))  # fmt: skip
+        return self._posted(tensor, "all_reduce", self._sum)
+
+    def _sum(self, flat: torch.Tensor) -> tuple[Any, Callable[[], object]]:
+        return dist.all_reduce(flat, group=self._members, async_op=True), lambda: None
 
     def post_broadcast(self, tensor: torch.Tensor, root: int) -> Handle:
         return self._posted(tensor, "broadcast", lambda flat: (
@@ -235,7 +237,8 @@ class DistributedComm(Comm):
         # gloo's reduce-scatter is an all-reduce of a copy (two lengths of the vector cross, for equal parts too), and
         # only who waits for it learns of its end: the all-reduce itself can be polled.
         part = tensor.view(-1)[slice(*self.bounds(tensor.numel()))]
-        return Then(self.post_all_reduce(tensor), then=lambda: out.add_(part) if add else out.copy_(part))
+        summed = self._posted(tensor, "reduce_scatter", self._sum)
+        return Then(summed, then=lambda: out.add_(part) if add else out.copy_(part))
 
     def _padded(self, flat: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Memory for parts that are all as long as the longest, which PyTorch asks for, and each rank's in it."""
