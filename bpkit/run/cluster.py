@@ -47,6 +47,9 @@ class Cluster:
         What workers compute on.  ``auto`` takes CUDA only where there is a GPU for each worker and no transport of the
         host is asked for.  With ``cuda`` and fewer GPUs than workers several share one: their tensors go through the
         host's memory, which shows that a plan is right, but no speedup.
+    pin : bool
+        Give each worker `threads_per_worker` cores of its own, of those that this process may use when the workers
+        start; where there are fewer, in turn.  What a worker starts stays there too.  Linux only.
 
     Raises
     ------
@@ -68,10 +71,10 @@ class Cluster:
     """
 
     def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
-                 start_method: str | None = None, device: str = "auto") -> None:  # fmt: skip
+                 start_method: str | None = None, device: str = "auto", pin: bool = False) -> None:  # fmt: skip
         # What depends on where workers come from stands in the pool: launched here now, later joined as well.
         workers, threads_per_worker = integers("Cluster", workers=workers, threads_per_worker=threads_per_worker)
-        self._pool = pool = Pool(workers, backend, threads_per_worker, timeout, start_method, device)
+        self._pool = pool = Pool(workers, backend, threads_per_worker, timeout, start_method, device, pin)
         self.workers, self.threads_per_worker, self.timeout = workers, threads_per_worker, timeout
         self.backend, self.backend_reason, self.device = pool.backend, pool.backend_reason, pool.device
 

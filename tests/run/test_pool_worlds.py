@@ -255,3 +255,32 @@ def test_a_result_that_is_a_slice_travels_as_a_slice() -> None:
 
     for row, size in shared_pool("shm", 2).call(cut):
         assert torch.equal(row, torch.full((8,), 3.0)) and size < 1000 and row.untyped_storage().nbytes() < 1000
+
+
+def cores_of_this(comm: Comm) -> set[int]:
+    return os.sched_getaffinity(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux lets a program choose its cores")
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_pinned_workers_have_cores_in_turn_of_those_that_the_caller_may_use(method: str) -> None:
+    before = os.sched_getaffinity(0)
+    cores = sorted(before)
+    with Pool(len(cores) + 1, start_method=method, pin=True) as pool:
+        assert pool.call(cores_of_this) == [{core} for core in [*cores, cores[0]]]
+    with Pool(2, start_method=method, pin=True, threads_per_worker=len(cores)) as pool:
+        assert pool.call(cores_of_this) == [before] * 2
+    os.sched_setaffinity(0, cores[-1:])
+    try:
+        with Pool(2, start_method=method, pin=True) as pool:
+            assert pool.call(cores_of_this) == [{cores[-1]}] * 2
+    finally:
+        os.sched_setaffinity(0, before)
+    with Pool(1, start_method=method) as pool:
+        assert pool.call(cores_of_this) == [before]
+
+
+def test_pinning_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    with pytest.raises(ValueError, match=r"pin=True works on Linux only: .* leave it out"):
+        Pool(2, pin=True)

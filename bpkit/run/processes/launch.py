@@ -106,7 +106,8 @@ class Workers:
         Modules that workers have imported, with the version of each.
     """
 
-    def __init__(self, ranks: int, backend: str, device: str, threads: int, timeout: float, method: str) -> None:
+    def __init__(self, ranks: int, backend: str, device: str, threads: int, timeout: float, method: str,
+                 pin: bool) -> None:  # fmt: skip
         if backend == "gloo":
             devices.check_interface()
         self._pid = os.getpid()
@@ -126,7 +127,8 @@ class Workers:
                 self.board = Board(control, ranks)
                 setup = {"backend": backend, "device": device, "ranks": ranks, "threads": threads, "timeout": timeout,
                          "meeting": meeting, "path": self._path, "environment": dict(os.environ),
-                         "folder": os.getcwd(), "control": _Descriptor(control),
+                         "folder": os.getcwd(), "cores": sorted(os.sched_getaffinity(0)) if pin else [],
+                         "control": _Descriptor(control),
                          "method": multiprocessing.get_start_method(allow_none=True)}  # fmt: skip
                 if backend == "shm":
                     setup["layout"], mail = joining.enter_context(names.meeting(ranks, self._name))

@@ -1,6 +1,7 @@
 """Persistent worker processes that run a function on every rank."""
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -28,7 +29,7 @@ Watch = Callable[[np.ndarray], None]
 Describe = Callable[[int, int, int], str]
 
 
-def _check(workers: int, backend: str, threads: int, timeout: float, method: str) -> None:
+def _check(workers: int, backend: str, threads: int, timeout: float, method: str, pin: bool) -> None:
     """Refuse bad arguments before any process starts."""
     if sys.platform == "win32":
         raise RuntimeError("bpkit's workers run on Linux and macOS; on Windows use WSL2 "
@@ -40,6 +41,8 @@ def _check(workers: int, backend: str, threads: int, timeout: float, method: str
         raise ValueError(f"timeout must be a number of seconds above 0, not {timeout!r}")
     if method not in start_methods():
         raise ValueError(f"unknown start_method {method!r}: choose one of {', '.join(start_methods())}")
+    if pin and not hasattr(os, "sched_setaffinity"):
+        raise ValueError(f"pin=True works on Linux only: {sys.platform} lets no program choose its cores; leave it out")
 
 
 def _choose(workers: int, backend: str, on: str) -> tuple[str, str]:
@@ -81,6 +84,8 @@ class Pool:
         How processes start.
     device : {"auto", "cpu", "cuda"}
         What workers compute on; ``"auto"`` is CUDA only where there is a GPU for each worker.
+    pin : bool
+        Give each worker `threads_per_worker` cores of those that this process may use at the launch, in turn.
 
     Attributes
     ----------
@@ -100,13 +105,13 @@ class Pool:
     """
 
     def __init__(self, workers: int, backend: str = "auto", threads_per_worker: int = 1, timeout: float = 60.0,
-                 start_method: str | None = None, device: str = "auto") -> None:  # fmt: skip
+                 start_method: str | None = None, device: str = "auto", pin: bool = False) -> None:  # fmt: skip
         method = start_method or start_methods()[0]
-        _check(workers, backend, threads_per_worker, timeout, method)
+        _check(workers, backend, threads_per_worker, timeout, method, pin)
         self.device = devices.choose(workers, backend, device)
         self.workers, self.threads_per_worker, self.timeout = workers, threads_per_worker, timeout
         self.backend, self.backend_reason = _choose(workers, backend, self.device)
-        self.start_method = method
+        self.start_method, self.pin = method, pin
         self.generation = 0
         self.logs = [""] * workers
         self._lock = threading.RLock()  # `watch` may close the pool whose call it watches
@@ -206,7 +211,7 @@ class Pool:
             self._end()  # somebody killed a resting worker (its channel is at its end), or a module was edited
         if self._running is None:
             self._running = Workers(self.workers, self.backend, self.device, self.threads_per_worker, self.timeout,
-                                    self.start_method)  # fmt: skip
+                                    self.start_method, self.pin)  # fmt: skip
             self._finalizer = weakref.finalize(self, self._running.end)
             self.generation += 1
 

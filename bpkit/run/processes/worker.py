@@ -31,6 +31,9 @@ from bpkit.run.transports.through_host import Staged
 
 def main(rank: int, channel: Connection, setup: dict[str, Any]) -> None:
     """Entry point of the process of `rank`."""
+    if cores := setup["cores"]:  # first of all, so that threads and memory are where these are
+        first, threads = rank * setup["threads"], setup["threads"]
+        os.sched_setaffinity(0, {cores[core % len(cores)] for core in range(first, first + threads)})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the caller's to handle
     os.setpgid(0, 0)  # a group with the processes that calls start: they end together
     multiprocessing.current_process().daemon = False  # which may have no processes of its own
