@@ -26,7 +26,7 @@ LONGEST_FILE = 400
 CEILINGS = {
     ("description", "nn", "optim", "compress", "data", "plan", "trace", "simulate", "run",
      "run/engine"): 6200,
-    ("run/transports", "run/processes"): 1971,
+    ("run/transports", "run/processes"): 1902,
     ("measure", "show", "cli"): 1400,
     ("given", "lazy"): 60,  # no part of the subject: what callers give, and what is loaded late
 }

@@ -325,4 +325,4 @@ def _check_messages(messages: list[tuple[list[int], list[int]]]) -> None:
         for target, (_, received) in enumerate(messages):
             if sent[target] != received[source]:
                 raise CommunicationError(f"rank {source} sent {sent[target]} messages to rank {target}, which received "
-                                         f"{received[source]} of them")  # fmt: skip
+                                         f"{received[source]} of them, since these workers started")  # fmt: skip

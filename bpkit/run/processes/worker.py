@@ -105,12 +105,9 @@ def _answer(comm: Comm, call: Received, channel: Connection, imports: Imports) -
     """Run one call and send its result or its error."""
     try:
         function, args = call.load(0)
-        sent, received = list(comm.sent_to), list(comm.received_from)
         result = function(comm, *args)
         comm.finish()
-        messages = ([b - a for a, b in zip(sent, comm.sent_to, strict=True)],
-                    [b - a for a, b in zip(received, comm.received_from, strict=True)])
-        parcel = Parcel([(result, messages, imports.new())], "result")
+        parcel = Parcel([(result, (comm.sent_to, comm.received_from), imports.new())], "result")
     except BaseException as error:
         parcel = _failure(error)
     for stream in (sys.stdout, sys.stderr):

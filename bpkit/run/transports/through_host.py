@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,7 +131,4 @@ class _StagedEdges(Edges):
         return self._host.send(channel, there.copy_(tensor), to)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype, source: int, take: Taker) -> Then:
-        def take_there(came: Tensor) -> Any:
-            return take(came.to(self._device, copy=True))
-
-        return self._host.receive(shape, dtype, source, take_there)
+        return self._host.receive(shape, dtype, source, lambda came: take(came.to(self._device, copy=True)))

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from bpkit.run.transports.board import Board
 from bpkit.run.transports.shared import files as memory
 from bpkit.run.transports.shared.semaphores import create_semaphore, unlink_semaphore
 
@@ -79,15 +78,14 @@ class Layout:
 
 
 def needed(ranks: int) -> int:
-    """Bytes of shared memory without which `ranks` workers cannot start: a page a semaphore and frame."""
-    smallest = Layout("", range(ranks), _PAGE)
-    return Board.size(ranks) + smallest.mail_bytes + _PAGE * len(smallest.semaphores())
+    """Bytes of shared memory without which `ranks` workers cannot start: a page a semaphore."""
+    return _PAGE * len(Layout("", range(ranks), _PAGE).semaphores())
 
 
 @contextlib.contextmanager
 def meeting(ranks: int, name: str) -> Iterator[tuple[Layout, int]]:
     """The caller's side of a launch, while its workers join: what they must know, and the file of all mailboxes."""
-    layout = Layout(name, range(ranks), frame_size(ranks, min(_MAIL, memory.free_room() // 4)))
+    layout = Layout(name, range(ranks), frame_size(ranks))
     fd = memory.unnamed(layout.mail_bytes)  # a mailbox takes memory only as far as messages fill it
     try:
         with layout.named():
@@ -96,7 +94,7 @@ def meeting(ranks: int, name: str) -> Iterator[tuple[Layout, int]]:
         os.close(fd)
 
 
-def frame_size(ranks: int, budget: int) -> int:
-    """Bytes of a frame, so that the mailboxes of all ordered pairs stay within `budget` bytes."""
+def frame_size(ranks: int) -> int:
+    """Bytes of a frame, so that the mailboxes of all ordered pairs take little together."""
     pairs = max(ranks * (ranks - 1), 1)
-    return min(max(budget // (pairs * FRAMES) // _PAGE * _PAGE, _PAGE), 1 << 18)
+    return min(max(_MAIL // (pairs * FRAMES) // _PAGE * _PAGE, _PAGE), 1 << 18)
