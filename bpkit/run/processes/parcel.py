@@ -40,8 +40,7 @@ class _Storage:
 
     def use(self, first: int, last: int) -> None:
         """Some tensor has these bytes."""
-        used = self._used
-        used[0], used[1] = min(used[0], first - first % _ALIGN), max(used[1], last)
+        self._used[0], self._used[1] = min(self._used[0], first - first % _ALIGN), max(self._used[1], last)
 
     def part(self) -> pickle.PickleBuffer:
         """What travels in place of the whole."""

@@ -124,6 +124,6 @@ def _failure(error: BaseException) -> Parcel:
     try:
         parcel = Parcel([text, error], kind)
         parcel.load(1)
+        return parcel
     except BaseException:
-        parcel = Parcel([text], kind)
-    return parcel
+        return Parcel([text], kind)

@@ -7,6 +7,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -324,18 +325,19 @@ class Comm(abc.ABC):
             raise TypeError(f"{what}: dtype {tensor.dtype} is not supported")
 
 
-def header(tensor: torch.Tensor) -> bytes:
+@lru_cache(1024)
+def header(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
     """What travels before the elements of a message."""
-    return HEADER.pack(DTYPE_CODES[tensor.dtype], tensor.dim(), *tensor.shape, *[0] * (MAX_DIMS - tensor.dim()))
+    return HEADER.pack(DTYPE_CODES[dtype], len(shape), *shape, *[0] * (MAX_DIMS - len(shape)))
 
 
 def receiver(head: bytes | memoryview, tensor: torch.Tensor | None, source: int, device: torch.device) -> torch.Tensor:
     """`tensor`, or a new one where None, for the message with this header; refused where it does not fit."""
+    if tensor is not None and head[: HEADER.size] == header(tensor.dtype, tensor.shape):
+        return tensor
     code, dims, *sizes = HEADER.unpack_from(head)
     shape, dtype = tuple(sizes[:dims]), DTYPES[code]
     if tensor is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise ValueError(f"recv from rank {source}: the message is {dtype} {shape}, "
-                         f"the buffer is {tensor.dtype} {tuple(tensor.shape)}")
-    return tensor
+    raise ValueError(f"recv from rank {source}: the message is {dtype} {shape}, "
+                     f"the buffer is {tensor.dtype} {tuple(tensor.shape)}")

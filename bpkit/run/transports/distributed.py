@@ -160,7 +160,7 @@ class DistributedComm(Comm):
     def _send(self, tensor: torch.Tensor, to: int) -> None:
         data = _bytes(tensor).to(self.device)
         packet = torch.empty(max(PACKET, HEADER.size + len(data)), dtype=torch.uint8, device=self.device)
-        packet[: HEADER.size] = torch.frombuffer(bytearray(header(tensor)), dtype=torch.uint8)
+        packet[: HEADER.size] = torch.frombuffer(bytearray(header(tensor.dtype, tensor.shape)), dtype=torch.uint8)
         packet[HEADER.size : HEADER.size + len(data)] = data
         for part in (packet[:PACKET], packet[PACKET:]):
             if len(part):

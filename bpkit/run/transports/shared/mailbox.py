@@ -19,7 +19,8 @@ _FULL_TRIES = 100  # a full ring is waited for this many yields, then the rest i
 
 def raw_bytes(tensor: torch.Tensor) -> np.ndarray:
     """The elements of a contiguous CPU tensor as a flat array of bytes, without a copy."""
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    plain = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # numpy has no such type
+    return plain.detach().numpy().reshape(-1).view(np.uint8)
 
 
 class Mail:
@@ -41,7 +42,7 @@ class Mail:
 
     def send(self, tensor: torch.Tensor, to: int) -> None:
         """Write a message; what does not fit is copied."""
-        rest, head, lane = [raw_bytes(tensor.contiguous())], header(tensor), self._free[to]
+        rest, head, lane = [raw_bytes(tensor.contiguous())], header(tensor.dtype, tensor.shape), self._free[to]
         if not lane.line and lane.came() and self._fill(rest, head, to):
             return  # as most do: in one frame, which is free
         posted = Posted(self._put(rest, head, to), "send")

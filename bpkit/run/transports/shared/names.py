@@ -85,16 +85,11 @@ def needed(ranks: int) -> int:
 @contextlib.contextmanager
 def meeting(ranks: int, name: str) -> Iterator[tuple[Layout, int]]:
     """The caller's side of a launch, while its workers join: what they must know, and the file of all mailboxes."""
-    layout = Layout(name, range(ranks), frame_size(ranks))
+    frame = _MAIL // (max(ranks * (ranks - 1), 1) * FRAMES) // _PAGE * _PAGE  # all mailboxes take little together
+    layout = Layout(name, range(ranks), min(max(frame, _PAGE), 1 << 18))
     fd = memory.unnamed(layout.mail_bytes)  # a mailbox takes memory only as far as messages fill it
     try:
         with layout.named():
             yield layout, fd
     finally:
         os.close(fd)
-
-
-def frame_size(ranks: int) -> int:
-    """Bytes of a frame, so that the mailboxes of all ordered pairs take little together."""
-    pairs = max(ranks * (ranks - 1), 1)
-    return min(max(_MAIL // (pairs * FRAMES) // _PAGE * _PAGE, _PAGE), 1 << 18)
