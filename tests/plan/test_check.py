@@ -231,6 +231,17 @@ def test_large_numbers_end_at_once(was, now, why):
     assert perf_counter() - began < 2
 
 
+@pytest.mark.parametrize(("text", "was", "now"), [
+    (TOKENS, " 1B0", " 1I0 1B0"), (TOKENS, " 2I0", " 2I0 2I0"),
+    (str(bp.plan.zero_bubble_h1(2, 2)), " 1I0", " 1I0 1I0"), (str(bp.plan.zero_bubble_h1(2, 2)), " 1I0", " 1I0 1B0"),
+], ids=["skip B", "skip I", "pipeline I", "pipeline B"])  # fmt: skip
+def test_an_input_half_that_runs_twice_is_refused(text, was, now):
+    """Where a skip connection ends, the second finds nothing of what the first gave away."""
+    check(Plan.parse(text))
+    with pytest.raises(PlanError, match="the input half of this backward has run already"):
+        check(Plan.parse(text.replace(was, now, 1)))
+
+
 def test_a_later_step_sees_new_weights_only():
     row = tuple(map(Action.parse, ["0ZERO", "0F0", "0LOSS0", "0B0", "0UPDATE", "0F0"]))
     with pytest.raises(PlanError, match="already updated"):

@@ -39,6 +39,8 @@ def _loss(world: Provenance, rank: Holdings, index: int, action: Action) -> None
 def _input_half(world: Provenance, rank: Holdings, index: int, action: Action) -> None:
     stage, mb = action.stage, action.mb
     world.same_weights(rank, index, stage, mb)
+    if ("K", stage, mb) in rank.edges:
+        world.fail(rank, index, "the input half of this backward has run already, and its weight half has not")
     world.whole_edge(rank, index, ("D", stage + 1, mb))
     world.whole_edge(rank, index, ("S", stage, mb))
     if stage > 0:  # nobody asks for the gradient of the network's input
