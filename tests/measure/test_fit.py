@@ -59,6 +59,7 @@ def test_collectives_take_what_the_formulas_say(n: int) -> None:
     part, whole = fit.predicted(size / n), fit.predicted(size)
     times = {"ring": 2 * (n - 1) * part, "sharded_server": 2 * (n - 1) * part, "server": 2 * (n - 1) * whole,
              "reduce_scatter": (n - 1) * part, "all_gather": (n - 1) * part, "broadcast": log * whole,
+             "binomial": 2 * log * whole,
              "halving_doubling": 2 * log * 2.0 + 2 * (n - 1) / n * size * 0.5,
              "all_to_all": (n if n > 2 else n - 1) * part}
     for name, seconds in times.items():

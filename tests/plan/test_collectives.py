@@ -59,6 +59,8 @@ def test_bytes_by_the_formulas_of_the_docstrings(n, size):
     children = [sum(c < n for c in (2 * r + 1, 2 * r + 2)) for r in every]
     assert sent(collective("tree", n), size) == [size * (children[r] + (r > 0)) for r in every]
     assert sum(sent(collective("broadcast", n), size)) == (n - 1) * size
+    binomial = sent(collective("binomial", n), size)
+    assert sum(binomial) == 2 * (n - 1) * size and binomial[0] == (n - 1).bit_length() * size
     if size % n == 0:
         assert sent(collective("all_to_all", n), size) == [size - s[r] for r in every]
 

@@ -38,7 +38,7 @@ TEXT = bp.data.text(length=8)
 DIGITS = bp.data.digits(dtype=torch.float64)
 MLP = bp.nn.mlp([64, 6, 5, 7, 6, 5, 6, 7, 10], seed=1, dtype=torch.float64)
 GPT = bp.nn.gpt(TEXT.vocabulary, 8, width=8, heads=2, layers=1, seed=1, dtype=torch.float64, dropout=0.1)
-ALGORITHMS = ("ring", "server", "sharded_server", "tree", "halving_doubling")
+ALGORITHMS = ("ring", "server", "sharded_server", "tree", "binomial", "halving_doubling")
 
 
 def of_text(plan: Plan) -> bool:

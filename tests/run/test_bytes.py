@@ -35,6 +35,11 @@ def halving_doubling(size: int, n: int, rank: int) -> int:
     return size - s(size, q, i) + held + size * (rank < 2 * folded)
 
 
+def binomial(size: int, n: int, rank: int) -> int:
+    """Up once, and down to one rank a round from the one in which it has the sum."""
+    return size * ((rank > 0) + sum(rank < 2**k and rank + 2**k < n for k in range(n.bit_length())))
+
+
 def hierarchical(size: int, n: int, rank: int) -> int:
     """A ring over the L ranks of a host; of part `local`, a ring over the hosts, whose parts are parts of n."""
     hosts = 2 if n % 2 == 0 else n
@@ -51,6 +56,7 @@ SENT: dict[str, Sent] = {
     "server": lambda S, n, r: (n - 1) * S if r == 0 else S,
     "sharded_server": lambda S, n, r: (S - s(S, n, r)) + (n - 1) * s(S, n, r),
     "tree": lambda S, n, r: S * sum(c < n for c in (2 * r + 1, 2 * r + 2)) + S * (r > 0),
+    "binomial": binomial,
     "halving_doubling": halving_doubling,
     "hierarchical": hierarchical,
     "reduce_scatter": lambda S, n, r: S - s(S, n, r),

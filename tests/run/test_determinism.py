@@ -8,10 +8,11 @@ from torch import Tensor
 
 import bpkit as bp
 from bpkit.plan import Plan, data_parallel, expand, parameter_server, serial, zero
+from bpkit.plan.strategies.collectives import ALGORITHMS
 from tests.plan.hand_written import PIPELINE_1F1B, PIPELINE_HALVES
 
 DATA, NETWORK = bp.data.digits(), bp.nn.mlp([64, 48, 32, 10], seed=2, dropout=0.1)
-MERGES = ["ring", "server", "sharded_server", "tree", "halving_doubling", "hierarchical"]
+MERGES = [name for name, (purpose, _) in ALGORITHMS.items() if purpose == "all_reduce"]
 
 
 def weights(plan: Plan, backend: str) -> Tensor:

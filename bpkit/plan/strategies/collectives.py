@@ -102,7 +102,7 @@ def sharded_server(n: int, stage: int = 0) -> Rows:
 
 
 def tree(n: int, stage: int = 0) -> Rows:
-    """Binary tree: sums go up to rank 0 (children of r: 2r + 1 and 2r + 2), the result comes down.
+    """Binary tree, a heap: sums go up to rank 0 (children of r: 2r + 1 and 2r + 2), the result comes down.
 
     With depth d = floor(log2 n), at most 4d messages follow each other.  Sent by rank r: S times its children,
     and S more where r > 0.  Time ``4 d (alpha + beta S)`` for a complete tree: a rank receives from its two
@@ -131,6 +131,16 @@ def broadcast(n: int, stage: int = 0) -> Rows:
             rows[r + reach].append(_take(stage, None, r))
         reach *= 2
     return rows
+
+
+def binomial(n: int, stage: int = 0) -> Rows:
+    """Binomial tree: the rounds of `broadcast` backwards, adding, until rank 0 has the sum, and then `broadcast`.
+
+    Steps ``2 ceil(log2 n)``.  Sent in all: ``2 (n - 1) S``; by rank 0 ``ceil(log2 n) S``.  Time
+    ``2 ceil(log2 n) (alpha + beta S)``.
+    """
+    turned = {"SEND_G": "ADD_G", "RECV_G": "SEND_G"}
+    return [[replace(a, kind=turned[a.kind]) for a in reversed(row)] + row for row in broadcast(n, stage)]
 
 
 def halving_doubling(n: int, stage: int = 0) -> Rows:
@@ -173,11 +183,12 @@ def _halve_and_double(stage: int, i: int, members: Sequence[int]) -> list[Action
 
 
 def hierarchical(n: int, stage: int = 0, hosts: int = 2) -> Rows:
-    """Rings inside each host, and rings across hosts for each part: only S/L bytes a rank cross the slow links.
+    """Rings inside each host, and rings across hosts for each part: fewer steps, and all ranks send across at once.
 
     With L = n / hosts ranks a host: a ring reduce-scatter inside the host, a ring all-reduce of part r across hosts
     among the ranks that hold it, a ring all-gather inside the host (Jia et al. 2018 for the idea).  Steps
-    ``2 (L - 1) + 2 (hosts - 1)``.  Sent across hosts by a rank: ``2 (hosts-1)/hosts S/L``.  Time, with the links
+    ``2 (L - 1) + 2 (hosts - 1)``.  Sent across hosts by a rank: ``2 (hosts-1)/hosts S/L``, by a host L
+    times as much (a flat `ring` in the order of hosts: ``2 (n-1)/n S``, by one rank of a host).  Time, with the links
     inside and between hosts: ``2 (L-1) (alpha_in + beta_in S/L) + 2 (hosts-1) (alpha_out + beta_out S/n)``.
 
     Raises
@@ -220,7 +231,7 @@ def all_to_all(n: int, stage: int = 0) -> Rows:
 
 
 #: What each algorithm does, by name: the purpose that the checker holds it to, and its rows.
-_SUMS = (ring, server, sharded_server, tree, halving_doubling, hierarchical)
+_SUMS = (ring, server, sharded_server, tree, binomial, halving_doubling, hierarchical)
 _OTHERS = (reduce_scatter, all_gather, broadcast, all_to_all)
 ALGORITHMS: dict[str, tuple[str, Algorithm]] = {made.__name__: ("all_reduce", made) for made in _SUMS}
 ALGORITHMS |= {made.__name__: (made.__name__, made) for made in _OTHERS}
