@@ -40,3 +40,11 @@ def test_a_job_is_checked_before_it_runs_and_runs_as_train():
         assert torch.equal(a.network.flat_parameters, b.network.flat_parameters) and (a.losses == b.losses).all()
         with pytest.raises(ValueError, match="a plan for 3 workers"):
             cluster.run(Job(bp.plan.data_parallel(3), NET, DATA, bp.optim.SGD(0.1), 64))
+
+
+def test_the_largest_microbatch_of_a_server_is_a_round_of_one_rank():
+    plan = bp.plan.asynchronous_server(2, [1, 2] * 4)
+    assert Job(plan, NET, DATA, bp.optim.SGD(0.1), batch=20, steps=4).rows == 10  # not 10 over 4 rounds
+    assert Job(bp.plan.gpipe(2, 4), NET, DATA, bp.optim.SGD(0.1), batch=22).rows == 6
+    plan = bp.plan.data_parallel(2, microbatches=2)
+    assert Job(plan, NET, DATA, bp.optim.SGD(0.1), batch=22, shards=[3, 19]).rows == 10
