@@ -13,6 +13,7 @@ from bpkit.lazy import lazy
 if TYPE_CHECKING:
     from bpkit.course import exercises
     from bpkit.course.figures.explorers import Explorer, explorer
+    from bpkit.course.figures.kept import draw_kept
     from bpkit.course.figures.merging import Merging, merging
     from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh
     from bpkit.course.figures.more_pictures import draw_staleness, draw_ties, draw_tokens
@@ -22,14 +23,18 @@ if TYPE_CHECKING:
     from bpkit.course.pytorch import torch_schedule
     from bpkit.course.recorded import GpuFigures, gpu_figures
     from bpkit.course.saved import SavedBytes
+    from bpkit.course.schedules import bubble_in_units, hold_messages, mean_waits, measured_times, period_in_units
     from bpkit.course.words import say
 
 __all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "SavedBytes", "draw_bars", "draw_block", "draw_groups",
            "draw_mesh", "draw_messages", "draw_split", "draw_staleness", "draw_ties", "draw_tokens",
            "draw_zero", "exercises", "explorer", "gpu_figures", "in_torch", "launch", "merging", "off", "pipelines",
            "say", "serial_gradient", "torch_schedule", "vector"]  # fmt: skip
+__all__ += ["bubble_in_units", "draw_kept", "hold_messages", "mean_waits", "measured_times", "period_in_units"]
 
 _PLACES = {
+    "figures.kept": ("draw_kept",),
+    "schedules": ("bubble_in_units", "hold_messages", "mean_waits", "measured_times", "period_in_units"),
     "figures.explorers": ("Explorer", "explorer"), "figures.merging": ("Merging", "merging"),
     "figures.pictures": ("draw_groups", "draw_messages", "draw_split", "draw_zero"),
     "figures.more_pictures": ("draw_staleness", "draw_ties", "draw_tokens"),

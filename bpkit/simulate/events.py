@@ -27,7 +27,8 @@ class Times:
     forward, backward_input, backward_weight : float or sequence of float
         F, I and W of one microbatch; the whole backward B is I + W, and RECOMPUTE is F again.
     other : mapping of str to float
-        Seconds of other compute actions by kind (LOSS, UPDATE, ZERO); 0 where absent.
+        Seconds by kind, 0 where absent: of other compute actions (LOSS, UPDATE, ZERO), and from a send to the arrival
+        of its message (SEND_F, SEND_B), while the sender goes on.
 
     Raises
     ------
@@ -58,7 +59,8 @@ def simulate(plan: Plan | Program, times: Times | None = None, steps: int = 3, b
 
     Waits are those of the executor: compute runs in the order of the row; a communication is posted when the row
     reaches it, moves when what it waits for has ended, and is waited for by the action that reads it.  It takes no
-    time once all partners have come to it; a send ends when it has started, since the transports buffer it.
+    time once all partners have come to it and a message, if `times` say so, has travelled; a send ends when it has
+    started, since the transports buffer it.
     Steps follow one another without a barrier: a rank begins the next when all its communication has ended.
 
     Parameters
@@ -116,9 +118,10 @@ def run(plan: Plan, times: Times, steps: int) -> list[Rank]:
         begun = [max(rank.end[step - 1], default=0) for rank in ranks]  # 0 for the first: nothing has ended
         for ends in together:
             free = [ranks[rank].reach(step, i, begun[rank]) for rank, i in ends]
+            ended = max(own + times.nanoseconds(ranks[rank].row[i]) for (rank, i), own in zip(ends, free, strict=True))
             for (rank, i), own in zip(ends, free, strict=True):
                 sends = ranks[rank].row[i].kind in PARTNERS  # it waits for nobody
-                ranks[rank].run(step, i, own if sends else max(free), times)
+                ranks[rank].run(step, i, own if sends else ended, times)
     return ranks
 
 
@@ -131,18 +134,18 @@ class Rank:
     steps: int
 
     def __post_init__(self) -> None:
-        blank = ([[0] * len(self.row) for _ in range(self.steps)] for _ in range(4))
-        self.start, self.end, self.wait, self.cpu = blank
+        self.start, self.end, self.wait, self.cpu = ([[0] * len(self.row) for _ in range(self.steps)] for _ in range(4))
 
     def reach(self, step: int, i: int, begun: int) -> int:
         """Note when the row comes to action i; when all that this waits for has ended."""
         ends = {j: self.end[step][j] for j in self.waits[i]}
-        start = max((end for j, end in ends.items() if self.row[j].verb.stream == "compute"), default=begun)
+        start = max((at for j, at in ends.items() if self.row[j].verb.stream == "compute"), default=begun)
         self.start[step][i] = start
         return max([start, *ends.values()])
 
-    def run(self, step: int, i: int, ready: int, times: Times) -> None:
-        """Note the wait and the end of an action that begins when it is ready."""
+    def run(self, step: int, i: int, ended: int, times: Times) -> None:
+        """Note the end of an action, and of compute how long it took and had waited."""
+        self.end[step][i] = ended
         if self.row[i].verb.stream == "compute":
-            self.wait[step][i], self.cpu[step][i] = ready - self.start[step][i], times.nanoseconds(self.row[i])
-        self.end[step][i] = ready + self.cpu[step][i]
+            self.cpu[step][i] = times.nanoseconds(self.row[i])
+            self.wait[step][i] = ended - self.cpu[step][i] - self.start[step][i]

@@ -1,4 +1,4 @@
-"""The exercises of chapter 3.3."""
+"""The exercises of chapters 3.3a and 3.3c."""
 
 from __future__ import annotations
 

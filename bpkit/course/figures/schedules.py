@@ -82,6 +82,11 @@ def _costs(traces: list[Trace]) -> dict[Action, float]:
     return {Action.parse(cell): float(np.median(costs)) / 1e9 for cell, costs in found.items()}
 
 
+def measured_times(trace: Trace, stages: int) -> Times:
+    """The compute times of a run, by kind and stage, as a simulation takes them."""
+    return _times(_costs([trace]), stages)
+
+
 def _times(costs: dict[Action, float], stages: int) -> Times:
     """What the simulation takes for each kind: the mean of microbatches, a stage for passes, one for all else."""
 
