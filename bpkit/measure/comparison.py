@@ -129,3 +129,10 @@ def noise(run: Callable[[], float | None], repetitions: int = 20) -> Ratio:
     """
     times = interleave({"once": run, "again": run}, repetitions)
     return ratio(times["once"], times["again"])
+
+
+def said(noise: Ratio | None, steal: float | None = None) -> str:
+    """What the machine did to a measurement, for its caption; nothing where it is not known."""
+    between = "" if noise is None else f"{noise.median:.2f} [{noise.low:.2f}, {noise.high:.2f}]"
+    words = f"; the same work against itself: {between}" if between else ""
+    return words + ("" if steal is None else f"; stolen CPU time: {100 * steal:.1f} %")

@@ -11,7 +11,7 @@ import numpy as np
 
 from bpkit.data import Dataset
 from bpkit.given import integers, number
-from bpkit.measure.host import machine
+from bpkit.measure.host import cpu_times, machine, stolen
 from bpkit.measure.measurement import Event, Point, Scaling
 from bpkit.measure.reports import Report, summarize
 from bpkit.measure.steps import Steps
@@ -99,6 +99,7 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
              for r in range(repetitions) for n in np.roll(counts, -r).tolist()]  # fmt: skip
     more = [job(n, "target accuracy", steps=target_steps, record=1, evaluate_every=evaluate_every, target=target)
             for n in counts if target is not None]  # fmt: skip
+    before = cpu_times()
     results = train_in_turn(network, data, [*timed, *more], progress, stop, (backend, threads_per_worker, timeout))
     runs = {n: [result for result in results[: len(timed)] if result.workers == n] for n in counts}
     reached = {result.workers: result for result in results[len(timed) :]}
@@ -107,7 +108,7 @@ def scaling(network: Network, data: Dataset, workers: Sequence[int] = (1, 2, 4),
                   "scaling": scaling, "plan": _plan_name(plans[counts[-1]], counts[-1]),
                   "backend": runs[counts[-1]][0].backend, "threads_per_worker": threads_per_worker, "steps": steps,
                   "warmup": warmup, "repetitions": repetitions, "optimizer": str(optimizer), "seed": seed,
-                  "target_accuracy": target}  # fmt: skip
+                  "target_accuracy": target, "steal": stolen(before)}  # fmt: skip
     return Scaling(machine(name), experiment, _points(runs, reached, target))
 
 
@@ -154,7 +155,8 @@ def _point(results: list[TrainResult], found: Report, medians: list[float], best
     return Point(workers=found.workers, batch=found.batch, step_s=replace(found.step_s, samples=tuple(medians)),
                  throughput=found.throughput, speedup=speedup, efficiency=speedup / found.workers, parts=found.parts,
                  hidden_communication=found.hidden_communication, bytes_sent=found.bytes_sent,
-                 payload_bytes=found.payload_bytes, algorithm=found.algorithm, time_to_accuracy_s=accuracy[0],
+                 payload_bytes=found.payload_bytes, memory_bytes=found.memory_bytes, algorithm=found.algorithm,
+                 time_to_accuracy_s=accuracy[0],
                  steps_to_accuracy=accuracy[1], final_loss=float(results[-1].losses[-1]),
                  timeline=_timeline([r.trace for r in results], found.step_s.median))  # fmt: skip
 

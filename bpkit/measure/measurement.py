@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bpkit.measure import table
+from bpkit.measure.comparison import FEWEST, Ratio, ratio, said
 from bpkit.measure.reports import Parts, Spread
 
 FORMAT = "bpkit-scaling/1"
@@ -19,8 +21,9 @@ Event = tuple[int, str, float, float, float, float]  # rank, cell, start, end, w
 class Point:
     """What was measured with one number of workers.
 
-    ``step_s``, ``throughput``, ``parts``, ``hidden_communication``, ``bytes_sent``, ``payload_bytes`` and
-    ``algorithm`` are those of `bpkit.measure.Report`, over the timed steps of all repetitions.
+    ``step_s``, ``throughput``, ``parts``, ``hidden_communication``, ``bytes_sent``, ``payload_bytes``,
+    ``memory_bytes`` (None in old records) and ``algorithm`` are those of `bpkit.measure.Report`, over the timed steps
+    of all repetitions.
 
     Parameters
     ----------
@@ -60,6 +63,7 @@ class Point:
     steps_to_accuracy: int | None
     final_loss: float
     timeline: tuple[Event, ...]
+    memory_bytes: int | None = None
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Point:
@@ -79,6 +83,16 @@ class Scaling:
     experiment: dict[str, Any]
     points: tuple[Point, ...]
 
+    @property
+    def noise(self) -> Ratio | None:
+        """The same work against itself: each repetition over the one before it, of all counts together.
+
+        Speedups that differ by less than its interval are not told apart by so many repetitions.  None where there are
+        fewer than ten such pairs.
+        """
+        pairs = [pair for point in self.points for pair in pairwise(point.step_s.samples)]
+        return ratio(*zip(*((after, before) for before, after in pairs), strict=True)) if len(pairs) >= FEWEST else None
+
     def point(self, workers: int) -> Point:
         """The point of a number of workers.
 
@@ -95,7 +109,9 @@ class Scaling:
     def to_json(self) -> dict[str, Any]:
         """The measurement as it is recorded."""
         points = json.loads(json.dumps([asdict(point) for point in self.points]))
-        return {"format": FORMAT, "machine": self.machine, "experiment": self.experiment, "points": points}
+        noise = None if self.noise is None else asdict(self.noise)
+        return {"format": FORMAT, "machine": self.machine, "experiment": self.experiment, "noise": noise,
+                "points": points}  # fmt: skip
 
     def save(self, path: str | Path) -> Path:
         """Write the measurement to a file."""
@@ -121,6 +137,7 @@ class Scaling:
         e = self.experiment
         fixed = f"batch {e['batch']:,}" + (" a worker" if e["scaling"] == "weak" else "")
         caption = f"{e['scaling']} scaling of {e['plan']} over {e['backend']}: {e['network']}, {e['data']}, {fixed}"
+        caption += said(self.noise, e.get("steal"))
         target = e["target_accuracy"]
         rows = [[f"{p.workers}" + (" (serial)" if p.workers == 1 else ""),
                  f"{table.seconds(p.step_s.median)} ({table.seconds(p.step_s.q1)} to {table.seconds(p.step_s.q3)})",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bpkit.compress import Codec
 from bpkit.measure import table
+from bpkit.measure.comparison import FEWEST, Ratio, ratio, said
 from bpkit.measure.steps import Steps
 from bpkit.plan.action import VERBS
 from bpkit.run.cluster import TrainResult
@@ -126,6 +127,9 @@ class Report(Share):
         Parameters, gradients and optimizer state that a worker keeps (`TrainResult.memory`), averaged over ranks.
     ranks : tuple of RankReport
         The same for each rank.
+    noise : Ratio or None
+        The same work against itself: each second step over the one before it.  None with fewer than ten such pairs.
+        Runs differ by more than steps of one run do.
     """
 
     plan: str
@@ -138,6 +142,7 @@ class Report(Share):
     compress: str
     algorithm: str
     ranks: tuple[RankReport, ...]
+    noise: Ratio | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Everything as numbers, texts, lists and dictionaries."""
@@ -147,7 +152,7 @@ class Report(Share):
         spread = f"{table.seconds(self.step_s.q1)} to {table.seconds(self.step_s.q3)}"
         caption = (f"{self.plan} over {self.backend}, batch {self.batch:,}: a step takes "
                    f"{table.seconds(self.step_s.median)} (quartiles {spread}, {self.steps} steps), "
-                   f"{self.throughput:,.0f} samples/s")  # fmt: skip
+                   f"{self.throughput:,.0f} samples/s{said(self.noise)}")  # fmt: skip
         columns: list[Share] = [self, *(self.ranks if self.workers > 1 else ())]
         rows = [[name.replace("_", " "), *(table.seconds(getattr(c.parts, name)) for c in columns)]
                 for name in Parts.__dataclass_fields__]  # fmt: skip
@@ -199,7 +204,8 @@ def summarize(results: Sequence[TrainResult]) -> Report:
     means = {field.name: _mean([getattr(rank, field.name) for rank in ranks]) for field in fields(Share)}
     return Report(plan=plan.name, backend=result.backend, workers=result.workers, batch=result.batch,
                   steps=len(periods), step_s=spread, throughput=result.samples / spread.median,
-                  compress=_compression(result), algorithm=_algorithm(result), ranks=ranks, **means)  # fmt: skip
+                  compress=_compression(result), algorithm=_algorithm(result), ranks=ranks, **means,
+                  noise=ratio(periods[1::2], periods[:-1:2]) if len(periods) >= 2 * FEWEST else None)  # fmt: skip
 
 
 def _mean(values: Sequence[Any]) -> Any:

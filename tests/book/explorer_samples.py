@@ -11,6 +11,22 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADER = ROOT / "book" / "static" / "bpkit-widgets.js"
+#: For each swatch of a legend its colour, and the fill of the first mark of its class.
+COLOURS = """(panel, mark) => {
+  const found = {};
+  for (const swatch of panel.querySelectorAll(".bpkit-swatch")) {
+    const name = swatch.classList.item(1);
+    const drawn = panel.querySelector(mark.replace("*", name));
+    if (drawn) found[name] = [getComputedStyle(swatch).backgroundColor, getComputedStyle(drawn).fill];
+  }
+  return found;
+}"""
+#: Elements whose text is under nine pixels.
+SMALL = """figure => [...figure.querySelectorAll("*")]
+    .filter(e => e.getClientRects().length)
+    .filter(e => [...e.childNodes].some(node => node.nodeType === 3 && node.textContent.trim()))
+    .filter(e => parseFloat(getComputedStyle(e).fontSize) < 9)
+    .map(e => e.tagName + ": " + e.textContent.slice(0, 40))"""
 
 
 def timeline(workers: int, step_us: float) -> list[list[Any]]:
@@ -57,7 +73,8 @@ def measurement(machine: str = "sample machine", scaling: str = "strong", counte
         "experiment": {"network": "mlp 64-512-512-10", "parameters": 301066, "data": "digits", "batch": 256,
                        "scaling": scaling, "plan": "data_parallel(buckets=3)", "backend": "shm",
                        "threads_per_worker": 1, "steps": 100, "repetitions": 5, "optimizer": "SGD", "seed": 0,
-                       "target_accuracy": 0.97},
+                       "target_accuracy": 0.97, "steal": 0.02},
+        "noise": {"median": 1.0, "low": 0.96, "high": 1.05},
         "points": [point(n, 0.0042, s, counted, simulated) for n, s in speedups.items()],
     }
 

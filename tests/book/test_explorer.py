@@ -87,20 +87,9 @@ def test_bars_are_as_long_as_the_measurement(show: Callable[..., Locator]) -> No
         assert ("part hidden_communication" in drawn) == (hidden > 0)
 
 
-COLOURS = """(panel, mark) => {
-  const found = {};
-  for (const swatch of panel.querySelectorAll(".bpkit-swatch")) {
-    const name = swatch.classList.item(1);
-    const drawn = panel.querySelector(mark.replace("*", name));
-    if (drawn) found[name] = [getComputedStyle(swatch).backgroundColor, getComputedStyle(drawn).fill];
-  }
-  return found;
-}"""
-
-
 def colours(panel: Locator, mark: str) -> dict[str, tuple[str, str]]:
     """For each swatch of a panel's legend: its colour, and the fill of the first mark of its class."""
-    return panel.evaluate(COLOURS, mark)
+    return panel.evaluate(samples.COLOURS, mark)
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -140,6 +129,59 @@ def test_the_answer_stays_hidden_until_it_is_asked_for(show: Callable[..., Locat
     figure.get_by_role("button", name="Show the measurement").click()
     expect(figure.get_by_role("alert").first).to_contain_text("at least one prediction")
     expect(figure.locator(".mark")).to_have_count(0)
+
+
+def test_a_prediction_far_beyond_stands_at_the_edge_and_one_below_zero_is_refused_with_a_word(
+    show: Callable[..., Locator],
+) -> None:
+    figure = show(explorer([samples.measurement()]))
+    ideal = figure.locator(".curve.ideal").get_attribute("d")
+    field = figure.get_by_label("4 workers")
+    field.fill("100")
+    diamond = figure.locator(".diamond[data-workers='4']")
+    assert diamond.get_attribute("data-speedup") == "100"
+    box, plot = diamond.bounding_box(), figure.locator(".bpkit-speedup svg").bounding_box()
+    assert box and plot and plot["y"] - 8 <= box["y"] < plot["y"] + 30
+    after = figure.locator(".curve.ideal").get_attribute("d")
+    ends = [[float(y) for y in re.findall(r",([\d.]+)", path or "")] for path in (ideal, after)]
+    assert ends[1][0] - ends[1][1] > 0.6 * (ends[0][0] - ends[0][1]), "the plot is not squeezed"
+    field.fill("-3")
+    expect(figure.get_by_role("alert").first).to_contain_text("a number above 0")
+    expect(field).to_have_value("-3")
+    expect(field).to_have_attribute("aria-invalid", "true")
+    expect(figure.locator(".diamond[data-workers='4']")).to_have_class(re.compile("unset"))
+    field.fill("1.5")
+    expect(figure.locator(".bpkit-predict .bpkit-problem")).to_have_text("")
+
+
+def test_runs_have_short_names_that_differ_at_the_front_and_stand_side_by_side(show: Callable[..., Locator]) -> None:
+    ring, zero = samples.measurement(), samples.measurement(counted=True, speedups={1: 1.0, 2: 1.4, 4: 2.0})
+    zero["experiment"]["plan"] = "zero(n, 3)"
+    zero["points"][2]["memory_bytes"] = 2_500_000
+    figure = show(explorer([ring, zero], revealed=True))
+    assert figure.locator("select option").all_inner_texts() == ["data_parallel(buckets=3)", "zero(n, 3)"]
+    rows = [row.split("\t") for row in figure.locator(".bpkit-beside tbody").inner_text().split("\n")]
+    assert [row[0] for row in rows] == ["data_parallel(buckets=3)", "zero(n, 3)"]
+    assert [row[2] for row in rows] == ["2.31×", "2.00×"]
+    assert rows[1][-1].replace("\u00a0", " ") == "2.5 MB" and rows[0][-1] == "–"
+    figure.locator("select").select_option(index=1)
+    assert "2.00×" in words(figure)
+    alone = show(explorer([ring], revealed=True))
+    expect(alone.locator(".bpkit-beside")).to_have_count(0)
+
+
+def test_the_noise_of_the_machine_and_stolen_time_are_said(show: Callable[..., Locator]) -> None:
+    about = show(explorer([samples.measurement()])).locator(".bpkit-about").inner_text().replace("\u00a0", " ")
+    assert "The same work against itself took 0.96× to 1.05× as long" in about
+    assert "kept 2 % of the CPU time for others" in about
+
+
+def test_no_text_is_under_nine_pixels_on_a_telephone(show: Callable[..., Locator]) -> None:
+    figure = show(full_figure(revealed=True), width=390, height=800)
+    assert figure.evaluate(samples.SMALL) == []
+    drawn = figure.locator("svg").evaluate_all("all => all.filter(e => e.getClientRects().length && "
+                                               "e.getBoundingClientRect().width + 1 < e.viewBox.baseVal.width).length")
+    assert drawn == 0, "a drawing is not scaled down: one unit is one pixel"
 
 
 def test_a_prediction_by_mouse(show: Callable[..., Locator]) -> None:

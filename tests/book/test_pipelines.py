@@ -152,6 +152,62 @@ def test_pointing_says_what_a_pass_waits_for(show: Callable[..., Locator]) -> No
     expect(figure.locator(".frame.need")).to_have_count(0)
 
 
+def test_a_measured_pass_answers_a_click_in_milliseconds_and_units(show: Callable[..., Locator]) -> None:
+    figure = show(made("one_f_one_b", 2, 4))
+    run = samples.json.loads((MEASUREMENTS / "pipelines-two-core-cpu.json").read_text())
+    point = next(one for one in run["points"] if one["plan"] == "one_f_one_b(2, 4)")
+    rank, _, begin, end, _ = next(event for event in point["timeline"] if event[1] == "1B0")
+    figure.locator(".pass.measured[data-cell='1B0']").click()
+    answer = said(figure, ".bpkit-readout")
+    assert answer.startswith(f"1B0 on rank {rank}, measured: from {begin / 1e3:.3g}")
+    assert f"to {end / 1e3:.3g}" in answer and "Simulated from 2 to 4." in answer
+    expect(figure.locator(".frame.looked")).to_have_attribute("data-cell", "1B0")
+    looked, twin = (figure.locator(f".frame.{name}").bounding_box() for name in ("looked", "twin"))
+    assert looked and twin and looked["y"] > twin["y"], "the measured one lies under the simulated one"
+    expect(figure.locator(".bpkit-lanes svg text").last).to_contain_text("1 unit is")
+
+
+def test_memory_messages_and_milliseconds_stand_side_by_side(show: Callable[..., Locator]) -> None:
+    figure = show(made("gpipe", 4, 8))
+    rows = [row.split("\t") for row in said(figure, ".bpkit-compare tbody").split("\n")]
+    assert [row[0].strip() for row in rows][:3] == ["naive split", "GPipe", "1F1B"]
+    by = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in rows}
+    sends = {one["name"]: one["messages"] for one in films() if (one["p"], one["m"]) == (4, 8)}
+    assert by["GPipe"][-2:] == ["8", "48"] and by["1F1B"][-2:] == ["4", "48"]
+    assert by["interleaved 1F1"[:15] + "B"][-1] == str(sends["interleaved"]) and sends["interleaved"] == 2 * 7 * 8
+    run = samples.json.loads((MEASUREMENTS / "pipelines-two-core-cpu.json").read_text())
+    point = next((one for one in run["points"] if one["plan"] == "gpipe(4, 8)"), None)
+    assert by["GPipe"][1] == ("–" if point is None else f"{1e3 * point['step_s']['median']:.3g} ms")
+    assert "All ranks together send 48 messages a step." in said(figure)
+
+
+def test_which_measurements_exist_is_said(show: Callable[..., Locator]) -> None:
+    figure = show(made("gpipe", 3, 3))
+    about = said(figure, ".bpkit-choices .bpkit-about")
+    run = samples.json.loads((MEASUREMENTS / "pipelines-two-core-cpu.json").read_text())
+    plans = {one["plan"] for one in run["points"]}
+    for p in range(1, 5):
+        cuts = [str(m) for m in range(1, 9) if f"gpipe({p}, {m})" in plans]
+        wanted = f"{p} rank{'s' * (p > 1)} with {', '.join(cuts)} microbatches"
+        assert (wanted in about) == bool(cuts)
+    assert "no measurement of this schedule" in said(show(made(recorded=False)), ".bpkit-choices .bpkit-about")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("schedule", ["interleaved", "gpipe"])
+def test_nothing_is_cut_off_and_no_text_is_under_nine_pixels(
+    show: Callable[..., Locator], schedule: str, width: int
+) -> None:
+    """Neither the simulated step nor the columns of the tables, which have no sideways scroll at 1440."""
+    figure = show(made(schedule, 4, 8), width=width)
+    lanes = figure.locator(".bpkit-lanes .bpkit-scroll")
+    assert lanes.evaluate("box => box.scrollWidth <= box.clientWidth")
+    if width == 1440:
+        boxes = figure.locator(".bpkit-facts .bpkit-scroll, .bpkit-compare .bpkit-scroll")
+        assert boxes.evaluate_all("all => all.every(box => box.scrollWidth <= box.clientWidth)")
+    assert figure.evaluate(samples.SMALL) == [] and figure.evaluate(OVERFLOWING) == []
+
+
 def test_by_keyboard_alone(show: Callable[..., Locator]) -> None:
     figure = show(made("gpipe", 2, 3, revealed=False))
     keys = figure.page.keyboard

@@ -8,7 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from bpkit.measure import Ratio, interleave, noise, ratio
+from bpkit.measure import Point, Ratio, Scaling, interleave, noise, ratio, report
+from bpkit.measure.comparison import said
+
+from .made import repeated, result
 
 
 def made(factor: float, pairs: int, seed: int) -> tuple[list[float], list[float]]:
@@ -128,3 +131,42 @@ def test_noise_is_the_spread_of_the_same_work() -> None:
     assert found.low < 1 < found.high and 0.02 < found.high - found.low < 0.3
     steady = noise(lambda: 0.5, 10)
     assert (steady.low, steady.median, steady.high) == (1.0, 1.0, 1.0)
+
+
+# -- beside a measurement
+
+
+def test_a_report_holds_the_steps_against_their_neighbours() -> None:
+    """Steps of 100 and 110 us in turn: what looks like noise of 10 % is one number for all pairs."""
+    starts = np.cumsum([0] + [100_000, 110_000] * 11).tolist()
+    found = report(result(repeated(len(starts), starts)))
+    assert found.noise is not None and found.noise.median == pytest.approx(1.1) and found.noise.resolved
+    assert "the same work against itself: 1.10 [1.10, 1.10]" in str(found)
+    assert found.to_json()["noise"] == pytest.approx({"median": 1.1, "low": 1.1, "high": 1.1})
+    assert report(result(repeated(20))).noise is None  # nineteen periods: nine pairs
+
+
+def test_a_caption_says_nothing_that_is_not_known() -> None:
+    assert said(None) == "" and said(None, 0.012) == "; stolen CPU time: 1.2 %"
+    assert said(Ratio(1.0, 0.97, 1.04), 0.0) == (
+        "; the same work against itself: 1.00 [0.97, 1.04]; stolen CPU time: 0.0 %"
+    )
+
+
+def test_a_scaling_holds_its_repetitions_against_each_other() -> None:
+    one = Point.from_json({**POINT, "workers": 1, "step_s": {**SPREAD, "samples": [1.0, 1.1] * 3}})
+    two = Point.from_json({**POINT, "workers": 2, "step_s": {**SPREAD, "samples": [0.5] * 6}})
+    found = Scaling({}, EXPERIMENT, (one, two))
+    assert found.noise is not None and found.noise.median == 1.0 and found.noise.low < 1 < found.noise.high
+    assert found.to_json()["noise"] == dataclasses.asdict(found.noise)
+    assert "the same work against itself: 1.00 [" in str(found) and "stolen CPU time: 3.0 %" in str(found)
+    assert Scaling({}, EXPERIMENT, (one,)).noise is None  # five pairs
+
+
+SPREAD = {"median": 1.0, "q1": 1.0, "q3": 1.0}
+PARTS = {"compute": 1.0, "waiting_for_core": 0.0, "exposed_communication": 0.0, "idle": 0.0}
+POINT = {"batch": 8, "throughput": 8.0, "speedup": 1.0, "efficiency": 1.0, "parts": PARTS, "hidden_communication": 0.0,
+         "bytes_sent": None, "payload_bytes": 0, "algorithm": "", "time_to_accuracy_s": None, "steps_to_accuracy": None,
+         "final_loss": 1.0, "timeline": []}  # fmt: skip
+EXPERIMENT = {"batch": 8, "scaling": "strong", "plan": "p", "backend": "shm", "network": "n", "data": "d",
+              "target_accuracy": None, "steal": 0.03}  # fmt: skip

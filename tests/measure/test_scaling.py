@@ -23,6 +23,7 @@ from .made import PERIOD, repeated, result, trace
 POINT = {
     "workers", "batch", "step_s", "throughput", "speedup", "efficiency", "parts", "hidden_communication", "bytes_sent",
     "payload_bytes", "algorithm", "time_to_accuracy_s", "steps_to_accuracy", "final_loss", "timeline",
+    "memory_bytes",
 }  # fmt: skip
 
 
@@ -131,11 +132,11 @@ def test_file_and_back(fake: type[FakeCluster], tmp_path: Path) -> None:
     read = json.loads(path.read_text())
     assert read == found.to_json() and read["format"] == FORMAT
     assert set(read["machine"]) == {
-        "name", "cpu", "cores", "gpus", "os", "python", "torch", "numpy", "bpkit", "date",
+        "name", "cpu", "cores", "steal", "gpus", "os", "python", "torch", "numpy", "bpkit", "date",
     }  # fmt: skip
     assert set(read["experiment"]) >= {
         "network", "parameters", "data", "batch", "scaling", "plan", "backend", "threads_per_worker", "steps",
-        "repetitions", "optimizer", "seed", "target_accuracy",
+        "repetitions", "optimizer", "seed", "target_accuracy", "steal",
     }  # fmt: skip
     for point in read["points"]:
         assert set(point) == POINT

@@ -13,7 +13,7 @@ from bpkit.plan import Mesh
 from bpkit.show.drawing import INK, STYLE, Drawing
 from bpkit.show.looks import FILLS
 
-_WIDTH = 7.2  # inches, of the book's column
+_WIDTH = 4.8  # inches: as of the figures of bpkit.show, so that text is nine pixels tall on a telephone
 _SHADES = tuple(FILLS[name] for name in ("forward", "communication", "update", "backward"))
 
 
@@ -43,22 +43,24 @@ def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], ben
 
 def draw_block() -> Drawing:
     """Draw the way through a block of a GPT: norm, attention and skip, then norm, two linear layers and skip."""
+    halves = (("layer norm", "attention", "+"), ("layer norm", "linear", "GELU", "linear", "+"))
+    wide = {"+": 0.5, "layer norm": 2.2, "attention": 2.0, "linear": 1.3, "GELU": 1.1}
     with rc_context(STYLE):
-        figure, axes = _ground(10, 2.4, 1.7)
-        names = ("layer norm", "attention", "+", "layer norm", "linear", "GELU", "linear", "+")
-        at = (1.3, 2.75, 3.85, 5.0, 6.25, 7.3, 8.35, 9.3)
-        wide = {"+": 0.4, "layer norm": 1.3, "attention": 1.1}
-        sizes = [wide.get(name, 0.8) for name in names]
-        for x, name, size in zip(at, names, sizes, strict=True):
-            look = _SHADES[0] if name in ("attention", "linear") else ("none", INK)
-            _box(axes, x, 1.0, (size, 0.6), name, look)
-        ends = [(x - size / 2, x + size / 2) for x, size in zip(at, sizes, strict=True)]
-        for (_, start), (end, _) in pairwise([(0, 0.1), *ends, (9.9, 0)]):
-            _arrow(axes, (start, 1.0), (end, 1.0))
-        for start, end in ((0.4, 3.85), (4.2, 9.3)):  # the skips
-            _arrow(axes, (start, 1.05), (end, 1.35), bend=-0.25)
-            axes.text((start + end) / 2, 2.1, "skip", ha="center", color=INK)
-        axes.text(0.0, 0.35, "a vector for each token goes in, and one comes out", color=INK)
+        figure, axes = _ground(10, 4.4, 2.3)
+        for y, names in zip((3.1, 1.0), halves, strict=True):
+            x, ends = 0.6, [(0.0, 0.1)]
+            for name in names:
+                look = _SHADES[0] if name in ("attention", "linear") else ("none", INK)
+                _box(axes, x + wide[name] / 2, y, (wide[name], 0.7), name, look)
+                ends.append((x, x + wide[name]))
+                x += wide[name] + 0.5
+            for (_, start), (end, _) in pairwise([*ends, (x + 0.1, 0)]):
+                _arrow(axes, (start, y), (end, y))
+            middle = sum(ends[-1]) / 2
+            _arrow(axes, (0.35, y + 0.05), (middle, y + 0.4), bend=-0.25)
+            axes.text((0.35 + middle) / 2, y + (1.0 if len(names) == 3 else 1.15), "skip", ha="center", color=INK)
+        axes.text(8.0, 3.1, "then:", color=INK, va="center")
+        axes.text(0.0, 0.2, "a vector for each token goes in, and one comes out", color=INK)
     figure.alt = ("A block of a GPT. A vector for each token passes a layer norm and attention, and is added to "
                   "itself; then it passes a layer norm, a linear layer, GELU and a linear layer, and is added again.")
     return figure
@@ -116,7 +118,7 @@ def draw_bars(groups: Mapping[str, Mapping[str, float]], unit: str, *, line: flo
             values = [each.get(name, 0.0) for each in groups.values()]
             axes.barh(places, values, 0.92 * high, color=_SHADES[number % len(_SHADES)][0], label=name)
             for place, value in zip(places, values, strict=True):
-                axes.text(value, place, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=8)
+                axes.text(value, place, f" {value:,.0f}" if value >= 100 else f" {value:.3g}", va="center", fontsize=9)
         axes.set_yticks(range(len(groups)), list(groups))
         axes.invert_yaxis()
         axes.set_xlabel(unit)

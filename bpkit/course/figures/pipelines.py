@@ -72,6 +72,7 @@ def film(name: str, p: int, m: int) -> dict[str, Any]:
             "begin": [[round(start[i]) for i in row] for start, row in zip(starts, passes, strict=True)],
             "rows": [" ".join(str(plan.rows[rank][i]) for i in row) for rank, row in enumerate(passes)],
             "needs": [[needs.get((rank, i), -1) for i in row] for rank, row in enumerate(passes)],
+            "messages": sum(action.verb.bytes == "sent" for row in plan.rows for action in row),
             "makespan": makespan(trace), "period": period(trace), "formula": {"bubble": bubble, "peak": stored},
             "peak": [unit * liveness.peak_activations(row) for row in plan.rows]}  # fmt: skip
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from bpkit.data import Dataset
 from bpkit.measure.experiment import train_in_turn
-from bpkit.measure.host import machine
+from bpkit.measure.host import cpu_times, machine, stolen
 from bpkit.measure.pipeline import period
 from bpkit.measure.reports import summarize
 from bpkit.nn import Network, mlp
@@ -55,9 +55,11 @@ def schedules(network: Network, data: Dataset, plans: Sequence[Plan], *, batch: 
     """
     settings = {"batch": batch, "steps": warmup + steps, "lr": 0.1, "record": steps}
     jobs = [(plan.name, plan, settings) for _ in range(repetitions) for plan in plans]
+    before = cpu_times()
     results = train_in_turn(network, data, jobs, progress, stop)
     experiment = {"network": network.describe().split(", ")[0], "data": data.name, "batch": batch, "steps": steps,
-                  "warmup": warmup, "repetitions": repetitions, "backend": results[0].backend}  # fmt: skip
+                  "warmup": warmup, "repetitions": repetitions, "backend": results[0].backend,
+                  "steal": stolen(before)}  # fmt: skip
     points = [_point(results[i :: len(plans)]) for i in range(len(plans))]
     return {"format": FORMAT, "machine": machine(name), "experiment": experiment, "points": points}
 

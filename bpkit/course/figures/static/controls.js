@@ -1,6 +1,6 @@
 // What the reader works: the worker slider, the choice of a run, the prediction, and the Measure button.
 // Each control is built once and only brought up to date, so that it never loses the keyboard's focus.
-import { say, sayCount, number } from "./text.js";
+import { say, sayCount, sayTimes, sayPercent, number } from "./text.js";
 import { html } from "./dom.js";
 import { describeError } from "./describe.js";
 
@@ -34,7 +34,7 @@ function groupSelect(onChange) {
   return { root, draw(view) {
     root.hidden = view.groups.length < 2;
     if (select.options.length !== view.groups.length) {
-      select.replaceChildren(...view.groups.map((group) => html("option", {}, group.title)));
+      select.replaceChildren(...view.groups.map((group) => html("option", { title: group.title }, group.short)));
     }
     select.selectedIndex = view.groups.indexOf(view.group);
   } };
@@ -71,13 +71,23 @@ function aboutRun(view) {
   const cores = sayCount("cores", machine.cores);
   const date = (machine.date ?? "").slice(0, 10).replaceAll("-", "\u2011"); // not parted at the end of a line
   // A machine that nobody named is called after its processor already.
-  return `${run}. ${say(name.includes(cpu) ? "machine" : "machineLong", { name, cpu, cores, date })}.`;
+  const { noise } = view.series[0].measurement;
+  const { steal } = experiment;
+  const said = [`${run}.`, `${say(name.includes(cpu) ? "machine" : "machineLong", { name, cpu, cores, date })}.`];
+  if (noise) said.push(say("noise", { low: sayTimes(noise.low), high: sayTimes(noise.high) }));
+  if (steal != null) said.push(say("steal", { share: sayPercent(steal) }));
+  return said.join(" ");
 }
 
 function predictionInput(workers, onPredict) {
   const input = html("input", {
     type: "number", min: "0.05", max: String(2 * workers), step: "0.05", inputmode: "decimal", ...KEEP_KEYS });
-  input.addEventListener("input", () => onPredict(workers, input.value === "" ? null : Number(input.value)));
+  input.addEventListener("input", () => {
+    const value = Number(input.value);
+    const refused = input.value !== "" && !(value > 0);
+    input.setAttribute("aria-invalid", String(refused));
+    onPredict(workers, input.value === "" || refused ? null : value, refused ? say("predictPositive") : "");
+  });
   const times = html("span", { "aria-hidden": "true" }, "×");
   const root = html("label", {}, html("span", {}, sayCount("workers", workers)), input, times);
   return { root, workers, input };
@@ -105,14 +115,18 @@ function askPanel(onPredict, onShow) {
   return { root, draw(next) {
     view = next;
     if (fields.map((field) => field.workers).join() !== view.predictable.join()) {
-      fields = view.predictable.map((n) => predictionInput(n, onPredict));
+      fields = view.predictable.map((n) => predictionInput(n, (workers, value, refused) => {
+        problem.textContent = refused;
+        onPredict(workers, value);
+      }));
       inputs.replaceChildren(...fields.map((field) => field.root));
     }
     for (const { workers, input } of fields) {
       const value = view.prediction[workers];
       // What is being typed ("1.") is left alone; only a drag, or another view, writes into the field.
-      if (document.activeElement !== input || Number(input.value) !== value) input.value = value ?? "";
-      if (value !== undefined) problem.textContent = "";
+      const refused = input.getAttribute("aria-invalid") === "true";
+      if (!refused && (document.activeElement !== input || Number(input.value) !== value)) input.value = value ?? "";
+      if (value !== undefined && !fields.some((one) => one.input.getAttribute("aria-invalid") === "true")) problem.textContent = "";
     }
   } };
 }

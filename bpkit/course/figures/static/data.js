@@ -10,11 +10,19 @@ export function groupsOf(recorded) {
   const groups = new Map();
   for (const measurement of recorded) {
     const { machine, experiment } = measurement;
-    const title = [machine.name, experiment.network, experiment.plan, experiment.backend].filter(Boolean).join(" · ");
-    if (!groups.has(title)) groups.set(title, { title, machine, modes: {} });
-    groups.get(title).modes[scalingOf(measurement)] ??= measurement;
+    const parts = [experiment.plan, experiment.backend, experiment.network, machine.name];
+    const key = parts.filter(Boolean).join(" · ");
+    if (!groups.has(key)) groups.set(key, { title: key, parts, machine, modes: {} });
+    groups.get(key).modes[scalingOf(measurement)] ??= measurement;
   }
-  return [...groups.values()];
+  return shortened([...groups.values()]);
+}
+
+// Names differ at the front and say nothing that all have in common: the plan first, the machine last.
+function shortened(groups) {
+  const differ = [0, 1, 2, 3].filter((i) => new Set(groups.map((group) => group.parts[i])).size > 1);
+  const shown = differ.length ? differ : [0];
+  return groups.map((group) => ({ ...group, short: shown.map((i) => group.parts[i]).filter(Boolean).join(" · ") }));
 }
 
 function seriesOf(measurement, kind, name) {
@@ -48,12 +56,14 @@ export function viewOf(model, live) {
   const owned = ownSeries(own, mode);
   const name = say("recorded", { machine: group?.machine.name });
   const series = [...(recorded ? [seriesOf(recorded, "recorded", name)] : []), ...owned];
+  // The other recorded runs of the same kind of scaling, for the table in which they stand side by side.
+  const beside = groups.filter((one) => one.modes[mode]).map((one) => seriesOf(one.modes[mode], "recorded", one.short));
   // Bars are drawn for the recorded run and for the reader's latest; earlier ones stay in the curve.
   const barred = series.filter((one) => one.kind === "recorded" || one === owned.at(-1));
   const found = series.flatMap((one) => one.points.map((point) => point.workers));
   const counts = [...new Set(found.length ? found : model.get("measure_workers"))].sort((a, b) => a - b);
   return {
-    groups, group, modes, mode, series, barred, counts, live,
+    groups, group, modes, mode, series, barred, counts, live, beside,
     judge: owned.at(-1) ?? series[0] ?? null,
     chosen: nearest(counts, model.get("workers")),
     prediction: model.get("prediction")[mode] ?? {},

@@ -86,6 +86,22 @@ const QUANTITIES = [
   ["rowAccuracy", (p) => (p.time_to_accuracy_s == null ? "–" : saySeconds(p.time_to_accuracy_s))],
 ];
 
+/** All recorded runs side by side: a row a run, at the chosen worker count; none where there is only one. */
+export function tableOfRuns(view) {
+  const rows = view.beside.map((one) => [one.name, one.at(view.chosen)]).filter(([, point]) => point);
+  if (rows.length < 2) return null;
+  const keys = [["rowStep", (p) => saySeconds(p.step_s.median)], ["rowSpeedup", (p) => sayTimes(p.speedup)],
+    ...PARTS.map((name) => [name, (p) => sayPercent((p.parts[name] ?? 0) / p.step_s.median)]),
+    ["rowBytes", (p) => (p.bytes_sent != null ? sayBytes(p.bytes_sent) : "–")],
+    ["columnPayload", (p) => sayBytes(p.payload_bytes ?? 0)],
+    ["columnMemory", (p) => (p.memory_bytes != null ? sayBytes(p.memory_bytes) : "–")]];
+  const head = ["columnRun", ...keys.map(([key]) => key)].map((key) => html("th", { scope: "col" }, say(key)));
+  const body = rows.map(([name, point]) => html("tr", {}, html("th", { scope: "row" }, name),
+    ...keys.map(([, read]) => html("td", {}, read(point)))));
+  return html("table", { class: "bpkit-beside" }, html("caption", {}, say("besideTitle", { workers: sayCount("workers", view.chosen) })),
+    html("thead", {}, html("tr", {}, ...head)), html("tbody", {}, ...body));
+}
+
 /** One table a run: a row a quantity, a column a worker count, the chosen one marked. */
 export function tableOfRun(one, chosen) {
   const mark = (point) => (point.workers === chosen ? { class: "chosen" } : {});

@@ -2,7 +2,7 @@
 import { say } from "./text.js";
 import { html, scrolling, write, renderer } from "./dom.js";
 import { viewOf } from "./data.js";
-import { describe, tableOfRun } from "./describe.js";
+import { describe, tableOfRun, tableOfRuns } from "./describe.js";
 import { speedupPanel } from "./speedup.js";
 import { partsPanel, bytesPanel, throughputPanel, accuracyPanel } from "./bars.js";
 import { timelinePanel } from "./timeline.js";
@@ -15,6 +15,17 @@ function predict(model, mode, workers, speedup) {
   if (speedup === null || !(speedup > 0)) delete mine[workers];
   else mine[workers] = speedup;
   write(model, { prediction: { ...all, [mode]: mine } });
+}
+
+// Open from the start: who chose one of several runs wants to see the others.
+function besideTable() {
+  const place = scrolling(say("columnRun"));
+  const root = html("div", {}, place);
+  return { root, draw(view) {
+    const made = tableOfRuns(view);
+    place.replaceChildren(...(made ? [made] : []));
+    place.hidden = !made;
+  } };
 }
 
 function textEquivalent() {
@@ -43,8 +54,8 @@ function build(model, live, view) {
     onShow: (kept) => write(model, { revealed: true, ...(kept ? {} : forget()) }),
     onAgain: () => write(model, { revealed: false, ...forget() }),
   });
-  const answer = [partsPanel(), bytesPanel(), throughputPanel(), accuracyPanel(), timelinePanel(id)];
-  const [parts, bytes, throughput, accuracy, timeline] = answer;
+  const answer = [partsPanel(), bytesPanel(), throughputPanel(), accuracyPanel(), timelinePanel(id), besideTable()];
+  const [parts, bytes, throughput, accuracy, timeline, beside] = answer;
   const always = [choices(id, (changes) => write(model, changes)), workerSlider((workers) => write(model, { workers })),
     speedup, form, textEquivalent(), measurePanel(model, live)];
   const [choice, slider, , , words, measuring] = always;
@@ -52,7 +63,7 @@ function build(model, live, view) {
     html("p", { class: "bpkit-heading" }, say("title")), choice.root, slider.root,
     html("div", { class: "bpkit-pair" }, speedup.root, html("div", { class: "bpkit-side" }, form.root, parts.root)),
     html("div", { class: "bpkit-three" }, bytes.root, throughput.root, accuracy.root),
-    timeline.root, words.root, measuring.root);
+    timeline.root, beside.root, words.root, measuring.root);
   return { root, draw() {
     const now = view();
     const open = now.revealed && now.series.length > 0;

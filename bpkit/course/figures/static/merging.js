@@ -131,7 +131,7 @@ function build(model) {
     keys: { steps: "predictSteps", bytes: "predictBytes" }, whole: true, say, judge: describeError,
     onGuess: guess,
     onShow: () => write(model, { shown: [...model.get("shown"), view().key], step: 0 }),
-    onSkip: () => write(model, { skipped: true, step: 0 }),
+    onSkip: () => write(model, { shown: [...model.get("shown"), view().key], step: 0 }),
     onAgain: () => write(model, { skipped: false, step: 0, prediction: without(model.get("prediction")),
       shown: model.get("shown").filter((key) => key !== view().key) }),
   });

@@ -12,20 +12,22 @@ const WORDS_SHARE = 0.55; // the rest of a part's line is left to arrows
 
 const barTop = (rank) => TOP + rank * ROW;
 
-// A part has a place for each rank, filled where the part holds that rank's contribution.
+// A part has a stripe for each rank, one below the other, filled where it holds that rank's contribution: to the right
+// there are only other parts.
 function drawPart({ chosen, film }, rank, part, members, changed, place) {
   const whole = members.length === chosen;
   const y = barTop(rank);
-  const wide = place.wide / chosen;
+  const tall = BAR / chosen;
   const marks = [...members].map((member) => svg("rect", { class: "contribution", "data-of": member,
-    x: place.x + Number(member) * wide, y, width: wide, height: BAR }));
-  const short = whole ? say("all") : members;
-  const fits = short.length * CHARACTER < WORDS_SHARE * place.wide;
+    x: place.x, y: y + Number(member) * tall, width: place.wide, height: tall }));
+  const named = whole ? say("all") : members;
+  // Who is in it, or where that is too long how many are.
+  const short = [named, `Σ${members.length}`].find((text) => text.length * CHARACTER < WORDS_SHARE * place.wide);
   const cell = { rank, part: sayPart(part, part + 1, film.parts), holding: sayHolding(members) };
   return svg("g", { class: `cell${whole ? " whole" : ""}${changed ? " changed" : ""}`,
     "data-rank": rank, "data-part": part, "data-holds": members },
   ...marks, svg("rect", { class: "frame", x: place.x, y, width: place.wide, height: BAR }),
-  fits ? label(place.x + 2, y + BAR + 12, short, { class: "value" }) : null,
+  short && members ? label(place.x + 2, y + BAR + 12, short, { class: "value" }) : null,
   svg("title", {}, say("cell", cell)));
 }
 

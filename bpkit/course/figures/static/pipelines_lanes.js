@@ -1,14 +1,13 @@
 // The timeline: simulated passes as cells, a row for each rank, and measured ones under them on the same axis.
 import { number } from "./text.js";
 import { html, svg, label, linear, ticks, redraw, panel, legend, scrolling } from "./dom.js";
-import { say, naming, describePass } from "./pipelines_words.js";
+import { say, naming, describeAxis, describeEvent, describePass } from "./pipelines_words.js";
 
 const LANE = 22;
 const ROW = 29;
 const LEFT = 46;
 const RIGHT = 14;
 const CHARACTER = 6.2;
-const NARROWEST = 15; // pixels of the shortest pass: its label fits
 
 const rowTop = (top, rank) => top + rank * ROW;
 const last = (values) => Math.max(0, ...values);
@@ -16,16 +15,16 @@ const last = (values) => Math.max(0, ...values);
 function cell(event, y, x, classes, extra = {}) {
   const [left, right] = [x(event.begin), x(event.end)];
   const wide = Math.max(0.8, right - left);
-  const fits = wide > event.label.length * CHARACTER + 2;
+  const words = [event.label, event.mb].find((text) => text && wide > text.length * CHARACTER + 2);
   return svg("g", { class: `pass ${event.kind} ${classes}`, ...extra },
     svg("rect", { class: "body", x: left, y, width: wide, height: LANE }),
     event.chunk ? svg("rect", { class: "chunk", x: left, y: y + LANE - 4, width: wide, height: 2 }) : null,
-    fits ? label(left + wide / 2, y + LANE - 7, event.label, { "text-anchor": "middle", class: "inside" }) : null);
+    words ? label(left + wide / 2, y + LANE - 7, words, { "text-anchor": "middle", class: "inside" }) : null);
 }
 
 // Where in a pass the core was elsewhere is not known: it is drawn at the end.
-function measuredCell(event, y, x) {
-  const drawn = cell(event, y, x, "measured", { "data-rank": event.rank, "data-cell": event.cell });
+function measuredCell(event, number, y, x) {
+  const drawn = cell(event, y, x, "measured", { "data-measured": number, "data-rank": event.rank, "data-cell": event.cell });
   const away = event.cpu === null ? 0 : Math.max(0, event.end - event.begin - event.cpu);
   const wide = x(away) - x(0);
   if (wide >= 1) drawn.querySelector("rect").after(svg("rect", { class: "core", x: x(event.end) - wide, y, width: wide, height: LANE }));
@@ -49,7 +48,7 @@ function rows(top, p, from, to) {
 function drawLanes(canvas, width, view) {
   const { p, film, passes, measured, ahead } = view;
   const end = Math.max(film.makespan + (ahead ? film.period : 0), last((measured?.events ?? []).map((event) => event.end)));
-  const scale = Math.max((width - LEFT - RIGHT) / end, NARROWEST / Math.min(1, film.unit));
+  const scale = (width - LEFT - RIGHT) / end; // all of it is seen: who wants labels has fewer microbatches
   const x = linear([0, end], [LEFT, LEFT + scale * end]);
   const [top, under] = [22, 22 + p * ROW + 24];
   const bottom = measured ? under + p * ROW : top + p * ROW;
@@ -63,10 +62,10 @@ function drawLanes(canvas, width, view) {
       { "data-id": pass.id, "data-rank": pass.rank, "data-cell": pass.cell })),
     measured ? [label(LEFT, under - 8, say("measured", measured), { class: "tick caption" }),
       rows(under, p, LEFT, x(last(measured.events.map((event) => event.end)))),
-      measured.events.map((event) => measuredCell(event, rowTop(under, event.rank), x))] : [],
-    label(LEFT + scale * end, bottom + 28, say("axis"), { class: "tick", "text-anchor": "end" }), marks];
+      measured.events.map((event, i) => measuredCell(event, i, rowTop(under, event.rank), x))] : [],
+    label(LEFT + scale * end, bottom + 28, describeAxis(measured), { class: "tick", "text-anchor": "end" }), marks];
   redraw(canvas, LEFT + scale * end + RIGHT, bottom + 34, ...drawn.flat(2));
-  return { marks, x, y: (pass) => rowTop(top, pass.rank) };
+  return { marks, x, y: (pass) => rowTop(pass.id === undefined ? under : top, pass.rank) };
 }
 
 /** Frame the pass, and what it waited for; an arrow from the end of the one to the begin of the other. */
@@ -82,6 +81,14 @@ function drawMarks({ marks, x, y }, pass) {
   if (pass?.before && !pass.blocked) parts.push(frame(pass.before, "before"));
   if (pass) parts.push(frame(pass, "looked"));
   marks.replaceChildren(...parts);
+}
+
+/** Frame a measured pass, and the simulated one over it. */
+function drawTwins(drawing, event, twin) {
+  drawMarks(drawing, event);
+  const rect = twin && svg("rect", { class: "frame twin", "data-cell": twin.cell, x: drawing.x(twin.begin), y: drawing.y(twin),
+    width: drawing.x(twin.end) - drawing.x(twin.begin), height: LANE });
+  if (rect) drawing.marks.append(rect);
 }
 
 function kindsIn(view) {
@@ -127,9 +134,20 @@ export function lanesPanel() {
     if (left < box.scrollLeft) box.scrollLeft = left;
     if (right > box.scrollLeft + box.clientWidth) box.scrollLeft = right - box.clientWidth;
   }
-  const under = (event) => event.target.closest?.("[data-id]")?.getAttribute("data-id");
+  function lookMeasured(number) {
+    const event = view.measured.events[number];
+    looked = null;
+    const twin = view.passes.find((pass) => pass.rank === event.rank && pass.cell === event.cell);
+    drawTwins(drawing, event, twin);
+    say1(describeEvent(view, event, twin));
+  }
+  const under = (event, of) => event.target.closest?.(`[data-${of}]`)?.getAttribute(`data-${of}`);
   for (const type of ["pointerover", "click"]) {
-    canvas.addEventListener(type, (event) => { const id = under(event); if (id != null) look(view.passes[id]); });
+    canvas.addEventListener(type, (event) => {
+      const [id, number] = [under(event, "id"), under(event, "measured")];
+      if (id != null) look(view.passes[id]);
+      if (number != null) lookMeasured(number);
+    });
   }
   box.addEventListener("keydown", (event) => {
     if (event.key === "Escape") look(null);

@@ -2,7 +2,7 @@
 import { sayPercent, saySeconds, number } from "./text.js";
 import { html, svg, label, linear, redraw, panel, legend, scrolling } from "./dom.js";
 import { workerSlider } from "./controls.js";
-import { say, sayCount, of, naming, describe } from "./pipelines_words.js";
+import { say, sayCount, of, naming, describe, describeSizes } from "./pipelines_words.js";
 
 // JupyterLab takes arrow keys and letters for its own commands unless the input itself says no.
 const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
@@ -25,7 +25,7 @@ export function choicePanel(onChange) {
     select.selectedIndex = names.indexOf(view.name);
     ranks.draw({ counts: view.workers, chosen: view.p });
     cuts.draw({ counts: view.microbatches, chosen: view.m });
-    about.textContent = `${say(of("about", view.name))} ${say("units")}`;
+    about.textContent = `${say(of("about", view.name))} ${say("units")} ${describeSizes(view)}`;
   } };
 }
 
@@ -51,6 +51,7 @@ function factsOf({ film, work, bubble, share, measured }) {
       got(() => sayPercent(measured.bubble))],
     ["rowMakespan", null, number(film.makespan), null],
     ["rowPeak", peak && listed(peak), listed(film.peak), null],
+    ["rowMessages", null, number(film.messages), null],
     ...(measured ? [["rowCore", null, null, sayPercent(measured.shares.waiting_for_core)],
       ["rowSeconds", null, saySeconds(measured.point.predicted_s, step), saySeconds(step)]] : []),
   ];
@@ -110,11 +111,19 @@ function compareRow(one, view, x, y) {
     one.measured ? measuredBar(one.measured, x, y + BAR + 3) : null);
 }
 
+function tableOfAll(view, open) {
+  const columns = ["columnSchedule", "columnPeriod", "columnMs", "columnShare", "columnPeak", "columnMessages"].map((key) => say(key));
+  const rows = open.map((one) => [say(one.name), number(one.period), one.measured && saySeconds(one.measured.point.step_s.median),
+    sayPercent(one.share), number(one.peak), number(one.messages)]);
+  return table(say("besideTitle", naming(view)), columns, rows);
+}
+
 /** Work and bubble of each schedule whose answer is shown; what was measured of it under that. */
 export function comparePanel() {
   const { root, canvas, heading, width } = panel("compare", "", say("compareAlt"));
   const key = html("div");
-  root.append(key);
+  const place = scrolling(say("compareAlt"));
+  root.append(key, place);
   return { root, draw(view) {
     heading.textContent = say("compareTitle", naming(view));
     const open = view.beside.filter((one) => one.open);
@@ -123,6 +132,7 @@ export function comparePanel() {
     const measured = open.some((one) => one.measured);
     const tall = measured ? BAR + THIN + 13 : BAR + 9;
     redraw(canvas, width(), 4 + view.beside.length * tall, ...view.beside.map((one, i) => compareRow(one, view, x, 4 + i * tall)));
+    place.replaceChildren(tableOfAll(view, open));
     key.replaceChildren(legend([["work", say("work")], ["bubble", say("bubble")],
       ...(measured ? [["core", say("coreShort")], ["blocked", say("blocked")]] : [])]));
   } };

@@ -63,6 +63,14 @@ function measuredOf(model, film) {
   return null;
 }
 
+// Of which ranks and microbatches there is a measurement of the schedule: [[2, [4, 8]], [4, [8]]].
+function measuredSizes(model, films) {
+  const plans = new Set([...model.get("own"), ...model.get("recorded")].flatMap((run) => run.points.map((one) => one.plan)));
+  const found = new Map();
+  for (const { p, m, plan } of films) if (plans.has(plan)) found.set(p, [...(found.get(p) ?? []), m]);
+  return [...found];
+}
+
 function costs(film) {
   const work = 3 * film.m;
   return { work, bubble: film.period - work, share: (film.period - work) / film.period };
@@ -79,7 +87,8 @@ export function viewOf(model) {
   const values = (of) => [...new Set(films.map((one) => one[of]))].sort((a, b) => a - b);
   return { name, p, m, key, film, ...costs(film), names: beside.map((one) => one.name), workers: values("p"),
     microbatches: values("m"), open: isOpen(film), passes: passesOf(film, model.get("units")),
-    measured: measuredOf(model, film), guess: model.get("prediction")[key] ?? {}, ahead: model.get("ahead"),
+    measured: measuredOf(model, film), sizes: measuredSizes(model, films.filter((one) => one.name === name)), guess: model.get("prediction")[key] ?? {}, ahead: model.get("ahead"),
     beside: beside.map((one) => ({ name: one.name, open: isOpen(one), period: one.period, ...costs(one),
+      peak: Math.max(...one.peak), messages: one.messages,
       measured: measuredOf(model, one) })) };
 }

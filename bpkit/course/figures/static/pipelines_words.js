@@ -40,6 +40,7 @@ const WORDS = {
     measured: "measured: {name}",
     rank: "rank {n}",
     axis: "time, units",
+    axisMeasured: "time, units (measured: 1 unit is {unit})",
     F: "forward",
     B: "backward, whole",
     I: "backward, input half",
@@ -51,6 +52,9 @@ const WORDS = {
     core: "waiting for a core",
     waited: "the pass whose message is needed",
     // one pass
+    event: "{cell} on rank {rank}, measured: from {begin} to {end}, in units from {from} to {to}. ",
+    eventCore: "For {core} of it the rank waited for a core. ",
+    eventTwin: "Simulated from {begin} to {end}.",
     hint: "Point at a pass, or move with the arrow keys, to see what it waits for.",
     sayF: "forward",
     sayB: "backward, whole,",
@@ -73,6 +77,10 @@ const WORDS = {
       + "(the bubble, and what a rank loses while another waits for a core) and {idle} idle. Simulated at the CPU times of its own passes, with a core for each rank: "
       + "{predicted}.",
     sayNotMeasured: "There is no measurement of this plan.",
+    sizes: "Measurements of this schedule: {list}.",
+    size: "{ranks} with {list} microbatches",
+    noSizes: "There is no measurement of this schedule.",
+    saySends: "All ranks together send {n} messages a step.",
     // formulas
     formulaNaive: "(p − 1)(F + B) of the whole batch",
     formulaGpipe: "(p − 1)(F + B)",
@@ -96,7 +104,15 @@ const WORDS = {
     rowShare: "the same, share of the step",
     rowCore: "waiting for a core, share",
     rowPeak: "stored activations by rank, microbatches",
-    rowSeconds: "a step, seconds",
+    rowSeconds: "a step (simulated at the measured times of its passes)",
+    rowMessages: "messages sent, all ranks",
+    besideTitle: "Side by side, {ranks}, {microbatches}",
+    columnSchedule: "schedule",
+    columnPeriod: "units a step",
+    columnMs: "measured step",
+    columnShare: "bubble",
+    columnPeak: "stored at most",
+    columnMessages: "messages",
     none: "–",
     compareTitle: "All schedules, {ranks}, {microbatches}: units a step",
     compareAlt: "Work and bubble of a step by schedule, simulated, and measured under it.",
@@ -127,6 +143,7 @@ const WORDS = {
     skip: "Skip the predictions",
     again: "Predict again",
     predictFirst: "Type at least one prediction, or skip them.",
+    predictNegative: "A prediction is not below 0.",
     predictedNothing: "You made no prediction for this one. A step takes {period}, of which {share} is bubble.",
     verdictPeriod: "You predicted {predicted}; a step takes {real}: {verdict}.",
     verdictBubble: "You predicted {predicted} of bubble; it is {real}: {verdict}.",
@@ -170,6 +187,24 @@ export function describePass(view, pass) {
   return parts.join(" ");
 }
 
+/** What the axis counts; with a measurement also what that is in milliseconds. */
+export const describeAxis = (measured) => (measured ? say("axisMeasured", { unit: saySeconds(measured.unit) }) : say("axis"));
+
+/** A measured pass, in milliseconds and in units, and where the simulation has it. */
+export function describeEvent({ measured: { unit } }, event, twin) {
+  const ms = (units) => saySeconds(units * unit, 1e-3);
+  const away = event.cpu === null ? 0 : Math.max(0, event.end - event.begin - event.cpu);
+  return say("event", { ...event, begin: ms(event.begin), end: ms(event.end), from: number(event.begin), to: number(event.end) })
+    + (away * unit > 1e-6 ? say("eventCore", { core: ms(away) }) : "")
+    + (twin ? say("eventTwin", { begin: number(twin.begin), end: number(twin.end) }) : "");
+}
+
+/** Of which sizes of the schedule there are measurements. */
+export function describeSizes({ sizes }) {
+  const list = sizes.map(([p, ms]) => say("size", { ranks: sayCount("ranks", p), list: ms.map((m) => number(m)).join(", ") }));
+  return list.length ? say("sizes", { list: list.join("; ") }) : say("noSizes");
+}
+
 function describeFormula(view) {
   const formula = say(of("formula", view.name));
   const { bubble } = view.film.formula;
@@ -191,7 +226,7 @@ export function describe(view) {
   const { film, work, bubble, share } = view;
   return [say("sayStep", { ...naming(view), period: sayUnits(film.period), work: number(work), bubble: number(bubble),
     share: sayPercent(share), makespan: sayUnits(film.makespan) }), describeFormula(view),
-  say("sayPeak", { list: film.peak.map((n) => number(n)).join(", ") }),
+  say("sayPeak", { list: film.peak.map((n) => number(n)).join(", ") }), say("saySends", { n: number(film.messages) }),
   view.measured ? describeMeasured(view.measured) : say("sayNotMeasured")];
 }
 

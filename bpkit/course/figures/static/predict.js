@@ -7,19 +7,27 @@ const KEEP_KEYS = { "data-lm-suppress-shortcuts": "true" };
 function predictionField(words, whole, onInput) {
   const step = whole ? { step: "1", inputmode: "numeric" } : { step: "any", inputmode: "decimal" };
   const input = html("input", { type: "number", min: "0", ...step, ...KEEP_KEYS });
-  input.addEventListener("input", () => onInput(input.value === "" ? null : Number(input.value)));
+  input.addEventListener("input", () => {
+    const refused = Number(input.value) < 0;
+    input.setAttribute("aria-invalid", String(refused));
+    onInput(input.value === "" || refused ? null : Number(input.value), refused);
+  });
   const root = html("label", {}, html("span", {}, words), input);
   return { root, draw(value) {
     // What is being typed is left alone; only another choice writes into the field.
-    if (document.activeElement !== input || Number(input.value) !== value) input.value = value ?? "";
+    const refused = input.getAttribute("aria-invalid") === "true";
+    if (!refused && (document.activeElement !== input || Number(input.value) !== value)) input.value = value ?? "";
   } };
 }
 
 /** Numbers to predict: `keys` names the words of each, `say` and `judge` give the figure's own words. */
 export function predictionPanel({ keys, whole, say, judge, onGuess, onShow, onSkip, onAgain }) {
-  const fields = Object.fromEntries(Object.entries(keys).map(([what, key]) =>
-    [what, predictionField(say(key), whole, (value) => onGuess(what, value))]));
   const problem = html("p", { class: "bpkit-problem", role: "alert" });
+  const fields = Object.fromEntries(Object.entries(keys).map(([what, key]) =>
+    [what, predictionField(say(key), whole, (value, refused) => {
+      onGuess(what, value);
+      problem.textContent = refused ? say("predictNegative") : "";
+    })]));
   const show = html("button", { type: "button", class: "bpkit-main" }, say("show"));
   const skip = html("button", { type: "button", onclick: onSkip }, say("skip"));
   const ask = html("div", {}, html("p", {}, say("predictHint")),

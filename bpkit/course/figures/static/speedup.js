@@ -8,7 +8,9 @@ function plane(view, width) {
   const height = Math.round(Math.min(300, Math.max(220, width * 0.72)));
   const most = Math.max(2, ...view.counts);
   const drawn = view.revealed ? view.series.flatMap((one) => one.points.map((point) => point.speedup)) : [];
-  const top = Math.max(most, ...drawn, ...Object.values(view.prediction)) * 1.08;
+  // A prediction far beyond the ideal does not squeeze the plot: it stands at its edge.
+  const guessed = Object.values(view.prediction).map((value) => Math.min(value, 1.5 * most));
+  const top = Math.max(most, ...drawn, ...guessed) * 1.08;
   const x = linear([0, most], [MARGIN.left, width - MARGIN.right]);
   const y = linear([0, top], [height - MARGIN.bottom, MARGIN.top]);
   return { width, height, most, top, x, y, inverse: linear([height - MARGIN.bottom, MARGIN.top], [0, top]) };
@@ -46,17 +48,18 @@ function curve(one, { x, y, top }, chosen) {
   return svg("g", { class: "series" }, line, ...one.points.map(error), ...marks);
 }
 
-function predicted(view, { x, y }) {
+function predicted(view, { x, y, top }) {
   const set = view.predictable.filter((n) => n in view.prediction);
+  const high = (value) => y(Math.min(value, top));
   const line = set.length ? svg("path", { class: "curve prediction",
-    d: path([[x(1), y(1)], ...set.map((n) => [x(n), y(view.prediction[n])])]) }) : null;
+    d: path([[x(1), y(1)], ...set.map((n) => [x(n), high(view.prediction[n])])]) }) : null;
   const shown = view.revealed ? set : view.predictable;
   const diamonds = shown.map((n) => {
     const value = view.prediction[n] ?? n;
     const r = view.revealed ? 5 : 7;
     return svg("path", {
       class: `diamond prediction${n in view.prediction ? "" : " unset"}`, "data-workers": n, "data-speedup": value,
-      d: `M${x(n)},${y(value) - r}l${r},${r}l${-r},${r}l${-r},${-r}z` });
+      d: `M${x(n)},${high(value) - r}l${r},${r}l${-r},${r}l${-r},${-r}z` });
   });
   return [line, ...diamonds].filter(Boolean);
 }

@@ -13,8 +13,10 @@ const KINDS = ["forward", "backward", "input_half", "weight_half", "communicatio
 const kindOf = (cell) => LOOKS[/[A-Z]+(_[A-Z]+)*/.exec(cell)?.[0]] ?? "other";
 
 // Where in an action the core was elsewhere is not known: it is drawn at the end. Older records do not have it.
-const coreOf = (kind, length, wait, cpu) =>
-  (kind === "communication" || !(cpu >= 0) ? 0 : Math.max(0, length - wait - cpu));
+function coreOf(kind, length, wait, cpu) {
+  const away = kind === "communication" || !(cpu >= 0) ? 0 : length - wait - cpu;
+  return away > 0.5 ? away : 0; // half a microsecond is rounding
+}
 
 const events = (timeline) => timeline.map(([rank, cell, start, end, wait = 0, cpu = -1]) => {
   const kind = kindOf(cell);
