@@ -3,6 +3,7 @@
 import datetime
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,3 +81,20 @@ def serial_gradient(network: Network, inputs: Tensor, targets: Tensor) -> Tensor
 def off(gradient: Tensor, wanted: Tensor) -> float:
     """How far one vector is from another, as a share of the other's length."""
     return float((gradient - wanted).norm() / wanted.norm())
+
+
+def socket_bytes() -> int:
+    """Bytes that peers have acknowledged on all TCP connections of this process, as Linux counts them."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                continue
+            end = socket.socket(fileno=os.dup(int(name)))
+        except OSError:  # closed meanwhile, as the folder's own descriptor
+            continue
+        with end:
+            if end.family in (socket.AF_INET, socket.AF_INET6) and end.type == socket.SOCK_STREAM:
+                info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                total += struct.unpack_from("<Q", info, 120)[0]  # tcpi_bytes_acked
+    return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bpkit.course.exercises import cuts, data_parallel, models, pipeline, trainer, zero_bubble
+from bpkit.course.exercises import cuts, data_parallel, models, pipeline, sharding, trainer, zero_bubble
 from bpkit.course.exercises.verdict import Verdict, Wrong
 
 __all__ = ["EXERCISES", "Verdict", "check"]
@@ -13,7 +13,7 @@ __all__ = ["EXERCISES", "Verdict", "check"]
 #: The judge of every exercise, by name: it returns praise, or raises `Wrong`.
 EXERCISES: dict[str, Callable[[Any], str]] = {
     **data_parallel.EXERCISES, **pipeline.EXERCISES, **trainer.EXERCISES, **models.EXERCISES,
-    **zero_bubble.EXERCISES, **cuts.EXERCISES,
+    **zero_bubble.EXERCISES, **cuts.EXERCISES, **sharding.EXERCISES,
 }  # fmt: skip
 
 
