@@ -167,15 +167,16 @@ class Plan:
         return tuple(found[stage] for stage in range(self.stages))
 
     def _fits(self, action: Action, row: int) -> None:
-        why = ""
+        if (action.stage < self.stages and (action.mb is None or action.mb < self.microbatches)
+                and (action.peer is None or (self.expanded and action.peer < self.mesh.data))):
+            return
         if action.stage >= self.stages:
             why = f"the plan has stages 0 to {self.stages - 1}"
         elif action.mb is not None and action.mb >= self.microbatches:
             why = f"the plan has microbatches 0 to {self.microbatches - 1}"
-        elif action.peer is not None and (not self.expanded or action.peer >= self.mesh.data):
+        else:
             why = f"a peer is a coordinate on the data axis (0 to {self.mesh.data - 1}) of an expanded plan"
-        if why:
-            raise ValueError(f"{self.name}: {action} in row {row}: {why}")
+        raise ValueError(f"{self.name}: {action} in row {row}: {why}")
 
     @property
     def exact(self) -> bool:
