@@ -132,6 +132,7 @@ class Cluster:
 
     def run(self, job: Job, progress: Tell | None = None, stop: threading.Event | None = None) -> TrainResult:
         """Train by a job, which is checked first; `train` makes one of its arguments (see there)."""
+        checks.kinds(job)
         job, outcomes = self._watched(rounds if job.plan.servers else train, job, progress, stop)
         return assemble(job, outcomes, self.backend)
 

@@ -177,7 +177,6 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "ties": lambda: bp.course.draw_ties(bp.plan.one_f_one_b(4, 8), GPT),
     "tokens": lambda: bp.course.draw_tokens(sequence()),
     "block": bp.course.draw_block,
-    "tied": lambda: bp.course.draw_tied(["embedding", "block", "scores"], [0, 1, 2], (0, 2)),
     "ranks": lambda: bp.course.draw_mesh(Mesh(2, 2, 2), host=4),
     "bars": lambda: bp.course.draw_bars({"GPipe": {"rank 0": 4, "rank 1": 4}}, "kept"),
 }

@@ -154,8 +154,10 @@ def asynchronous_server(workers: int, arrivals: Sequence[int], staleness: int = 
                              f"(staleness {staleness})")  # fmt: skip
         server += [Action(0, "RECV_G", None, None, worker), Action(0, "UPDATE")]
         server += [Action(0, "SEND_P", None, None, w) for w in clock.arrived(worker)]
-    row = [Action(0, kind, m if kind in ("F", "LOSS", "B") else None, None, 0 if kind in ("SEND_G", "RECV_P") else None)
-           for m in range(rounds) for kind in ("ZERO", "F", "LOSS", "B", "SEND_G", "RECV_P")]  # fmt: skip
+    row: list[Action] = []
+    for m in range(rounds):
+        row += [Action(0, "ZERO"), Action(0, "F", m), Action(0, "LOSS", m), Action(0, "B", m)]
+        row += [Action(0, "SEND_G", None, None, 0), Action(0, "RECV_P", None, None, 0)]
     rows = (tuple(server), *[tuple(row)] * workers)
     name = f"asynchronous_server({workers}, staleness={staleness})"
     return Plan(name, rows, 1, Mesh(data=workers + 1), rounds, place=(0,), expanded=True, holds="one",
