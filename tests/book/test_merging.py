@@ -119,7 +119,7 @@ def test_the_answer_stays_hidden_until_it_is_asked_for(show: Callable[..., Locat
     press(figure, "Skip this prediction")
     expect(verdict).to_contain_text("It takes 6 steps, and rank 0 sends 5,040")
     # To skip one prediction spoils no other.
-    figure.get_by_label("Algorithm").select_option("parameter server")
+    figure.get_by_label("Algorithm").select_option("star")
     expect(figure.locator(".bpkit-stepper")).to_be_hidden()
 
 

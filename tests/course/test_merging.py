@@ -114,7 +114,7 @@ def test_messages_are_those_of_the_plan(name: str, n: int, size: int) -> None:
 
 def test_the_numbers_of_steps() -> None:
     steps = {name: len(frames(compiled(name, 8))["steps"]) for name in ALGORITHMS}
-    assert steps == {"server": 14, "sharded_server": 14, "tree": 9, "ring": 14, "halving_doubling": 6,
+    assert steps == {"server": 14, "sharded_server": 14, "tree": 9, "binomial": 6, "ring": 14, "halving_doubling": 6,
                      "hierarchical": 8}
 
 

@@ -15,7 +15,7 @@ from bpkit.plan.checker.provenance import Holdings, Provenance
 from bpkit.plan.program import Program, compile_collective
 
 #: The all-reduces that the figure offers, in its order.
-ALGORITHMS = ("server", "sharded_server", "tree", "ring", "halving_doubling", "hierarchical")
+ALGORITHMS = ("server", "sharded_server", "tree", "binomial", "ring", "halving_doubling", "hierarchical")
 WORKERS = range(2, 9)
 HOSTS = 2
 #: Modules of the figure, each after those that it imports.

@@ -5,15 +5,18 @@ const WORDS = {
   en: {
     title: "Ways to merge, step by step",
     algorithm: "Algorithm",
-    server: "parameter server",
-    sharded_server: "sharded server",
+    server: "star",
+    sharded_server: "a star for each part",
     tree: "binary tree",
+    binomial: "binomial tree",
     ring: "ring",
     halving_doubling: "halving-doubling",
     hierarchical: "hierarchy of two hosts",
     aboutServer: "Rank 0 adds what the others send, one after the other, and sends the sum back to each.",
-    aboutSharded_server: "Each rank is the server of one part: it adds what the others send of it, and sends it back.",
+    aboutSharded_server: "Each rank is the middle of a star for one part: it adds what the others send of it, and sends it back.",
     aboutTree: "The children of rank r are ranks 2r + 1 and 2r + 2. Sums go up to rank 0, then the result comes down.",
+    aboutBinomial: "In each round half of the ranks that are left give all they have to the other half, until rank 0 has the "
+      + "sum; then the same way back, each round to as many as have it already.",
     aboutRing: "Each rank sends to the next one only, a part a step: first to be added, then to be copied.",
     aboutHalving_doubling: "Ranks exchange half of the buffer with a partner, then a quarter with another, and so on; "
       + "then the same way back. (If their number is no power of two, some first give all they have to a neighbour.)",
