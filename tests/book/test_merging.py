@@ -199,7 +199,7 @@ def test_every_algorithm_ends_with_the_whole_sum_everywhere(show: Callable[..., 
     figure = show(made)
     select = figure.get_by_label("Algorithm")
     names = select.locator("option").all_inner_texts()
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         select.select_option(name)
         expect(figure.locator(".bpkit-slider output")).to_have_text("6")
