@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from bpkit.course.saved import SavedBytes
     from bpkit.course.schedules import bubble_in_units, hold_messages, mean_waits, measured_times, period_in_units
     from bpkit.course.slow_link import delayed_sgd, step_over
-    from bpkit.course.words import say
+    from bpkit.course.words import how_long, say
 
 __all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "SavedBytes", "bubble_in_units", "delayed_sgd",
            "draw_bars", "draw_block", "draw_buckets", "draw_curves", "draw_grid", "draw_groups", "draw_kept",
            "draw_mesh", "draw_messages", "draw_ratios", "draw_split", "draw_stacks", "draw_staleness", "draw_ties",
-           "draw_tokens", "draw_zero", "exercises", "explorer", "gpu_figures", "hold_messages", "in_torch", "launch",
-           "mean_waits", "measured_times", "merging", "off", "peers", "period_in_units", "pipelines", "say",
+           "draw_tokens", "draw_zero", "exercises", "explorer", "gpu_figures", "hold_messages", "how_long", "in_torch",
+           "launch", "mean_waits", "measured_times", "merging", "off", "peers", "period_in_units", "pipelines", "say",
            "serial_gradient", "socket_bytes", "step_over", "torch_schedule", "vector"]  # fmt: skip
 
 _PLACES = {
@@ -42,7 +42,7 @@ _PLACES = {
     "figures.pictures": ("draw_groups", "draw_messages", "draw_split", "draw_zero"),
     "figures.more_pictures": ("draw_staleness", "draw_ties", "draw_tokens"),
     "figures.pipelines": ("Pipelines", "pipelines"), "recorded": ("GpuFigures", "gpu_figures"),
-    "exercises": ("exercises",), "pytorch": ("torch_schedule",), "words": ("say",),
+    "exercises": ("exercises",), "pytorch": ("torch_schedule",), "words": ("how_long", "say"),
     "launching": ("in_torch", "launch", "off", "serial_gradient", "socket_bytes", "vector"),
     "figures.training": ("draw_buckets", "draw_curves", "draw_grid", "draw_ratios", "draw_stacks"),
     "peers": ("peers",), "slow_link": ("delayed_sgd", "step_over"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -49,6 +50,9 @@ def test_page_is_whole(page: Page, book: Path, book_url: str, name: str, scheme:
     assert page.locator(".math > math").count() == wanted
     assert page.evaluate("() => [...document.querySelectorAll('math')].every(m => m.getBoundingClientRect().width)")
     assert page.locator(".math").filter(has_text="\\").count() == 0
+    # Tables: none is left as source, in what cells say either; nor did code get among the sentences.
+    source = re.compile(r"^\s*\||\bassert .* (==|<|>) ")
+    assert page.locator("article p").filter(has_text=source).count() == 0
     # Late pictures come when the reader does.
     page.evaluate("() => [...document.images].forEach(i => i.loading = 'eager')")
     page.wait_for_function("() => [...document.images].every(i => i.complete)")
