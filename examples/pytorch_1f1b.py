@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/pytorch_1f1b.py
 
-No GPU is needed.  With GPUs: init_process_group("nccl"), torch.cuda.set_device(LOCAL_RANK), tensors on "cuda".
+No GPU is needed.  It is made for gloo: under NCCL the messages between two ranks run one after another and may wait for
+their receiver, so there each send is posted together with the receive beside it, by dist.batch_isend_irecv.
 """
 
 import torch
@@ -28,7 +29,7 @@ class Pipeline:
         self.kept, self.sent, self.loss = {}, [], 0.0
 
     def send(self, tensor, to):
-        # Does not wait for the receiver: two ranks that both wait to send would wait for ever.
+        # With gloo this does not wait for the receiver: two ranks that both wait to send would wait for ever.
         self.sent.append((dist.isend(tensor, to), tensor))
 
     def forward(self, k, x, t):

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/pytorch_split_backward.py
 
-No GPU is needed.  With GPUs: init_process_group("nccl"), torch.cuda.set_device(LOCAL_RANK), tensors on "cuda".
+No GPU is needed.  It is made for gloo: under NCCL the messages between two ranks run one after another and may wait for
+their receiver, so there each send is posted together with the receive beside it, by dist.batch_isend_irecv.
 """
 
 import torch
@@ -19,6 +20,7 @@ class Later:
     work = []
 
     @classmethod
+    @torch.no_grad()
     def do(cls, jobs=None):
         for _ in range(len(cls.work) if jobs is None else min(jobs, len(cls.work))):
             weight, x, dy = cls.work.pop(0)
@@ -86,7 +88,10 @@ def step(stage, rank, size, inputs, targets):
 
 
 def step_with_validation(stage, optimizer):
-    """Update at once, and roll back when the norm of all ranks says so (Qi et al. 2024: post-validation, in small)."""
+    """Update at once, and roll back when the norm of all ranks says so (Qi et al. 2024: post-validation, in small).
+
+    An optimizer that keeps something itself (momentum, Adam) has to be rolled back with the weights.
+    """
     before = [p.detach().clone() for p in stage.parameters()]
     square = torch.stack([p.grad.square().sum() for p in stage.parameters()]).sum().detach()
     coming = dist.all_reduce(square, async_op=True)  # nobody waits for it here
@@ -97,8 +102,9 @@ def step_with_validation(stage, optimizer):
         with torch.no_grad():
             for p, old in zip(stage.parameters(), before, strict=True):
                 p.copy_(old)
-                p.grad.mul_(CLIP / norm if norm < float("inf") else 0.0)
-        optimizer.step()
+                p.grad.mul_(CLIP / norm)
+        if norm < float("inf"):  # else there is no right update: the step is left out
+            optimizer.step()
     return norm
 
 
