@@ -137,6 +137,7 @@ def test_staleness_is_that_of_the_plan() -> None:
     assert [int(text.get_text()) for text in axes.texts] == ages(ASYNCHRONOUS)
     assert [round(bar.get_width() - 0.92, 6) for bar in axes.patches] == ages(ASYNCHRONOUS)
     assert [round(bar.get_x() + bar.get_width() - 0.92) for bar in axes.patches] == list(range(9))
+    assert list(axes.get_xticks()) == list(range(10))  # whole updates
     assert len(bp.course.draw_staleness(ASYNCHRONOUS, 4).axes[0].patches) == 4
     with pytest.raises(ValueError, match="has no server"):
         bp.course.draw_staleness(bp.plan.data_parallel(2))

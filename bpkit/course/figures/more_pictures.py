@@ -50,6 +50,7 @@ def draw_staleness(plan: Plan, updates: int = 16) -> Drawing:
             axes.add_patch(Rectangle((update - behind, lane - 0.32), behind + 0.92, 0.64, facecolor=fill))
             axes.text(update - behind + 0.46 + behind / 2, lane, str(behind), color=ink, ha="center", va="center")
         axes.set(xlim=(0, len(workers)), ylim=(len(lanes) - 0.4, -0.6), xlabel=WORDS["updates"])
+        axes.set_xticks(range(len(workers) + 1))  # there are no half updates
         axes.set_yticks(range(len(lanes)), [WORDS["worker"].format(worker) for worker in lanes])
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
