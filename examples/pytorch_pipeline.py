@@ -83,7 +83,7 @@ def main():
     for step in range(STEPS):
         made = torch.Generator().manual_seed(step)  # every process makes the same batch: count upwards
         start = torch.randint(0, VOCABULARY, (BATCH, 1), generator=made)
-        text = (start + torch.arange(LENGTH + 1)) % VOCABULARY
+        text = ((start + torch.arange(LENGTH + 1)) % VOCABULARY).to(device)
         losses = []
         runner.step(*([text[:, :-1]] if stage.first else []),
                     **({"target": text[:, 1:], "losses": losses} if stage.last else {}))

@@ -149,6 +149,12 @@ def test_a_tied_tensor_is_an_arc_between_its_stages() -> None:
     assert figure.legends[0].get_texts()[0].get_text() == "embedding: gradients are added"
     one = bp.course.draw_ties(bp.plan.zb_v(2, 4), GPT)  # the first and the last stage are rank 0's
     assert one.legends[0].get_texts()[0].get_text() == "embedding: one copy on one rank"
+    one.canvas.draw()
+    patches = one.axes[0].patches  # the arc runs beside the stages, not through their names
+    (arc,) = (patch for patch in patches if isinstance(patch, FancyArrowPatch))
+    points = one.axes[0].transData.transform(arc.get_path().vertices)
+    assert not any(patch.get_window_extent().contains(*point) for point in points
+                   for patch in patches if isinstance(patch, Rectangle))  # fmt: skip
     untied = bp.course.draw_ties(bp.plan.gpipe(2, 2), MLP)
     assert "No tensor is on two stages" in untied.alt and not arrows(untied.axes[0])
 

@@ -93,8 +93,9 @@ def draw_ties(plan: Plan, network: Described) -> Drawing:
                 same = place[a] == place[b]
                 style: dict[str, Any] = {"linestyle": "--" if same else "-", "color": FILLS["communication"][0]}
                 (xa, ya), (xb, yb) = at[a], at[b]
-                height = -0.25 - 0.1 * number
-                axes.add_patch(FancyArrowPatch((xa, 0.4 - ya), (xb, 0.4 - yb), arrowstyle="<|-|>", linewidth=1.6,
+                height = (0.25 if same else -0.25) - 0.1 * number
+                start, end = ((xa - 0.42, -ya), (xb - 0.42, -yb)) if same else ((xa, 0.4 - ya), (xb, 0.4 - yb))
+                axes.add_patch(FancyArrowPatch(start, end, arrowstyle="<|-|>", linewidth=1.6,
                                                mutation_scale=9, connectionstyle=f"arc3,rad={height}",
                                                **style))  # fmt: skip
         axes.set(xlim=(-0.6, ranks - 0.4), ylim=(-tall - 0.2, 1.0 + 0.12 * ranks))
