@@ -89,7 +89,8 @@ ELSEWHERE = {
 #: Those that nothing here can run, for want of an address, conda, a container engine, MPI or a second host; or because
 #: they would change the environment of the tests.
 NOWHERE = {
-    "git clone <this repository> bpkit", "cd bpkit", "conda env create -f environment.yml", "conda activate bpkit",
+    "git clone <this repository> bpkit", "git remote -v", "cd bpkit",
+    "conda env create -f environment.yml", "conda activate bpkit",
     ".venv/bin/python", 'pip install -c constraints.txt -e ".[test]"', "docker run --shm-size=2g",
     "ssh -L 8888:127.0.0.1:8888 host", "mpirun -n 8 --hostfile hosts python train.py",
     "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-id 1 --rdzv-endpoint host0:29500 train.py",

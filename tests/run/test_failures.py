@@ -155,7 +155,7 @@ def test_a_peer_that_never_comes(pool: Pool, operation: str) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerStuck) as info:
         pool.call(never_send, operation)
-    assert 1.0 < time.monotonic() - start < 5
+    assert 1.0 < time.monotonic() - start < 1.5 + 5
     text = str(info.value)
     assert f"waited 1.5 s in {operation}" in text and info.value.rank in (1, 2)
     if operation == "recv":
