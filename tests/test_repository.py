@@ -32,6 +32,9 @@ CEILINGS = {
 }
 # Cells whose output nbval leaves out, in one notebook.
 IGNORED_CELLS = 8
+# Cells of one chapter, and lines of code that its reader sees: what fits into an hour.
+CELLS, VISIBLE_LINES = 60, 160
+FOLDED = {"hide-cell", "hide-input", "remove-cell", "remove-input"}
 ROOMS = set().union(*FLOORS)
 
 
@@ -316,6 +319,15 @@ def test_few_cells_are_left_out_by_nbval() -> None:
                              "nbval-skip" in cell["metadata"].get("tags", [])
                              for cell in json.loads(path.read_text())["cells"]) for path in chapters()}
     assert {name: count for name, count in counts.items() if count > IGNORED_CELLS} == {}
+
+
+def test_chapters_are_short() -> None:
+    for path in (ROOT / "chapters").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        seen = ["".join(cell["source"]) for cell in code if not FOLDED & {*cell["metadata"].get("tags", [])}]
+        lines = [line for text in seen for line in text.splitlines() if line.strip()]
+        assert len(cells) <= CELLS and len(lines) <= VISIBLE_LINES, (path.name, len(cells), len(lines))
 
 
 def test_notebooks_are_as_make_execute_saves_them() -> None:
