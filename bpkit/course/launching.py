@@ -16,6 +16,8 @@ from bpkit.run.cluster import Cluster
 from bpkit.run.transports.comm import Comm
 from bpkit.run.transports.distributed import loopback
 
+_ACKED = 120  # place of tcpi_bytes_acked in Linux's struct tcp_info (uapi/linux/tcp.h), since Linux 4.1
+
 
 def launch(cluster: Cluster, function: Callable[..., Any], *arguments: Any, backend: str | None = None,
            patience: float = 60.0) -> list[Any]:
@@ -96,5 +98,5 @@ def socket_bytes() -> int:
         with end:
             if end.family in (socket.AF_INET, socket.AF_INET6) and end.type == socket.SOCK_STREAM:
                 info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("<Q", info, 120)[0]  # tcpi_bytes_acked
+                total += struct.unpack_from("<Q", info, _ACKED)[0]
     return total

@@ -61,7 +61,6 @@ def how_long(one: str, ratio: Ratio, other: str) -> str:
     >>> how_long("the ring", Ratio(1.02, 0.95, 1.08), "the tree")
     'the times of the ring and the tree are not resolved (ratio 1.02 [0.95, 1.08]: 1 lies in the 95 % interval)'
     """
-    measured = f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
     if ratio.resolved:
-        return f"{one} takes {measured} times as long as {other}"
-    return f"the times of {one} and {other} are not resolved (ratio {measured}: 1 lies in the 95 % interval)"
+        return f"{one} takes {ratio.text} times as long as {other}"
+    return f"the times of {one} and {other} are not resolved (ratio {ratio.text}: 1 lies in the 95 % interval)"

@@ -37,9 +37,13 @@ class Ratio:
         """Whether the two differ: 1 lies outside the interval."""
         return not self.low <= 1 <= self.high
 
+    @property
+    def text(self) -> str:
+        """Its three numbers."""
+        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
     def __str__(self) -> str:
-        words = f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
-        return words if self.resolved else f"not resolved ({words})"
+        return self.text if self.resolved else f"not resolved ({self.text})"
 
 
 def interleave(runs: Mapping[str, Callable[[], float | None]], repetitions: int = 20, *,
@@ -133,6 +137,5 @@ def noise(run: Callable[[], float | None], repetitions: int = 20) -> Ratio:
 
 def said(noise: Ratio | None, steal: float | None = None) -> str:
     """What the machine did to a measurement, for its caption; nothing where it is not known."""
-    between = "" if noise is None else f"{noise.median:.2f} [{noise.low:.2f}, {noise.high:.2f}]"
-    words = f"; the same work against itself: {between}" if between else ""
+    words = "" if noise is None else f"; the same work against itself: {noise.text}"
     return words + ("" if steal is None else f"; stolen CPU time: {100 * steal:.1f} %")

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from bpkit.description.costs import balanced_cuts
@@ -16,7 +17,7 @@ from bpkit.plan.liveness import loans, peak_activations, waits_by_row
 from bpkit.plan.mesh import Coordinate
 from bpkit.plan.passes import clip as clipped
 from bpkit.plan.passes import tie
-from bpkit.plan.plan import Plan, scatters
+from bpkit.plan.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,8 @@ class _Wire:
         if not verb.bytes or (mesh.size if verb.axis == "all" else getattr(mesh, verb.axis or "")) == 1:
             return 0
         low, high = action.part.bounds(self.flat[stage]) if action.part else (0, self.flat[stage])
-        if verb.axis == "all":  # one float64, where not every rank updates everything
-            return 8 * (mesh.size > mesh.data or any(scatters(row, s) or Action(s, "UPDATE") not in row
-                                                     for row in plan.rows for s in range(plan.stages)))  # fmt: skip
+        if verb.axis == "all":
+            return 8 * _squares_are_shares(plan)  # one float64
         if verb.touches("AD"):
             letter, edge, _ = buffer(action, verb.reads[0])
             own = verb.axis == "pipeline" and edge - (letter == "D") in plan.own_tokens  # collectives: of all ranks
@@ -251,6 +251,14 @@ class _Wire:
         elif verb.axis != "data":
             high = self.shares[stage] if verb.axis == "tensor" else self.tied[plan.place[stage]]
         return (high - low) * self.itemsize
+
+
+@lru_cache(maxsize=16)
+def _squares_are_shares(plan: Plan) -> bool:
+    """Whether not every rank updates everything."""
+    whole = [{action.stage for action in row if action.kind == "UPDATE" and not action.part} for row in plan.rows]
+    scattered = any(action.kind == "SCATTER_GRAD" for row in plan.rows for action in row)
+    return plan.mesh.size > plan.mesh.data or scattered or min(map(len, whole)) < plan.stages
 
 
 def _instructions(plan: Plan, wire: _Wire) -> tuple[tuple[Instruction, ...], ...]:

@@ -132,8 +132,7 @@ class Cluster:
 
     def run(self, job: Job, progress: Tell | None = None, stop: threading.Event | None = None) -> TrainResult:
         """Train by a job, which is checked first; `train` makes one of its arguments (see there)."""
-        checks.kinds(job)
-        job, outcomes = self._watched(rounds if job.plan.servers else train, job, progress, stop)
+        job, outcomes = self._watched(job, progress, stop)
         return assemble(job, outcomes, self.backend)
 
     def train(self, network: Network, data: Dataset, plan: Plan | None = None, *, batch: int, steps: int,
@@ -198,7 +197,7 @@ class Cluster:
                             checks.made_optimizer(lr, optimizer), batch, steps, seed, shards, record, evaluate_every,
                             target, compress, sync_batch_norm, precision, skip_nonfinite), progress, stop)  # fmt: skip
 
-    def _watched(self, work: Callable[..., Outcome], job: Job, progress: Tell | None, stop: threading.Event | None,
+    def _watched(self, job: Job, progress: Tell | None, stop: threading.Event | None,
                  *args: Any) -> tuple[Job, list[Outcome]]:  # fmt: skip
         """The job once it is checked, and what each rank makes of it, with a bar while it does."""
         checks.watchers(progress, stop)
@@ -211,6 +210,7 @@ class Cluster:
                 done = max(0, int(marks[:, 0].max() if job.plan.servers else marks[:, 0].min()))
                 bar(min(1.0, done / job.steps), f"step {done} of {job.steps}")
 
+            work = rounds if job.plan.servers else train
             return job, self.call(work, job, *args, watch=watch, describe=_describer(job.program), stop=stop)
 
     def train_asynchronous(self, network: Network, data: Dataset, *, batch: int, steps: int, staleness: int = 1,
@@ -246,7 +246,7 @@ class Cluster:
         trainers = self.workers - 1
         nominal = asynchronous_server(trainers, [*range(1, self.workers)] * steps, staleness)
         job = Job(nominal, network, data, checks.made_optimizer(lr, optimizer), batch, steps, seed, shards)
-        job, outcomes = self._watched(rounds, job, progress, stop, staleness)
+        job, outcomes = self._watched(job, progress, stop, staleness)
         recorded = compile(asynchronous_server(trainers, outcomes[0].arrivals, staleness), network)
         return assemble(replace(job, plan=recorded.plan, compiled=recorded), outcomes, self.backend)
 

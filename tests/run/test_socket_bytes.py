@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import struct
 import sys
 import time
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 
 import bpkit as bp
+from bpkit.course.launching import socket_bytes
 from bpkit.plan.program import Program, compile_collective
 from bpkit.plan.strategies.collectives import collective
 from bpkit.run.engine import rank as training
@@ -19,33 +17,14 @@ from bpkit.run.transports.comm import Comm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="TCP_INFO counts bytes on Linux only")
 
-_PLACE = 120  # of tcpi_bytes_acked in Linux's struct tcp_info (uapi/linux/tcp.h), since Linux 4.1
 MESSAGES, QUIET = 20, 0.05  # seconds, after which nothing is under way any more
-
-
-def bytes_sent() -> int:
-    """What peers have acknowledged on all TCP connections of this process; so nothing sent twice counts twice."""
-    total = 0
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            kind = os.readlink(f"/proc/self/fd/{name}")
-            if not kind.startswith("socket:"):
-                continue
-            end = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # closed meanwhile, as the folder's own descriptor
-            continue
-        with end:
-            if end.family in (socket.AF_INET, socket.AF_INET6) and end.type == socket.SOCK_STREAM:
-                info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                total += struct.unpack_from("<Q", info, _PLACE)[0]
-    return total
 
 
 def messages(comm: Comm, elements: int, late: int) -> tuple[int, int]:
     """Post messages from rank 0 to rank 1, rank `late` last; what the kernel and what `comm` counted, in bytes."""
     comm.barrier()
     time.sleep(QUIET)
-    kernel, ours = bytes_sent(), comm.sent
+    kernel, ours = socket_bytes(), comm.sent
     tensors = [torch.ones(elements) for _ in range(MESSAGES)]
     time.sleep(QUIET * (1 + 2 * (comm.rank == late)))
     posted = [comm.post_send(t, 1) if comm.rank == 0 else comm.post_recv(t, 0) for t in tensors]
@@ -53,7 +32,7 @@ def messages(comm: Comm, elements: int, late: int) -> tuple[int, int]:
     for handle in posted:
         handle.wait()
     time.sleep(2 * QUIET)
-    return bytes_sent() - kernel, comm.sent - ours
+    return socket_bytes() - kernel, comm.sent - ours
 
 
 def collectives(comm: Comm, program: Program, tensors: list[torch.Tensor]) -> tuple[int, int, int]:
@@ -61,10 +40,10 @@ def collectives(comm: Comm, program: Program, tensors: list[torch.Tensor]) -> tu
     training.collective(comm, program, tensors, 1)  # connects what is not connected yet
     comm.barrier()
     time.sleep(QUIET)
-    kernel, ours, count = bytes_sent(), comm.sent, sum(comm.sent_to)
+    kernel, ours, count = socket_bytes(), comm.sent, sum(comm.sent_to)
     training.collective(comm, program, tensors, MESSAGES)
     time.sleep(2 * QUIET)
-    return bytes_sent() - kernel, comm.sent - ours, sum(comm.sent_to) - count
+    return socket_bytes() - kernel, comm.sent - ours, sum(comm.sent_to) - count
 
 
 @pytest.fixture(scope="module")

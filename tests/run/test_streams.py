@@ -49,7 +49,7 @@ def noted(plan: bp.plan.Plan, steps: int = 1, model: str = "gpt, tied") -> list[
     found = []
     for row in program.rows:
         mark, width = [0, 0], len(row)
-        groups = SimpleNamespace(world=SimpleNamespace(mark=mark, name=""), sent=0)
+        groups = SimpleNamespace(world=SimpleNamespace(mark=mark, name="", sent=0))
         executor = StreamExecutor(row, [action(i, width, mark) for i in range(width)], groups, host_streams)
         host_streams.NOTES.clear()
         log = Log.empty(range(steps), len(row))

@@ -72,8 +72,8 @@ def draw_ties(plan: Plan, network: Described) -> Drawing:
         A pipeline.
     network : Network or Description
     """
-    compiled = compile(plan, network).plan
-    parts = of_rank(compiled, network.description, 0).split(compile(plan, network).cuts)
+    program = compile(plan, network)
+    compiled, parts = program.plan, of_rank(program.plan, network.description, 0).split(program.cuts)
     ties = tied_copies(parts)
     ranks, place = compiled.mesh.pipeline, compiled.place
     order = [stage for rank in range(ranks) for stage in range(compiled.stages) if place[stage] == rank]

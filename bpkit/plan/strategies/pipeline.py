@@ -75,7 +75,7 @@ def gpipe(workers: int, microbatches: int, **options: Unpack[Options]) -> Plan:
     """
     (microbatches,) = whole_numbers("gpipe", microbatches=microbatches)
     return scheduled("gpipe", lambda rank: "F" * microbatches + "B" * microbatches, range(workers), microbatches,
-                 options, workers, microbatches)  # fmt: skip
+                     options, workers, microbatches)  # fmt: skip
 
 
 def one_f_one_b(workers: int, microbatches: int, **options: Unpack[Options]) -> Plan:
@@ -90,7 +90,7 @@ def one_f_one_b(workers: int, microbatches: int, **options: Unpack[Options]) -> 
     (arXiv:2006.09503).
     """
     return scheduled("one_f_one_b", lambda rank: _one_f_one_b(workers - rank - 1, microbatches), range(workers),
-                 microbatches, options, workers, microbatches)  # fmt: skip
+                     microbatches, options, workers, microbatches)  # fmt: skip
 
 
 def _one_f_one_b(warm: int, microbatches: int) -> str:
@@ -146,7 +146,7 @@ def pipedream(workers: int, microbatches: int) -> Plan:
 
 
 def scheduled(name: str, word: Callable[[int], Iterable[str]], place: Sequence[int], m: int, options: Options,
-          *args: int) -> Plan:  # fmt: skip
+              *args: int) -> Plan:  # fmt: skip
     """The plan whose rank r runs ``word(r)``."""
     workers, m, data, buckets = whole_numbers(
         name, workers=args[0], microbatches=m, data=options.get("data", 1), buckets=options.get("buckets", 1))

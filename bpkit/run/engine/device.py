@@ -75,7 +75,7 @@ class StreamExecutor:
         mark[0] = step
         for index, (run, needs, name) in enumerate(self._steps):
             mark[1] = index
-            stream, compute, sent = self._streams[name], name == "compute", self._groups.sent
+            stream, compute, sent = self._streams[name], name == "compute", self._groups.world.sent
             for need in needs:
                 stream.wait_event(flight.events[need][2])
             if not compute:
@@ -91,7 +91,7 @@ class StreamExecutor:
             end = self._record(stream)
             flight.events.append((previous if compute else ready, ready, end))
             if flight.bytes[index] >= 0:
-                flight.bytes[index] += self._groups.sent - sent
+                flight.bytes[index] += self._groups.world.sent - sent
             previous = end if compute else previous
         for name, index in {name: index for index, (_, _, name) in enumerate(self._steps)}.items():
             if name != "compute":

@@ -35,8 +35,3 @@ class Groups:
             self.world.cache[key] = self.world.group(groups)
         group: Comm = self.world.cache[key]
         return group
-
-    @property
-    def sent(self) -> int:
-        """Payload bytes sent so far, by all of them."""
-        return self.world.sent

@@ -105,10 +105,10 @@ class Executor:
             if entry.posted is None:
                 if any(need in self._pending for need in entry.needs):
                     continue
-                before = self.groups.sent
+                before = self.groups.world.sent
                 entry.posted = entry.start()
                 if self._columns[4][index] >= 0:
-                    self._columns[4][index] += self.groups.sent - before
+                    self._columns[4][index] += self.groups.world.sent - before
             if entry.posted is None or entry.posted.poll():
                 self._end(index)
                 ended = True

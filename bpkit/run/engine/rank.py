@@ -69,8 +69,7 @@ class Runner:
         began = perf_counter_ns()
         self.step.begin(number)
         share = self.load(number, rows)
-        nets = self.buffers.stages.values() if self.step.skips else ()
-        kept = [(net.flat_buffers, net.flat_buffers.clone()) for net in nets]
+        kept = [(net.flat_buffers, net.flat_buffers.clone()) for net in self.buffers.stages.values() if self.step.skips]
         self.executor.run(number, log, line)
         if skipped := self.step.skips and not math.isfinite(self.buffers.squares):  # for which a GPU is waited for
             self.step.skipped += 1
