@@ -13,7 +13,6 @@ from bpkit.lazy import lazy
 if TYPE_CHECKING:
     from bpkit.course import exercises, peers
     from bpkit.course.figures.explorers import Explorer, explorer
-    from bpkit.course.figures.kept import draw_kept
     from bpkit.course.figures.merging import Merging, merging
     from bpkit.course.figures.models import draw_bars, draw_block, draw_mesh
     from bpkit.course.figures.more_pictures import draw_staleness, draw_ties, draw_tokens
@@ -29,14 +28,13 @@ if TYPE_CHECKING:
     from bpkit.course.words import how_long, say
 
 __all__ = ["Explorer", "GpuFigures", "Merging", "Pipelines", "SavedBytes", "bubble_in_units", "delayed_sgd",
-           "draw_bars", "draw_block", "draw_buckets", "draw_curves", "draw_grid", "draw_groups", "draw_kept",
+           "draw_bars", "draw_block", "draw_buckets", "draw_curves", "draw_grid", "draw_groups",
            "draw_mesh", "draw_messages", "draw_ratios", "draw_split", "draw_stacks", "draw_staleness", "draw_ties",
            "draw_tokens", "draw_zero", "exercises", "explorer", "gpu_figures", "hold_messages", "how_long", "in_torch",
            "launch", "mean_waits", "measured_times", "merging", "off", "peers", "period_in_units", "pipelines", "say",
            "serial_gradient", "socket_bytes", "step_over", "torch_schedule", "vector"]  # fmt: skip
 
 _PLACES = {
-    "figures.kept": ("draw_kept",),
     "schedules": ("bubble_in_units", "hold_messages", "mean_waits", "measured_times", "period_in_units"),
     "figures.explorers": ("Explorer", "explorer"), "figures.merging": ("Merging", "merging"),
     "figures.pictures": ("draw_groups", "draw_messages", "draw_split", "draw_zero"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import bpkit as bp
@@ -18,6 +19,8 @@ def test_bars_hold_every_value() -> None:
     drawn = bp.course.draw_bars({"GPipe": {"rank 0": 4, "rank 1": 4}, "1F1B": {"rank 0": 2, "rank 1": 1}}, "kept")
     assert drawn.alt == "Bars, kept. GPipe: rank 0 4, rank 1 4; 1F1B: rank 0 2, rank 1 1."
     assert sorted(bar.get_width() for bar in drawn.axes[0].patches) == [1, 2, 4, 4]
+    with pytest.raises(ValueError, match="at least one value"):
+        bp.course.draw_bars({"GPipe": {}}, "kept")
 
 
 def test_block_has_both_skips() -> None:

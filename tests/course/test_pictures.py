@@ -14,6 +14,7 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Circle, FancyArrowPatch, Rectangle
 
 import bpkit as bp
+from bpkit.measure import Ratio
 from bpkit.measure.messages import messages
 from bpkit.plan import Mesh, collective
 from bpkit.plan.memory import Memory
@@ -185,6 +186,11 @@ PICTURES: dict[str, Callable[[], Drawing]] = {
     "tokens": lambda: bp.course.draw_tokens(sequence()),
     "block": bp.course.draw_block,
     "ranks": lambda: bp.course.draw_mesh(Mesh(2, 2, 2), host=4),
+    "stacks": lambda: bp.course.draw_stacks({"one": {"compute": 1, "idle": 2}, "two": {"compute": 2}}, "ms"),
+    "buckets": lambda: bp.course.draw_buckets({"DDP": [[("a", 2.0), ("b", 0.5)], [("c", 1.5)]]}),
+    "grid": lambda: bp.course.draw_grid([[[0.1, 0.2], [0.9, 0.8]]], ["step 0.1, momentum 0.9"], ["a", "b"], "read"),
+    "curves": lambda: bp.course.draw_curves({"none": [(1, 2), (10, 20)]}, "x", "y", {"none": [(1, 2), (10, 21)]}),
+    "ratios": lambda: bp.course.draw_ratios([("small", {"DDP": Ratio(1.2, 1.1, 1.4)})], "ratio"),
     "bars": lambda: bp.course.draw_bars({"GPipe": {"rank 0": 4, "rank 1": 4}}, "kept"),
 }
 

@@ -61,11 +61,3 @@ def test_messages_that_are_held_back_lengthen_a_step_and_change_no_gradient():
     assert np.array_equal(runs[0].losses, runs[1].losses)
     waits = mean_waits(runs[1:2])
     assert 0 <= waits.simulated < 1 and waits.measured > 0.5
-
-
-def test_what_ranks_keep_is_drawn_and_said():
-    drawn = bp.course.draw_kept({"GPipe": [8, 8], "1F1B": [2, 1]})
-    assert "GPipe: 8, 8; 1F1B: 2, 1." in drawn.alt
-    assert [round(bar.get_width(), 6) for bar in drawn.axes[0].patches] == [8, 8, 2, 1]
-    with pytest.raises(ValueError, match="at least one schedule"):
-        bp.course.draw_kept({})

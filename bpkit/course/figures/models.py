@@ -107,7 +107,14 @@ def draw_bars(groups: Mapping[str, Mapping[str, float]], unit: str, *, line: flo
         Of the values, as the axis says it.
     line : float, optional
         A line across, such as 1 for equal.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw.
     """
+    if not groups or not all(groups.values()):
+        raise ValueError('draw_bars draws at least one value of each group, as in {"GPipe": {"rank 0": 8}}')
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     with rc_context(STYLE):
         figure = Drawing((_WIDTH, 0.6 + 0.2 * len(groups) * (len(names) + 0.8)))

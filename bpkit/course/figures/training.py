@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.ticker import NullFormatter
 
+from bpkit.course.figures.pictures import WIDTH
 from bpkit.show.drawing import FILLS, INK, STYLE, TEXT, Drawing
 
-_WIDTH = 7.2  # inches, of the book's column
 #: The looks of what a worker keeps, as in `draw_zero`, and of the parts of a step.
 _LOOKS = {**FILLS, "parameters": FILLS["forward"], "gradients": FILLS["backward"],
           "optimizer": FILLS["waiting_for_core"]}  # fmt: skip
@@ -23,7 +24,7 @@ def draw_stacks(stacks: Mapping[str, Mapping[str, float]], label: str) -> Drawin
     names = list(dict.fromkeys(part for stack in stacks.values() for part in stack))
     look = {name: _LOOKS.get(name, (_CYCLE[i % len(_CYCLE)],))[0] for i, name in enumerate(names)}
     with rc_context(STYLE):
-        figure = Drawing((_WIDTH, 2.6))
+        figure = Drawing((WIDTH, 2.6))
         axes = figure.add_subplot()
         bottom = np.zeros(len(stacks))
         for name in names:
@@ -34,7 +35,7 @@ def draw_stacks(stacks: Mapping[str, Mapping[str, float]], label: str) -> Drawin
             axes.text(at, total, f"{total:.3g}", ha="center", va="bottom")
         axes.set_xticks(range(len(stacks)), list(stacks))
         axes.set_ylabel(label)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.02), ncols=3, columnspacing=1, handlelength=1.4)
     said = {name: ", ".join(f"{part} {value:.3g}" for part, value in stack.items()) for name, stack in stacks.items()}
     figure.alt = f"{label}. " + " ".join(f"{name}: {text}." for name, text in said.items())
     return figure
@@ -49,7 +50,7 @@ def draw_buckets(rows: Mapping[str, Sequence[Sequence[tuple[str, float]]]]) -> D
         A bucket is a list of (name, megabytes) in the order in which it is reduced.
     """
     with rc_context(STYLE):
-        figure = Drawing((_WIDTH, 0.5 + 0.45 * len(rows)))
+        figure = Drawing((WIDTH, 0.5 + 0.45 * len(rows)))
         axes = figure.add_subplot()
         for y, buckets in enumerate(rows.values()):
             left = 0.0
@@ -78,17 +79,17 @@ def draw_grid(values: Any, rows: Sequence[str], columns: Sequence[str], title: s
     cells = np.asarray(values, dtype=float)
     middle = np.median(cells, axis=2)
     with rc_context(STYLE):
-        figure = Drawing((_WIDTH, 0.8 + 0.42 * len(rows)))
+        figure = Drawing((WIDTH, 0.8 + 0.48 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         axes.imshow(middle, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for y, x in np.ndindex(middle.shape):
             low, high = cells[y, x].min(), cells[y, x].max()
-            text = f"{100 * middle[y, x]:.0f} ({100 * low:.0f} to {100 * high:.0f})"
+            text = f"{100 * middle[y, x]:.0f}\n{100 * low:.0f} to {100 * high:.0f}"
             axes.text(x, y, text, ha="center", va="center", color="#101418" if middle[y, x] > 0.55 else "#ffffff")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.tick_params(length=0)
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9.5)
         axes.spines[:].set_visible(False)
     figure.alt = f"{title}. " + " ".join(
         f"{row}, {column}: {middle[y, x]:.0%}." for y, row in enumerate(rows) for x, column in enumerate(columns))
@@ -99,7 +100,7 @@ def draw_curves(points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: 
                 lines: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> Drawing:  # fmt: skip
     """Measured points, and where given the line that was predicted for each, on two logarithmic axes."""
     with rc_context(STYLE):
-        figure = Drawing((_WIDTH, 3.0))
+        figure = Drawing((WIDTH, 3.0))
         axes = figure.add_subplot()
         for nth, (name, pairs) in enumerate(points.items()):
             colour, marker = _CYCLE[nth % len(_CYCLE)], _MARKERS[nth % len(_MARKERS)]
@@ -107,7 +108,10 @@ def draw_curves(points: Mapping[str, Sequence[tuple[float, float]]], x: str, y: 
             if lines and name in lines:
                 axes.plot(*zip(*lines[name], strict=True), "--", color=colour, linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        for axis in (axes.xaxis, axes.yaxis):  # no exponents, whose text is too small
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter() if axis is axes.xaxis else "{x:g}")
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.02), ncols=3, columnspacing=1, handlelength=1.4)
     figure.alt = f"{y} by {x}. " + " ".join(
         f"{name}: {', '.join(f'{b:.3g} at {a:.3g}' for a, b in pairs)}." for name, pairs in points.items())
     return figure
@@ -123,7 +127,7 @@ def draw_ratios(found: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> D
     """
     names = list(found[0][1])
     with rc_context(STYLE):
-        figure = Drawing((_WIDTH, 2.6))
+        figure = Drawing((WIDTH, 2.6))
         axes = figure.add_subplot()
         axes.axhline(1, color=INK, linewidth=0.8, linestyle="--")
         for nth, name in enumerate(names):
@@ -134,7 +138,7 @@ def draw_ratios(found: Sequence[tuple[str, Mapping[str, Any]]], label: str) -> D
             axes.errorbar(at, middle, ends, fmt=_MARKERS[nth], color=_CYCLE[nth], capsize=3, label=name)
         axes.set_xticks(range(len(found)), [name for name, _ in found])
         axes.set_ylabel(label)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1.02), ncols=3, columnspacing=1, handlelength=1.4)
     figure.alt = f"{label}. " + " ".join(
         f"{size}: {', '.join(f'{name} {one}' for name, one in ratios.items())}." for size, ratios in found)
     return figure
